@@ -1,0 +1,86 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
+
+__all__ = ["Progress", "track"]
+
+T = TypeVar("T")
+
+LOG_SECONDS = 20.0  # between two lines of a log
+BAR_DELAY = 1.0  # work that is done sooner shows no bar
+
+
+class Progress:
+    """Counts work done out of a total and shows it.
+
+    On a terminal it's a tqdm bar with rate and time left; elsewhere a line every 20 seconds.
+
+    Arguments:
+        total: How much there is to do, in `unit`.
+        label: What is being done.
+        unit: What is counted, for example "images".
+        initial: How much was done before, when resuming.
+        quiet: Whether to show nothing, as on every rank but the first.
+
+    Example:
+        >>> with Progress(2, "counting", unit="steps", quiet=True) as progress:
+        ...     progress.advance(2, loss=0.5)
+    """
+
+    def __init__(self, total: int, label: str, unit: str = "it", initial: int = 0, quiet: bool = False) -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self.initial = initial, initial
+        self.quiet = quiet
+        self._bar = None
+        self._start = self._logged = time.monotonic()
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, desc=label, unit=f" {unit}", initial=initial, delay=BAR_DELAY, leave=False, dynamic_ncols=True
+            )
+
+    def advance(self, count: int = 1, **values: float | str) -> None:
+        """Notes `count` more done; `values` (a loss, say) stand beside the count."""
+        self.done += count
+        if self.quiet:
+            return
+        if self._bar is not None:
+            if values:
+                self._bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False)
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            rate = max(self.done - self.initial, 1) / (now - self._start)
+            left = max(self.total - self.done, 0) / rate
+            shown = "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in values.items())
+            print(
+                f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.4g} {self.unit}/s, {left:.0f} s left{shown}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def track(items: Iterable[T], total: int, label: str, unit: str = "it", quiet: bool = False) -> Iterator[T]:
+    """Yields the items one after another and shows how many are done."""
+    with Progress(total, label, unit, quiet=quiet) as progress:
+        for item in items:
+            yield item
+            progress.advance()
