@@ -1,0 +1,205 @@
+"""What the objectives share: settings, network, reconstruction loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.autoencoders.incremental import IncrementalSettings, mask
+from pipeline.autoencoders.network import Autoencoder, Decoder, Encoder, OutputRange, filter_side, image_side
+from pipeline.errors import SettingsError
+from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that
+from pipeline.training import Step, Trainable
+
+__all__ = ["ImageAutoencoderSettings", "ImageObjective", "Objective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings):
+    """Keys of every objective that trains the network of Figure 9.
+
+    Attributes:
+        latent_dim: Length D of the code.
+        blocks: Convolution blocks N. Images are S * 2^(N+1) pixels wide and high.
+        filter_side: Filter side S of the encoder's last convolution, in pixels; follows from the images when null.
+        base_channels: Filters of the outermost convolutions.
+        batch_norm_gain: Initial gains: `paper`: normal with mean 0 and standard deviation 0.02; `ones`.
+        input_normalisation: Whether BatchNorm and LeakyReLU follow the decoder's first layer, as they don't in the paper.
+        channels_last: Whether the channels lie last in memory, faster on most machines.
+        incremental: Opens the code dimension by dimension (section 3.4); null trains all of it from the start.
+        perceptual_weight: Weight of the perceptual loss in (5); 0.1 in the paper, 0 leaves it out.
+        perceptual_weights: Where VGG19's weights come from: a file (safetensors or state dict), or `imagenet` for torchvision's
+            official ones, downloaded once.
+    """
+
+    latent_dim: int
+    blocks: int
+    filter_side: int | None = None
+    base_channels: int = 64
+    batch_norm_gain: Literal["paper", "ones"] = "paper"
+    input_normalisation: bool = False
+    channels_last: bool = True
+    incremental: IncrementalSettings | None = None
+    perceptual_weight: float = 0.0
+    perceptual_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.latent_dim >= 1, "latent_dim", "has to be at least 1")
+        check_that(0 <= self.blocks <= 10, "blocks", "has to lie in 0..10")
+        check_that(self.filter_side is None or self.filter_side >= 1, "filter_side", "has to be at least 1")
+        check_that(self.base_channels >= 1, "base_channels", "has to be at least 1")
+        check_that(self.perceptual_weight >= 0, "perceptual_weight", "has to be 0 or more")
+        check_that(
+            self.perceptual_weight == 0 or self.perceptual_weights is not None,
+            "perceptual_weights",
+            "missing; a perceptual_weight above 0 needs VGG19's weights: a file, or 'imagenet' to download them",
+        )
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuses a data set that the network can't take.
+
+        Arguments:
+            shape: Shape of an example, (C, H, W) for images.
+
+        Raises:
+            SettingsError: When it holds vectors, or images whose side isn't S * 2^(N+1).
+        """
+        check_that(
+            len(shape) == 3,
+            "dataset",
+            f"'{self.dataset}' holds vectors, and the objective '{self.objective}' needs images; use the objective 'identity'",
+        )
+        channels, height, width = shape
+        check_that(channels >= 1 and height == width, "dataset", f"images have to be square, and these are {height}x{width}")
+        if self.filter_side is None:
+            unit = image_side(self.blocks, 1)
+            check_that(
+                filter_side(self.blocks, height) is not None,
+                "blocks",
+                f"with {self.blocks} blocks the side has to be a multiple of 2^{self.blocks + 1} = {unit} pixels, and the "
+                f"images of '{self.dataset}' are {height}x{width}",
+            )
+        else:
+            side = image_side(self.blocks, self.filter_side)
+            check_that(
+                side == height,
+                "filter_side",
+                f"the side has to be filter_side * 2^(blocks + 1) = {side} pixels, and the images of '{self.dataset}' are "
+                f"{height}x{width}",
+            )
+
+
+class Objective(Trainable):
+    """A pair of maps between examples and codes, with the losses that train them.
+
+    Attributes:
+        trained: Whether there is anything to train.
+        latent_dim: Length D of the code; None where only the data can tell.
+        decoder: The network that turns codes into images; None where codes are the data themselves.
+    """
+
+    trained: bool = True
+    latent_dim: int | None
+    decoder: Decoder | None
+
+    def encode(self, examples: Tensor) -> Tensor:
+        """The whole codes, with shape (B, D) and float32, of examples in the range of the data set."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The examples, in the range of the data set, of codes with shape (B, D)."""
+        raise NotImplementedError
+
+    def open_dimensions(self, step: Step) -> int:
+        """Dimensions of the code in use at a step of training."""
+        raise NotImplementedError
+
+
+class ImageObjective(Objective):
+    """Base of the objectives that train the network of Figure 9.
+
+    Arguments:
+        settings: The row's settings.
+        shape: Shape (C, H, W) of an image.
+        value_range: Least and greatest value of a pixel, (0, 1) or (-1, 1).
+        variational: Whether the encoder gives log-variances too.
+
+    Raises:
+        SettingsError: When the images don't fit the network.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+    latent_dim: int
+
+    def __init__(
+        self,
+        settings: ImageAutoencoderSettings,
+        shape: tuple[int, ...],
+        value_range: tuple[float, float],
+        *,
+        variational: bool = False,
+    ) -> None:
+        super().__init__()
+        settings.check_shape(shape)
+        outputs: dict[tuple[float, float], OutputRange] = {(0.0, 1.0): "sigmoid", (-1.0, 1.0): "tanh"}
+        low, high = value_range
+        if (low, high) not in outputs:
+            raise SettingsError(
+                f"dataset: pixels of '{settings.dataset}' lie in {low:g}..{high:g}; the network needs 0..1 or -1..1"
+            )
+        self.settings = settings
+        self.latent_dim = settings.latent_dim
+        self.initial = torch.Generator().manual_seed(settings.seed)
+        network = Autoencoder(
+            channels=shape[0],
+            blocks=settings.blocks,
+            filter_side=shape[1] // image_side(settings.blocks, 1),
+            latent_dim=settings.latent_dim,
+            output=outputs[low, high],
+            base_channels=settings.base_channels,
+            batch_norm_gain=settings.batch_norm_gain,
+            variational=variational,
+            input_normalisation=settings.input_normalisation,
+            channels_last=settings.channels_last,
+            generator=self.initial,
+        )
+        self.encoder, self.decoder = network.encoder, network.decoder
+
+    def encode(self, examples: Tensor) -> Tensor:
+        """The whole codes, with shape (B, D) and float32, of images with shape (B, C, H, W)."""
+        codes: Tensor = self.encoder(examples)
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The images, with shape (B, C, H, W) and float32, of codes with shape (B, D)."""
+        images: Tensor = self.decoder(codes)
+        return images
+
+    def open_dimensions(self, step: Step) -> int:
+        """Dimensions of the code in use at a step of training."""
+        incremental = self.settings.incremental
+        return self.latent_dim if incremental is None else incremental.open_dimensions(step.epoch, self.latent_dim)
+
+    def mask(self, codes: Tensor, step: Step) -> Tensor | None:
+        """The mask of closed dimensions, or None where all are open: without `incremental`, and in evaluation mode."""
+        if self.settings.incremental is None or not self.training:
+            return None
+        return mask(self.settings.incremental, codes, step.epoch, step.generator)
+
+    def reconstruction(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        r"""The reconstruction loss (5), MSE + perceptual_weight * perceptual, and its parts, each a mean over the batch.
+
+        Arguments:
+            images: Images with shape (B, C, H, W).
+            reconstructions: Their reconstructions, with the same shape.
+
+        Returns:
+            `reconstruction`, and `mse`, the squared error per pixel and channel.
+        """
+        mse = nn.functional.mse_loss(reconstructions.float(), images.float())
+        return {"reconstruction": mse, "mse": mse}
