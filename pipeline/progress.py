@@ -68,6 +68,17 @@ class Progress:
                 flush=True,
             )
 
+    def note(self, **values: float) -> None:
+        """Prints a line of results, such as those of a validation, above the bar; nothing for work that is quick."""
+        if self.quiet or not values or time.monotonic() - self._logged < LOG_SECONDS:
+            return
+        self._logged = time.monotonic()
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
     def __enter__(self) -> Self:
         return self
 

@@ -1,14 +1,38 @@
-"""The one loop for all that is trained: schedule, precision, ranks, resume. (Being written: the protocol below is fixed.)"""
+"""The one loop for all that is trained: schedule, precision, averaging, ranks, checkpoints, resume.
+
+A run that was killed and resumed ends with the same bits as one that never was: the order of examples, the noise and the learning
+rate are functions of the seed and the number of the step, and everything else stands in the checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Step", "Trainable"]
+from pipeline.batches import Batches
+from pipeline.errors import PipelineError, TrainingError
+from pipeline.files import atomic_file
+from pipeline.progress import Progress
+from pipeline.ranks import Ranks
+from pipeline.settings import TrainingSettings
+
+__all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "learning_rate", "train"]
+
+CURVE_POINTS = 200  # rows of a training curve, about
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,372 @@ class Trainable(nn.Module):
 
         Arguments:
             phase: One of `phases`.
-            batch: "images" with shape (B, C, H, W) in the range of the data set, or "codes" with shape (B, D); "labels" (B,) where there are any.
+            batch: "images" with shape (B, C, H, W) in the range of the data set, or "codes" with shape (B, D); "labels" (B,) where there
+                are any.
             step: Where training stands.
         """
         raise NotImplementedError
+
+
+@dataclass
+class Training:
+    """What a training run leaves besides the weights.
+
+    Attributes:
+        curve: Rows of the training curve: step, epoch, learning_rate, the means of the logged losses since the row before.
+        validations: A row for each validation: step, epoch, seconds, and what `validate` gave.
+        best: Step and value of the best validation, where a key was given.
+        steps: Steps taken in all.
+        seconds: Time spent in the loop, over all pieces of a resumed run.
+        examples: Examples seen.
+        resumed_at: Step of the checkpoint that this process went on from; none for a fresh start.
+        ended_by: `epochs`, or `max_minutes`.
+    """
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    resumed_at: int | None = None
+    ended_by: str = "epochs"
+
+
+def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, progress: float | None = None) -> float:
+    r"""The learning rate of a step.
+
+    `steps` halves it at each milestone, counted in epochs; `cosine` rises linearly over the first share :math:`w` of all steps and then
+    follows :math:`\frac{1}{2} (1 + \cos(\pi (p - w) / (1 - w)))` with :math:`p` the share of all steps done.
+
+    Arguments:
+        settings: Schedule and highest learning rate.
+        step: Steps done before.
+        steps_per_epoch: Steps in an epoch.
+        progress: Share of the training that is done, where time and not epochs sets its end.
+
+    Example:
+        >>> settings = TrainingSettings(epochs=10, learning_rate=0.4, schedule="steps", milestones=(2, 5))
+        >>> [learning_rate(settings, step, 1) for step in (0, 2, 5)]
+        [0.4, 0.2, 0.1]
+    """
+    if settings.schedule == "steps":
+        return float(settings.learning_rate * 0.5 ** sum(step >= m * steps_per_epoch for m in settings.milestones))
+    if settings.schedule == "cosine":
+        total = settings.epochs * steps_per_epoch
+        done = max(step / total, progress or 0.0)
+        if done < settings.warm_up:
+            return settings.learning_rate * max(done, 1 / total) / settings.warm_up
+        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min((done - settings.warm_up) / (1 - settings.warm_up), 1.0)))
+    return settings.learning_rate
+
+
+def code_digest() -> str:
+    """Digest of the library's source, so that a checkpoint of other code is never picked up."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.relative_to(Path(__file__).parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """The resume state of one run, in a file named by what the run is made of.
+
+    Arguments:
+        folder: Folder of this stage and row; checkpoints of other settings are removed from it on the first save.
+        identity: Settings, digests of data and code: a checkpoint is found again only if all of it is the same.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        self.path = self.folder / f"{key}.pt"
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Writes tensors and plain types, whole or not at all."""
+        with atomic_file(self.path) as temporary:
+            torch.save(dict(state), temporary)
+        for other in self.folder.glob("*.pt"):
+            if other != self.path:
+                other.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state, or none where there is no checkpoint of this very run; one that can't be read is put aside."""
+        if not self.path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:
+            print(f"warning: {self.path} can't be read ({type(error).__name__}); starting from the beginning", file=sys.stderr)
+            self.path.unlink(missing_ok=True)
+            return None
+        return state
+
+    def remove(self) -> None:
+        """Removes the checkpoint, once what it leads to is safely written."""
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the loop ends between two steps. The second one ends at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: signals aren't ours
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Averaged:
+    """Exponential moving average of the weights and the running statistics."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._float = [n for n, v in self.values.items() if v.is_floating_point()]
+
+    def update(self, model: nn.Module, step: int) -> None:
+        # The average of few steps follows the weights closely, else the start would weigh too much.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = model.state_dict()
+        torch._foreach_lerp_([self.values[n] for n in self._float], [current[n] for n in self._float], 1 - decay)
+        for name, value in current.items():
+            if not value.is_floating_point():
+                self.values[name].copy_(value)
+
+    @contextlib.contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
+        """The model with averaged weights, for a validation."""
+        kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self.values)
+        try:
+            yield
+        finally:
+            model.load_state_dict(kept)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def train(
+    model: Trainable,
+    batches: Batches,
+    settings: TrainingSettings,
+    ranks: Ranks,
+    *,
+    prepare: Callable[[dict[str, np.ndarray]], dict[str, Tensor]],
+    label: str = "training",
+    checkpoint: Checkpoint | None = None,
+    validate: Callable[[], dict[str, float]] | None = None,
+    best: str | None = None,
+    validate_epochs: int = 1,
+    extra: Callable[[Step], dict[str, float]] | None = None,
+    max_minutes: float = 0.0,
+) -> Training:
+    """Trains a model in place.
+
+    Arguments:
+        model: The model, on the rank's device.
+        batches: Shuffled batches of this rank.
+        settings: Epochs, optimizer, schedule, precision, averaging.
+        ranks: This process among its peers.
+        prepare: Arrays of a batch -> tensors on the device.
+        label: What stands before the progress.
+        checkpoint: Where to save and look for the resume state.
+        validate: Called at the end of an epoch in evaluation mode, on all ranks: numbers to keep in the curve.
+        best: Key of `validate`'s numbers whose largest value says which weights are kept; none keeps the last.
+        validate_epochs: Epochs between two validations.
+        extra: More columns of the curve, from where training stands.
+        max_minutes: Time after which training ends as if the epochs were over; 0 for none.
+
+    Raises:
+        TrainingError: When a loss isn't finite, with the step and the likely cause; the last checkpoint stays.
+        PipelineError: On SIGINT or SIGTERM, after a checkpoint was written.
+    """
+    device = ranks.device
+    optimizers = {
+        phase: torch.optim.AdamW(
+            list(model.phase_parameters(phase)),
+            lr=settings.learning_rate,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        for phase in model.phases
+    }
+    averaged = _Averaged(model, settings.ema_decay) if settings.ema_decay else None
+    best_weights: dict[str, Tensor] | None = None
+    record = Training()
+    sums: dict[str, float] = {}
+    summed = 0
+
+    def state(step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "model": model.state_dict(),
+            "optimizers": {phase: optimizer.state_dict() for phase, optimizer in optimizers.items()},
+            "averaged": None if averaged is None else averaged.values,
+            "best_weights": best_weights,
+            "record": {"curve": record.curve, "validations": record.validations, "best": record.best, "seconds": record.seconds},
+            "sums": sums,
+            "summed": summed,
+        }
+
+    start_step = 0
+    restored = checkpoint.load() if checkpoint is not None else None
+    if restored is not None:
+        start_step = int(restored["step"])
+        model.load_state_dict(restored["model"])
+        for phase, optimizer in optimizers.items():
+            optimizer.load_state_dict(restored["optimizers"][phase])
+        if averaged is not None:
+            averaged.values = {name: value.to(device) for name, value in restored["averaged"].items()}
+        best_weights = restored["best_weights"]
+        record = Training(**restored["record"], resumed_at=start_step)
+        sums, summed = restored["sums"], int(restored["summed"])
+        if ranks.first:
+            print(f"{label}: going on from the checkpoint at step {start_step}", file=sys.stderr)
+
+    wrapped: nn.Module = model
+    if ranks.world > 1:
+        from torch.nn.parallel import DistributedDataParallel
+
+        wrapped = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=len(model.phases) > 1
+        )
+
+    steps_per_epoch = batches.steps_per_epoch
+    total = settings.epochs * steps_per_epoch
+    every = max(total // CURVE_POINTS, 1)
+    generator = torch.Generator()
+    seconds_before = record.seconds
+    started = saved = time.monotonic()
+    index = start_step
+    ended = False
+    autocast_type = torch.bfloat16 if settings.precision == "bfloat16" else None
+
+    def save() -> None:
+        # Best weights and losses are checked, so that a checkpoint is always a good state.
+        if checkpoint is not None and ranks.first and all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            checkpoint.save(state(index))
+        ranks.barrier()
+
+    def leave_if_asked(received: list[int]) -> None:
+        if ranks.any(bool(received)):
+            save()
+            name = signal.Signals(received[0]).name if received else "a signal to another rank"
+            raise PipelineError(
+                f"{label}: stopped by {name} at step {index}; the checkpoint is written: run the same command to go on"
+            )
+
+    progress = Progress(total, label, unit="steps", initial=index, quiet=not ranks.first)
+    with _signals() as received, progress:
+        for epoch in range(index // steps_per_epoch, settings.epochs):
+            if ended:
+                break
+            model.train()
+            for arrays in batches.epoch(epoch, skip=index - epoch * steps_per_epoch):
+                seed = _step_seed(settings.seed, index, ranks.rank)
+                generator.manual_seed(seed)
+                torch.manual_seed(seed)  # dropout draws from the global generator
+                step = Step(index, index / steps_per_epoch, generator)
+                batch = prepare(arrays)
+                elapsed = (time.monotonic() - started + seconds_before) / 60
+                rate = learning_rate(settings, index, steps_per_epoch, elapsed / max_minutes if max_minutes else None)
+                shown = 0.0
+                for phase in model.phases:
+                    optimizer = optimizers[phase]
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    with torch.autocast(device.type, autocast_type, enabled=autocast_type is not None):
+                        losses = wrapped(phase, batch, step)
+                    loss = losses["loss"]
+                    for name, value in losses.items():
+                        key = name if phase == model.phases[0] else f"{phase}_{name}"
+                        sums[key] = sums.get(key, 0.0) + float(value.detach())
+                    if not math.isfinite(float(loss.detach())):
+                        raise TrainingError(_not_finite(label, index, phase, batch, checkpoint))
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    if settings.gradient_clip:
+                        torch.nn.utils.clip_grad_norm_(
+                            [p for g in optimizer.param_groups for p in g["params"]], settings.gradient_clip
+                        )
+                    optimizer.step()
+                    shown = shown or float(loss.detach())
+                summed += 1
+                index += 1
+                if averaged is not None:
+                    averaged.update(model, index)
+                if index % every == 0 or index == total:
+                    means = {name: value / summed for name, value in sums.items()}
+                    record.curve.append(
+                        {"step": index, "epoch": index / steps_per_epoch, "learning_rate": rate}
+                        | means
+                        | (extra(step) if extra is not None else {})
+                    )
+                    sums, summed = {}, 0
+                progress.advance(1, loss=shown)
+                now = time.monotonic()
+                record.seconds = now - started + seconds_before
+                if max_minutes and ranks.any(record.seconds / 60 >= max_minutes):
+                    ended, record.ended_by = True, "max_minutes"
+                    break
+                # At the end of an epoch the validation comes first, so that a resumed run has it too.
+                if index % steps_per_epoch:
+                    leave_if_asked(received)
+                    if ranks.any(now - saved >= settings.checkpoint_minutes * 60):
+                        save()
+                        saved = time.monotonic()
+            if validate is not None and ((epoch + 1) % validate_epochs == 0 or epoch + 1 == settings.epochs or ended):
+                model.eval()
+                with averaged.swapped_in(model) if averaged is not None else contextlib.nullcontext():
+                    values = validate()
+                    record.seconds = time.monotonic() - started + seconds_before
+                    row: dict[str, float] = {"step": index, "epoch": index / steps_per_epoch, **values}
+                    record.validations.append(row)
+                    if best is not None:
+                        if not math.isfinite(values[best]):
+                            raise TrainingError(
+                                f"{label}: {best} is {values[best]} after step {index}; try a lower learning_rate or gradient_clip"
+                            )
+                        if not record.best or values[best] > record.best[best]:
+                            record.best = row
+                            best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                progress.note(**values)
+            leave_if_asked(received)
+            if ranks.any(time.monotonic() - saved >= settings.checkpoint_minutes * 60):
+                save()
+                saved = time.monotonic()
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    elif averaged is not None:
+        model.load_state_dict(averaged.values)
+    model.eval()
+    record.steps = index
+    record.examples = index * batches.batch_size
+    record.seconds = time.monotonic() - started + seconds_before
+    return record
+
+
+def _not_finite(label: str, step: int, phase: str, batch: Mapping[str, Tensor], checkpoint: Checkpoint | None) -> str:
+    bad = [name for name, value in batch.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    cause = f"the data hold values that aren't finite ({', '.join(bad)})" if bad else "the learning rate is probably too high"
+    remedy = "check the data set" if bad else "lower learning_rate or set gradient_clip"
+    kept = " The last good checkpoint is kept." if checkpoint is not None and os.path.exists(checkpoint.path) else ""
+    return f"{label}: the loss of phase '{phase}' isn't finite at step {step}: {cause}; {remedy}.{kept}"

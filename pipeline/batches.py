@@ -1,0 +1,158 @@
+"""Shuffled batches from parts (shards, or files of codes), the same whatever the number of loader workers.
+
+The order of an epoch is a function of (seed, epoch, rank) alone, so a resumed run reads on where the killed one stopped, with no
+state to keep. Memory is bounded by the shuffle window and the cache, not by the data set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+__all__ = ["Batches"]
+
+Arrays = dict[str, np.ndarray]
+
+CACHE_BYTES = 512 * 2**20  # parts are kept in memory up to this much in all, so that small data sets are read once
+
+
+class Batches:
+    """Shuffled batches of equal length, one epoch after another.
+
+    Each rank reads its share of the parts, in an order drawn anew each epoch; parts are gathered into a window of at least
+    `window` examples, which is shuffled as a whole. All ranks take the same number of steps: where the parts don't divide evenly, a rank
+    that runs out starts again from its first part of the epoch.
+
+    Arguments:
+        load: Gives the arrays of part i, each with shape (n_i, ...).
+        counts: The n_i.
+        batch_size: Examples in a step, over all ranks together.
+        seed: Seed of the order.
+        window: Examples that are shuffled together.
+        rank, world: This process and the number of processes.
+        workers: Loader processes that read ahead; they change nothing but the time. By default the environment's LOADER_WORKERS, or 0.
+
+    Example:
+        >>> batches = Batches(lambda i: {"x": np.arange(4) + 4 * i}, [4, 4], batch_size=3, seed=0)
+        >>> batches.steps_per_epoch
+        2
+        >>> len({int(x) for batch in batches.epoch(0) for x in batch["x"]})
+        6
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int], Arrays],
+        counts: Sequence[int],
+        batch_size: int,
+        seed: int,
+        window: int = 65_536,
+        rank: int = 0,
+        world: int = 1,
+        workers: int | None = None,
+    ) -> None:
+        total = sum(counts)
+        self.load, self.counts, self.seed = load, list(counts), seed
+        self.window, self.rank, self.world = window, rank, world
+        self.workers = int(os.environ.get("LOADER_WORKERS", "0")) if workers is None else workers
+        # A data set smaller than a batch is one batch.
+        self.rank_batch = max(min(batch_size, total) // world, 1)
+        self.batch_size = self.rank_batch * world
+        self.steps_per_epoch = max(total // self.batch_size, 1)
+        self._cache: OrderedDict[int, Arrays] = OrderedDict()
+        self._cached_bytes = 0
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Arrays]:
+        """The batches of an epoch, without the first `skip`."""
+        generator = np.random.default_rng([self.seed, epoch, self.rank])
+        # Every rank draws the same order and takes its own share. With fewer parts than ranks, ranks share parts by rows.
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+        by_rows = len(order) < self.world
+        order = order if by_rows else order[self.rank :: self.world]
+        wanted = self.steps_per_epoch * self.rank_batch
+        emitted = 0
+        rest: Arrays = {}
+        pending: list[Arrays] = []
+        pending_count = 0
+        for part in self._parts(order, by_rows, wanted):
+            pending.append(part)
+            pending_count += len(next(iter(part.values())))
+            done = emitted + pending_count + (len(next(iter(rest.values()))) if rest else 0) >= wanted
+            if pending_count < self.window and not done:
+                continue
+            pieces = ([rest] if rest else []) + pending
+            pending, pending_count = [], 0
+            gathered = {k: np.concatenate([p[k] for p in pieces]) if len(pieces) > 1 else pieces[0][k] for k in pieces[0]}
+            count = len(next(iter(gathered.values())))
+            permutation = generator.permutation(count)
+            stop = min(count - count % self.rank_batch, wanted - emitted)
+            for start in range(0, stop, self.rank_batch):
+                if emitted // self.rank_batch >= skip:
+                    chosen = permutation[start : start + self.rank_batch]
+                    yield {k: v[chosen] for k, v in gathered.items()}
+                emitted += self.rank_batch
+            if emitted >= wanted:
+                return
+            left = permutation[stop:]
+            rest = {k: v[left] for k, v in gathered.items()} if len(left) else {}
+
+    def _parts(self, order: np.ndarray, by_rows: bool, wanted: int) -> Iterator[Arrays]:
+        seen = 0
+        while seen < wanted:
+            for part in self._read(order):
+                if by_rows:
+                    part = {k: v[self.rank :: self.world] for k, v in part.items()}  # noqa: PLW2901
+                count = len(next(iter(part.values())))
+                if count == 0:
+                    continue
+                yield part
+                seen += count
+                if seen >= wanted:
+                    return
+            if seen == 0:
+                raise ValueError("a rank has no examples")
+
+    def _read(self, order: np.ndarray) -> Iterator[Arrays]:
+        missing = [int(i) for i in order if int(i) not in self._cache]
+        if self.workers and missing:
+            from torch.utils.data import DataLoader
+
+            # One item a part, in the order asked for: the number of workers changes nothing but the time.
+            loader = iter(
+                DataLoader(
+                    _Parts(self.load),
+                    sampler=missing,
+                    batch_size=None,
+                    num_workers=self.workers,
+                    collate_fn=_as_is,
+                    multiprocessing_context="fork",
+                )
+            )
+        else:
+            loader = map(self.load, missing)
+        for i in map(int, order):
+            yield self._cache[i] if i in self._cache else self._keep(i, next(loader))
+
+    def _keep(self, i: int, part: Arrays) -> Arrays:
+        length = sum(v.nbytes for v in part.values())
+        if self._cached_bytes + length <= CACHE_BYTES:
+            self._cache[i] = part
+            self._cached_bytes += length
+        return part
+
+
+class _Parts:
+    """A map-style data set whose items are parts."""
+
+    def __init__(self, load: Callable[[int], Arrays]) -> None:
+        self.load = load
+
+    def __getitem__(self, i: int) -> Arrays:
+        return self.load(i)
+
+
+def _as_is(part: Arrays) -> Arrays:
+    return part

@@ -1,0 +1,182 @@
+"""Raw files of a source -> shards: read in parallel, counted, checked for duplicates, written in order."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.files import atomic_folder
+from pipeline.progress import Progress
+from pipeline.settings import DatasetSettings, implementation
+from pipeline.shards import SPLITS, ShardIndex, ShardWriter, write_index
+
+__all__ = ["PreparationReport", "prepare_shards"]
+
+READ_EXAMPLES = 1024  # examples that a worker process reads at a time
+BUCKETS = 64
+
+
+@dataclass
+class PreparationReport:
+    """What `prepare_shards` found.
+
+    Attributes:
+        counts: Examples written, by split.
+        duplicates: Images of one split that stand in an earlier one too, for "train_valid", "train_test" and "valid_test".
+        unreadable: Files that were left out, each with the reason.
+        digest: Digest of the shards.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    duplicates: dict[str, int] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    digest: str = ""
+
+
+class _Duplicates:
+    """Counts images that stand in two splits, by 64-bit digests kept in bucket files: memory grows with 1/64 of them."""
+
+    _type = np.dtype([("digest", "<u8"), ("split", "u1")])
+
+    def __init__(self, folder: Path) -> None:
+        self._files = [open(folder / f"{i:02d}", "w+b") for i in range(BUCKETS)]  # noqa: SIM115
+
+    def add(self, split: int, examples: np.ndarray) -> None:
+        digests = np.array(
+            [int.from_bytes(hashlib.blake2b(e.tobytes(), digest_size=8).digest(), "little") for e in examples], np.uint64
+        )
+        rows = np.empty(len(digests), self._type)
+        rows["digest"], rows["split"] = digests, split
+        for bucket in np.unique(digests % BUCKETS):
+            self._files[int(bucket)].write(rows[digests % BUCKETS == bucket].tobytes())
+
+    def counts(self) -> dict[str, int]:
+        """The number of examples of the later split of each pair that the earlier one holds too."""
+        found = {"train_valid": 0, "train_test": 0, "valid_test": 0}
+        for file in self._files:
+            file.seek(0)
+            rows = np.frombuffer(file.read(), self._type)
+            splits = [rows["digest"][rows["split"] == i] for i in range(3)]
+            for pair, (a, b) in zip(found, ((0, 1), (0, 2), (1, 2)), strict=True):
+                found[pair] += int(np.isin(splits[b], splits[a]).sum())
+            file.close()
+        return found
+
+
+def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int | None = None) -> PreparationReport:
+    """Writes the shards of a data set; the same raw files and settings give the same bytes.
+
+    Arguments:
+        settings: A row of `datasets`.
+        folder: Where the shards go; replaced as a whole.
+        processes: Processes that read side by side, by default one a core.
+
+    Raises:
+        DataError: When raw files are missing or too many can't be read.
+    """
+    module = implementation("pipeline.sources", settings.source, "source")
+    source = module.open_source(settings, Path(settings.root))
+    report = PreparationReport()
+    ranges = [
+        (split, start, min(start + READ_EXAMPLES, source.counts[split]))
+        for split in SPLITS
+        for start in range(0, source.counts.get(split, 0), READ_EXAMPLES)
+    ]
+    for split in SPLITS:
+        if not source.counts.get(split):
+            raise DataError(f"{settings.root}: split '{split}' of source '{settings.source}' has no examples")
+    shards: dict[str, Any] = {}
+    shape: tuple[int, ...] = ()
+    dtype = "uint8"
+    with atomic_folder(folder) as temporary, tempfile.TemporaryDirectory(dir=temporary) as scratch:
+        duplicates = _Duplicates(Path(scratch)) if source.kind == "images" else None
+        writer: ShardWriter | None = None
+        total = sum(source.counts.values())
+        with Progress(total, f"preparing {Path(folder).name}", unit="examples") as progress:
+            for (split, start, stop), block in _read_all(source, ranges, processes or os.cpu_count() or 1):
+                if writer is None or writer.split != split:
+                    if writer is not None:
+                        writer.close()
+                    writer = ShardWriter(temporary, split, settings.shard_examples)
+                    shards[split] = writer.shards
+                report.unreadable += block.unreadable
+                if len(block.examples):
+                    shape, dtype = block.examples.shape[1:], str(block.examples.dtype)
+                    arrays = {"examples": block.examples} | ({} if block.labels is None else {"labels": block.labels})
+                    writer.write(**arrays)
+                    if duplicates is not None:
+                        duplicates.add(SPLITS.index(split), block.examples)
+                progress.advance(stop - start)
+            if writer is not None:
+                writer.close()
+        allowed = getattr(settings, "unreadable_share", 0.001) * total
+        if len(report.unreadable) > allowed:
+            raise DataError(
+                f"{settings.root}: {len(report.unreadable)} of {total} files can't be read, more than unreadable_share allows; "
+                f"the first: {report.unreadable[0]}"
+            )
+        for split in SPLITS:
+            if not shards.get(split):
+                raise DataError(f"{settings.root}: no example of split '{split}' could be read")
+        index = ShardIndex(
+            kind=source.kind,
+            shape=shape,
+            dtype="uint8" if dtype == "uint8" else "float32",
+            value_range=source.value_range,
+            label_names=source.label_names,
+            **{split: tuple(shards[split]) for split in SPLITS},
+        )
+        if duplicates is not None:
+            report.duplicates = duplicates.counts()
+        write_index(temporary, index)
+    report.counts = {split: index.count(split) for split in SPLITS}
+    report.digest = index.digest
+    return report
+
+
+def _read_all(
+    source: Any, ranges: list[tuple[str, int, int]], processes: int  # noqa: ANN401
+) -> Iterator[tuple[tuple[str, int, int], Any]]:
+    """Blocks in order, read ahead by a bounded number."""
+    if processes == 1 or len(ranges) <= 2:
+        for part in ranges:
+            yield part, source.read(*part)
+        return
+    # Forked before anything large is imported; each process keeps its own open files.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_set_source, initargs=(source,)) as pool:
+        waiting: collections.deque[tuple[tuple[str, int, int], Future[Any]]] = collections.deque()
+        try:
+            for part in ranges:
+                waiting.append((part, pool.submit(_read_range, part)))
+                if len(waiting) > 2 * processes:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_source: Any = None
+
+
+def _set_source(source: Any) -> None:  # noqa: ANN401
+    global _source
+    _source = source
+
+
+def _read_range(part: tuple[str, int, int]) -> Any:  # noqa: ANN401
+    return _source.read(*part)

@@ -1,0 +1,48 @@
+"""The one door: `python -m stages STAGE NAME`."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from stages.run import TABLE_OF_STAGE
+
+COMMANDS = (*TABLE_OF_STAGE, "report", "check", "preset", "doctor")
+
+
+class LazyGroup(click.Group):
+    """Loads a command's module only when it's asked for, so that `--help` answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order in which the pipeline runs them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a module of the same name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"stages.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    epilog="The environment says where things run and never changes a result: DEVICE (auto, cpu, cuda), PROCESSES, LOADER_WORKERS, "
+    "MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKING (on, off).",
+)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Generative models from autoencoders, one stage after another.
+
+    Each stage takes the NAME of a row of params.yaml. Without a command, lists stages and rows and their state. `dvc repro` runs all that is out of date.
+    """
+    if context.invoked_subcommand is None:
+        from stages.overview import print_overview
+
+        print_overview()
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m stages")

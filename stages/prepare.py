@@ -1,0 +1,40 @@
+"""raw files -> shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.settings import DatasetSettings, Params
+from stages import workspace
+from stages.run import Run, stage
+
+
+@stage(
+    settings=Params.dataset,
+    reads=lambda settings, row: [],
+    writes=lambda settings, row: [workspace.shards_folder(row)],
+)
+def prepare(run: Run, settings: DatasetSettings) -> None:
+    """Read raw files, split them, and write WebDataset shards.
+
+    NAME is a row of `datasets`. The same input gives the same bytes. All cores are used.
+    """
+    from pipeline.preparation import prepare_shards
+
+    report = prepare_shards(settings, workspace.shards_folder(run.row))
+    run.metrics({f"{split}_examples": count for split, count in report.counts.items()})
+    run.metrics({f"duplicates_{pair}": count for pair, count in report.duplicates.items()})
+    run.metrics({"unreadable_files": len(report.unreadable)})
+    run.read(f"raw {run.row}", report.digest, Path(settings.root), "raw")
+    run.details(digest=report.digest, unreadable=report.unreadable[:1000])
+    for line in _warnings(report.duplicates, report.unreadable):
+        print(f"prepare {run.row}: {line}", flush=True)
+
+
+def _warnings(duplicates: dict[str, int], unreadable: list[str]) -> Iterator[str]:
+    if unreadable:
+        yield f"{len(unreadable)} files couldn't be read, listed in {workspace.run_file('prepare', '<row>')}; the first: {unreadable[0]}"
+    for pair, count in duplicates.items():
+        if count:
+            yield f"{count} examples of {pair.replace('_', ' ')} are the same"

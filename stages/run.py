@@ -1,0 +1,241 @@
+"""What every stage has in common: settings checked first, outputs written whole, metrics and figures tracked, errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.errors import PipelineError
+from pipeline.files import write_json, write_text
+from pipeline.settings import Params, flatten, read_params
+from stages import workspace
+from stages.tracking import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Run", "one_line_errors", "stage"]
+
+Settings = TypeVar("Settings")
+
+
+class Run:
+    """One run of one stage on one row.
+
+    Arguments:
+        stage: Name of the stage.
+        row: Name of the row.
+        params: All tables.
+        settings: The row's settings, for the record.
+    """
+
+    def __init__(self, stage: str, row: str, params: Params, settings: object) -> None:
+        self.stage, self.row, self.params, self.settings = stage, row, params, settings
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.scores: dict[str, float] = {}
+        self._details: dict[str, Any] = {}
+        self._started = time.monotonic()
+        tags = {"stage": stage, "row": row, "dvc.stage": os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
+        # The row's name has no place in the keys, so that two rows of a table can be compared side by side.
+        flat = flatten(asdict(settings)) if settings is not None else {}  # type: ignore[call-overload]
+        self.tracker = Tracker(f"{stage} {row}", {k: v for k, v in tags.items() if v}, flat, off=not self.first)
+
+    def metrics(self, values: Mapping[str, float | int | str | None]) -> None:
+        """Adds scores; written to `reports/metrics` at the end. No times or rates: they belong to `details`."""
+        self.scores |= dict(values)  # type: ignore[arg-type]
+
+    def details(self, **values: object) -> None:
+        """Adds what differs from run to run, such as seconds; written to `reports/runs` at the end."""
+        self._details |= values
+
+    def curve(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Writes a curve, each row with its "step", as tab-separated values, and tracks it."""
+        if not self.first:
+            return
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines = ["\t".join(columns)] + ["\t".join(_cell(row.get(c)) for c in columns) for row in rows]
+        write_text(workspace.curve_file(self.stage, self.row), "\n".join(lines) + "\n")
+        self.tracker.curve(rows)
+
+    def figure(self, figure: Figure, name: str) -> None:
+        """Writes a picture and tracks it."""
+        from pipeline.figures import save_figure
+
+        if self.first:
+            path = workspace.figure_folder(self.stage, self.row) / f"{name}.png"
+            save_figure(figure, path)
+            self.tracker.artifact(path, "figures")
+
+    def read(self, name: str, digest: str, path: Path, context: str) -> None:
+        """Notes that the run reads a data set, for the lineage."""
+        self._details.setdefault("inputs", {})[str(path)] = digest
+        self.tracker.dataset(name, digest, str(path), context)
+
+    def finish(self) -> None:
+        """Writes scores and details, and closes the tracked run."""
+        if not self.first:
+            return
+        path = workspace.metrics_file(self.stage, self.row)
+        write_json(path, self.scores)
+        self.tracker.metrics({k: v for k, v in self.scores.items() if isinstance(v, (int, float))})
+        self.tracker.artifact(path, "metrics")
+        self._details |= {"seconds": round(time.monotonic() - self._started, 3), "peak_memory_mib": round(_peak_memory_mib(), 1)}
+        self._details |= {"cores": os.cpu_count(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.tracker.metrics({k: v for k, v in self._details.items() if isinstance(v, (int, float))})
+        run_id = self.tracker.finish()
+        write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, **self._details})
+        print(f"{self.stage} {self.row}: {self._details['seconds']:.1f} s" + _headline(self.scores), flush=True)
+
+    def fail(self) -> None:
+        """Closes the tracked run as failed."""
+        self.tracker.finish("FAILED")
+
+
+def _cell(value: float | int | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def _headline(scores: Mapping[str, Any]) -> str:
+    shown = [f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float) and "test" in k and not k.endswith("_se")][:3]
+    return ": " + ", ".join(shown) if shown else ""
+
+
+def _peak_memory_mib() -> float:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str) -> Any:  # noqa: ANN401
+    """Turns errors that the user can mend into one line and exit status 1."""
+    try:
+        yield
+    except PipelineError as error:
+        message = " ".join(str(error).split())
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            message = f"no space left on the disk{_named(error)}: free some and run the command again; what stood before is intact"
+        elif error.errno == errno.EDQUOT:
+            message = f"disk quota exceeded{_named(error)}: free some and run the command again; what stood before is intact"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message = f"no permission{_named(error)}: {error.strerror}"
+        else:
+            raise
+    except KeyboardInterrupt:
+        message = "interrupted; nothing was half-written: run the same command again"
+    except MemoryError:
+        message = "out of memory: lower batch_size, shuffle_examples or shard_examples"
+    else:
+        return
+    click.echo(f"error: {name}: {message}", err=True)
+    sys.exit(1)
+
+
+def _named(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""
+
+
+def stage(
+    *,
+    reads: Callable[[Any, str], Iterable[Path]],
+    writes: Callable[[Any, str], Iterable[Path]],
+    settings: Callable[[Params, str], Settings],
+    ranks: bool = False,
+) -> Callable[[Callable[[Run, Settings], None]], click.Command]:
+    """Makes a stage's function a command of `python -m stages`.
+
+    Arguments:
+        reads: Files and folders that the stage reads, from settings and row.
+        writes: What it writes besides metrics, figures and the run's file.
+        settings: The typed settings of a row.
+        ranks: Whether several processes may share the work (PROCESSES, torchrun).
+    """
+
+    def decorate(function: Callable[[Run, Settings], None]) -> click.Command:
+        name = function.__name__
+
+        @click.command(name, help=function.__doc__)
+        @click.argument("row", metavar="NAME", shell_complete=_complete_rows(name))
+        @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
+        @click.option("--dry-run", is_flag=True, help="Print the resolved settings and what would be read and written.")
+        def command(row: str, params_file: str, dry_run: bool) -> None:
+            with one_line_errors(f"{name} {row}"):
+                params = read_params(params_file)
+                chosen = settings(params, row)
+                inputs, outputs = list(reads(chosen, row)), list(writes(chosen, row))
+                if dry_run:
+                    _print_plan(name, row, chosen, inputs, outputs)
+                    return
+                for path in inputs:
+                    if not path.exists():
+                        raise PipelineError(f"{path} is missing; run the stage that writes it, or `dvc repro`")
+                if ranks and _relaunch():
+                    return
+                run = Run(name, row, params, chosen)
+                try:
+                    function(run, chosen)
+                    run.finish()
+                except BaseException:
+                    run.fail()
+                    raise
+
+        return command
+
+    return decorate
+
+
+def _relaunch() -> bool:
+    """Starts PROCESSES processes under torchrun, unless this is one of them, and waits for them."""
+    processes = os.environ.get("PROCESSES", "1")
+    if "RANK" in os.environ or processes == "1":
+        return False
+    if not processes.isdigit() or int(processes) < 1:
+        raise PipelineError(f"PROCESSES is '{processes}': expected a number from 1 on")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "stages"]
+    code = subprocess.run([*command, *sys.argv[1:]], check=False).returncode
+    if code:
+        sys.exit(code)
+    return True
+
+
+def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:  # noqa: ANN401
+    click.echo(f"{name} {row}")
+    for key, value in flatten(asdict(settings)).items():
+        click.echo(f"  {key}: {json.dumps(value)}")
+    for path in inputs:
+        click.echo(f"  reads {path}" + ("" if path.exists() else " (missing)"))
+    for path in [*outputs, workspace.metrics_file(name, row), workspace.run_file(name, row)]:
+        click.echo(f"  writes {path}")
+
+
+TABLE_OF_STAGE = {
+    "prepare": "datasets",
+    "control": "controls",
+    "train": "autoencoders",
+    "extract": "autoencoders",
+    "fit": "densities",
+    "sample": "densities",
+    "evaluate": "densities",
+}
+
+
+def _complete_rows(name: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    def complete(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+        with contextlib.suppress(PipelineError):
+            return [row for row in read_params().rows(TABLE_OF_STAGE[name]) if row.startswith(start)]
+        return []
+
+    return complete

@@ -1,0 +1,75 @@
+"""Where everything lies: the paths of the workspace, relative to the folder that holds params.yaml."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = [
+    "autoencoder_folder",
+    "checkpoint_folder",
+    "codes_folder",
+    "curve_file",
+    "density_file",
+    "figure_folder",
+    "main_checkout",
+    "metrics_file",
+    "run_file",
+    "samples_folder",
+    "shards_folder",
+]
+
+
+def shards_folder(dataset: str) -> Path:
+    """WebDataset shards of a data set."""
+    return Path("data/shards") / dataset
+
+
+def autoencoder_folder(autoencoder: str) -> Path:
+    """Trained encoder and decoder."""
+    return Path("data/autoencoders") / autoencoder
+
+
+def codes_folder(autoencoder: str) -> Path:
+    """Latent codes of every split, with the decoder."""
+    return Path("data/codes") / autoencoder
+
+
+def density_file(density: str) -> Path:
+    """A fitted density."""
+    return Path("data/densities") / density / "density.safetensors"
+
+
+def samples_folder(density: str) -> Path:
+    """Shards of samples: codes and, where there is a decoder, images."""
+    return Path("data/samples") / density
+
+
+def metrics_file(stage: str, row: str) -> Path:
+    """Scores of a stage: the same seed gives the same bytes."""
+    return Path("reports/metrics") / stage / f"{row}.json"
+
+
+def curve_file(stage: str, row: str) -> Path:
+    """Training curve of a stage, as tab-separated values."""
+    return Path("reports/curves") / stage / f"{row}.tsv"
+
+
+def figure_folder(stage: str, row: str) -> Path:
+    """Pictures of a stage."""
+    return Path("reports/figures") / stage / row
+
+
+def run_file(stage: str, row: str) -> Path:
+    """What differs from run to run: seconds, memory, MLflow run."""
+    return Path("reports/runs") / stage / f"{row}.json"
+
+
+def checkpoint_folder(stage: str, row: str) -> Path:
+    """Resume state, outside of what DVC deletes before a run."""
+    return main_checkout() / ".checkpoints" / stage / row
+
+
+def main_checkout() -> Path:
+    """The user's checkout: DVC names it also where an experiment runs in a copy of it (`dvc exp run --temp`)."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
