@@ -1,0 +1,104 @@
+"""8x8 grey patches of the two photographs that scikit-learn holds, by the preprocessing of BSDS300.
+
+Each photograph (427x640) is cut into ten upright strips of 64 columns, dealt in turn: train, train, train, valid, test, and
+again. A patch lies within one strip, so the splits share no pixel, and each sees all of the scene from left to right.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import DataError
+from pipeline.patches import PatchPool, preprocess, to_grey
+from pipeline.settings import DatasetSettings, check_that
+from pipeline.sources.source import GROUP, Block, Source, generator, packaged_file, read_in_groups
+
+__all__ = ["PhotoPatches", "Settings", "open_source"]
+
+PHOTOGRAPHS = ("china", "flower")
+STRIP_PX = 64
+STRIPS = {"train": (0, 1, 2, 5, 6, 7), "valid": (3, 8), "test": (4, 9)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DatasetSettings):
+    """A row of `datasets` with `source: patches`.
+
+    Attributes:
+        train_count: Patches to train on.
+        valid_count: Patches to validate with.
+        test_count: Patches to test with.
+    """
+
+    train_count: int = 50_000
+    valid_count: int = 2_000
+    test_count: int = 5_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.train_count >= 1, "train_count", "has to be at least 1")
+        check_that(self.valid_count >= 1, "valid_count", "has to be at least 1")
+        check_that(self.test_count >= 1, "test_count", "has to be at least 1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(63,)."""
+        return (63,)
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """None: the patches are vectors."""
+        return None
+
+
+@functools.lru_cache(maxsize=3)
+def _strips(split: str) -> PatchPool:
+    """The strips of a split: those of the first photograph, then those of the second."""
+    from PIL import Image, UnidentifiedImageError
+
+    images, names = [], []
+    for photograph in PHOTOGRAPHS:
+        path = packaged_file("sklearn", "datasets", "images", f"{photograph}.jpg")
+        try:
+            with Image.open(path) as file:
+                grey = to_grey(np.asarray(file.convert("RGB")))
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{path} can't be read ({error}); install scikit-learn again") from None
+        images += [grey[:, STRIP_PX * s : STRIP_PX * (s + 1)] for s in STRIPS[split]]
+        names += [f"{path}, strip {s}" for s in STRIPS[split]]
+    return PatchPool(images, names)
+
+
+class PhotoPatches(Source):
+    """Patches of the packaged photographs, drawn by seed; patch i lies in strip i modulo their number.
+
+    Arguments:
+        settings: The row of `datasets`.
+    """
+
+    kind = "vectors"
+    label_names = PHOTOGRAPHS
+
+    def __init__(self, settings: Settings) -> None:
+        self.seed = settings.split_seed
+        self.counts = {"train": settings.train_count, "valid": settings.valid_count, "test": settings.test_count}
+
+    def _draw(self, split: str, group: int) -> np.ndarray:
+        random = generator(self.seed, "patches", split, group)
+        members = (group * GROUP + np.arange(GROUP)) % (len(PHOTOGRAPHS) * len(STRIPS[split]))
+        return preprocess(_strips(split).draw(members, random), random)
+
+    def read(self, split: str, start: int, stop: int) -> Block:
+        """Vectors, float32 with shape (n, 63), and the number of the photograph of each."""
+        strips = np.arange(start, stop) % (len(PHOTOGRAPHS) * len(STRIPS[split]))
+        vectors = read_in_groups(lambda g: self._draw(split, g), start, stop)
+        return Block(examples=vectors, labels=strips // len(STRIPS[split]))
+
+
+def open_source(settings: Settings, root: Path) -> PhotoPatches:
+    """The source of a row; `root` isn't read, since the package holds the photographs."""
+    return PhotoPatches(settings)

@@ -1,0 +1,169 @@
+"""What every data source gives: examples by split, read by range.
+
+A source is cheap to make and to pickle, so that each process of a pool reads ranges of its own; whatever it keeps in memory
+stays in that process. The examples of a split have fixed numbers 0, 1, .., and `read` gives the same bytes however the ranges
+are cut: what is random is derived from the split seed and the example's number, never from the order of calls.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+__all__ = ["SPLITS", "Block", "BlockwiseSplit", "Source", "generator", "packaged_file", "read_in_groups"]
+
+SPLITS = ("train", "valid", "test")
+GROUP = 256  # consecutive drawn examples that share a generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Consecutive examples of a split.
+
+    Attributes:
+        examples: Raw pixels 0..255, uint8 with shape (n, C, H, W), or vectors, float32 with shape (n, D).
+        labels: Labels, int64 with shape (n,); None where there are none.
+        unreadable: A line for each file of the range that can't be read and was left out: its name and why.
+    """
+
+    examples: np.ndarray
+    labels: np.ndarray | None = None
+    unreadable: tuple[str, ...] = ()
+
+
+class Source(ABC):
+    """Examples by split, read by range.
+
+    Attributes:
+        counts: Number of examples of each split `train`, `valid`, `test`; an upper bound where files may prove unreadable.
+        kind: `images` or `vectors`.
+        value_range: What the pixels 0..255 stand for, (0, 1) or (-1, 1); None for vectors.
+        label_names: Names of the labels 0, 1, ..; None where there are no labels, or no names for them.
+    """
+
+    counts: dict[str, int]
+    kind: Literal["images", "vectors"]
+    value_range: tuple[float, float] | None = None
+    label_names: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def read(self, split: str, start: int, stop: int) -> Block:
+        """The examples number start, .., stop - 1 of a split, with 0 <= start <= stop <= counts[split].
+
+        Raises:
+            DataError: When a file is missing, corrupt or of the wrong shape; the message names it.
+        """
+
+
+def generator(seed: int, *key: int | str) -> np.random.Generator:
+    """A random generator of its own for each seed and key, for example `generator(seed, "grid", "train", 7)`.
+
+    Example:
+        >>> generator(0, "digits").integers(1000, size=3).tolist() == generator(0, "digits").integers(1000, size=3).tolist()
+        True
+        >>> generator(0, "digits").integers(1000, size=3).tolist() == generator(1, "digits").integers(1000, size=3).tolist()
+        False
+    """
+    return np.random.default_rng([seed, *(zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key)])
+
+
+def read_in_groups(draw: Callable[[int], np.ndarray], start: int, stop: int, group: int = GROUP) -> np.ndarray:
+    """Rows start, .., stop - 1 of an endless table whose groups of rows are drawn one by one.
+
+    Arguments:
+        draw: Gives group g, rows g * group, .., (g + 1) * group - 1, with shape (group, ...); the same for each call.
+        start: First row.
+        stop: Row after the last.
+        group: Rows in a group.
+
+    Example:
+        >>> read_in_groups(lambda g: 10 * g + np.arange(4), 2, 6, group=4)
+        array([ 2,  3, 10, 11])
+    """
+    first, last = start // group, max(-(-stop // group), start // group + 1)
+    rows = np.concatenate([draw(g) for g in range(first, last)])
+    return rows[start - first * group : stop - first * group]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockwiseSplit:
+    """A seeded split of the rows of a long file that needs no memory and reads the file nearly in order.
+
+    Out of every 1,000 consecutive rows the same share, chosen at random, goes to validation and test, so the split is
+    stratified over the file, and any range of a split lies in a short stretch of it.
+
+    Arguments:
+        rows: Number of rows of the file.
+        valid_share: Share of the rows for validation.
+        test_share: Share of the rows for the test.
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: When there are too few rows for an example in each split.
+
+    Example:
+        >>> split = BlockwiseSplit(rows=2500, valid_share=0.1, test_share=0.2, seed=0)
+        >>> split.counts
+        {'train': 1750, 'valid': 250, 'test': 500}
+        >>> split.locate("valid", 98, 102).tolist()
+        [969, 991, 1001, 1013]
+    """
+
+    rows: int
+    valid_share: float
+    test_share: float
+    seed: int
+    counts: dict[str, int] = field(init=False)
+
+    BLOCK = 1000
+
+    def __post_init__(self) -> None:
+        whole, rest = divmod(self.rows, self.BLOCK)
+        counts = {s: whole * self._bounds(self.BLOCK)[s][1] + self._bounds(rest)[s][1] for s in SPLITS}
+        if min(counts.values()) < 1:
+            raise DataError(f"{self.rows} rows are too few for a split with an example in each part: {counts}")
+        object.__setattr__(self, "counts", counts)
+
+    def _bounds(self, rows: int) -> dict[str, tuple[int, int]]:
+        """First place and count of each split in the shuffled order of a block of `rows` rows."""
+        valid, test = round(rows * self.valid_share), round(rows * self.test_share)
+        return {"valid": (0, valid), "test": (valid, test), "train": (valid + test, rows - valid - test)}
+
+    def locate(self, split: str, start: int, stop: int) -> np.ndarray:
+        """Row numbers in the file, ascending, of the examples start, .., stop - 1 of a split, with shape (stop - start,)."""
+        each = self._bounds(self.BLOCK)[split][1]
+        whole = self.rows // self.BLOCK
+        # A split of an incomplete last block only has each == 0 elsewhere.
+        first = min(start // each, whole) if each else whole
+        last = min(max(stop - 1, start) // each, whole) if each else whole
+        parts = []
+        for block in range(first, last + 1):
+            rows = min(self.BLOCK, self.rows - block * self.BLOCK)
+            place, count = self._bounds(rows)[split]
+            order = generator(self.seed, "blockwise split", block).permutation(rows)
+            parts.append(block * self.BLOCK + np.sort(order[place : place + count]))
+        return np.concatenate(parts)[start - first * each : stop - first * each]
+
+
+def packaged_file(package: str, *parts: str) -> Path:
+    """Path of a data file inside an installed package, without importing the package.
+
+    Raises:
+        DataError: When the package or the file is missing.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise DataError(f"package {package} is missing; install it: pip install {package}")
+    path = Path(spec.origin).parent.joinpath(*parts)
+    if not path.is_file():
+        raise DataError(f"{path} is missing from package {package}; install another version of it")
+    return path
