@@ -273,7 +273,7 @@ def train(
             lr=settings.learning_rate,
             betas=(settings.betas[0], settings.betas[1]),
             weight_decay=settings.weight_decay,
-            foreach=True,
+            fused=True,
         )
         for phase in model.phases
     }

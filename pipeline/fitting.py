@@ -1,0 +1,148 @@
+"""Codes -> density: standardise, train or estimate, score."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.batches import Batches
+from pipeline.codes import CodeReader
+from pipeline.densities import Density
+from pipeline.evaluation.moments import Mean, Moments
+from pipeline.progress import Progress
+from pipeline.ranks import Ranks
+from pipeline.settings import DensitySettings, implementation
+from pipeline.training import Checkpoint, Step, Trainable, Training, train
+
+__all__ = ["fit_density", "log_likelihood", "score_codes"]
+
+VALID_CODES = 100_000  # codes that steer the choice of the epoch, at most
+ESTIMATE_CODES = 100_000  # validation codes that a family without gradient may choose on, at most
+
+
+class _Fit(Trainable):
+    """A density and its loss, as the training loop wants them."""
+
+    def __init__(self, density: Density) -> None:
+        super().__init__()
+        self.density = density
+
+    def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
+        """The loss (4) in nats a dimension, of standardised codes."""
+        return {"loss": self.density.loss(batch["codes"], step.generator)}
+
+
+@torch.no_grad()
+def score_codes(density: Density, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Log-likelihoods (n,) in nats, float64, of blocks of codes (n, D)."""
+    device = density.shift.device
+    for block in blocks:
+        yield density.log_prob(torch.from_numpy(block).to(device)).double().cpu().numpy()
+
+
+def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks | None = None) -> Mean:
+    """Mean log-likelihood of codes in nats, with its standard error; a rank scores its share of the blocks."""
+    moments = Moments()
+    mine = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)
+    for values in score_codes(density, mine):
+        moments.update(values)
+    if ranks is not None and ranks.world > 1:
+        merged = Moments()
+        for count, mean, squares in ranks.gather((moments.count, moments.mean, moments.squares)):  # type: ignore[misc]
+            merged.merge(Moments(count, mean, squares))  # type: ignore[has-type]
+        moments = merged
+    return moments.result()
+
+
+def fit_density(
+    settings: DensitySettings,
+    codes: CodeReader,
+    ranks: Ranks,
+    label: str = "fitting",
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Density, Training]:
+    """Fits a density on cached codes, and keeps the weights of the epoch with the best validation likelihood.
+
+    Arguments:
+        settings: A row of `densities`.
+        codes: The codes.
+        ranks: This process among its peers.
+        label: What stands before the progress.
+        checkpoint: Where to save and look for the resume state.
+
+    Raises:
+        DataError: When the codes are damaged or a dimension doesn't vary.
+        TrainingError: When the loss isn't finite.
+    """
+    module = implementation("pipeline.densities", settings.family, "family")
+    torch.manual_seed(settings.seed)
+    density: Density = module.build(settings, codes.index.dim)
+    mean, std = torch.tensor(codes.index.mean, dtype=torch.float64), torch.tensor(codes.index.std, dtype=torch.float64)
+    if settings.standardise == "dimension":
+        density.standardise(mean, std)
+    elif settings.standardise == "scalar":
+        # One scale for all dimensions: the root of the mean variance around the one mean.
+        density.standardise(mean.mean(), (std.square() + (mean - mean.mean()).square()).mean().sqrt())
+    density.to(ranks.device)
+    if not density.trained_by_gradient:
+        return density, _estimate(density, codes, settings)
+
+    batches = Batches(
+        lambda number: codes.load("train", number),
+        codes.counts("train"),
+        settings.batch_size,
+        settings.seed,
+        window=settings.shuffle_examples,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+    def prepare(arrays: dict[str, Any]) -> dict[str, Tensor]:
+        return {"codes": torch.from_numpy(arrays["codes"]).to(ranks.device)}
+
+    def validate() -> dict[str, float]:
+        mean = log_likelihood(density, _first(codes, "valid", VALID_CODES), ranks).mean
+        return {"valid_log_likelihood": mean}
+
+    training = train(
+        _Fit(density),
+        batches,
+        settings,
+        ranks,
+        prepare=prepare,
+        label=label,
+        checkpoint=checkpoint,
+        validate=validate if density.has_log_prob else None,
+        best="valid_log_likelihood" if density.has_log_prob else None,
+        max_minutes=settings.max_minutes,
+    )
+    return density, training
+
+
+def _first(codes: CodeReader, split: str, limit: int) -> Iterator[np.ndarray]:
+    return (block["codes"] for block in codes.blocks(split, limit))
+
+
+def _estimate(density: Density, codes: CodeReader, settings: DensitySettings) -> Training:
+    started = time.monotonic()
+    device = density.shift.device
+    with Progress(1, f"estimating {settings.family}", unit="fit") as progress:
+        blocks: Callable[[], Iterable[Tensor]] = lambda: (  # noqa: E731
+            torch.from_numpy(b).to(device) for b in codes.stream("train")()
+        )
+        valid = torch.from_numpy(np.concatenate(list(_first(codes, "valid", ESTIMATE_CODES)))).to(device)
+        density.estimate(blocks, valid, settings.seed)
+        progress.advance()
+    density.eval()
+    training = Training(steps=1, examples=codes.index.count("train"), seconds=time.monotonic() - started)
+    if density.has_log_prob:
+        value = log_likelihood(density, _first(codes, "valid", VALID_CODES)).mean
+        training.validations = [{"step": 1, "epoch": 1.0, "valid_log_likelihood": value}]
+        training.best = training.validations[0] if math.isfinite(value) else {}
+    return training

@@ -1,0 +1,106 @@
+"""Density -> samples: codes and, where there is a decoder, images, as shards; the same however many ranks draw them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.autoencoders.network import Decoder
+from pipeline.densities import Density
+from pipeline.errors import DataError
+from pipeline.progress import Progress
+from pipeline.ranks import Ranks
+from pipeline.settings import SamplingSettings
+from pipeline.shards import Shard, ShardIndex, ShardWriter, write_index
+
+__all__ = ["draw", "write_samples"]
+
+DECODED = 250  # codes decoded at a time
+
+
+@torch.no_grad()
+def draw(density: Density, decoder: Decoder | None, count: int, seed: int, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one shard of samples.
+
+    Arguments:
+        density: The density of the codes.
+        decoder: What turns codes into images; none where codes are the data.
+        count: Number of samples n.
+        seed: Seed of all draws.
+        number: Number of the shard; each has a generator of its own, seeded by (seed, number).
+
+    Returns:
+        Samples, images (n, C, H, W) in 0..1 or the codes themselves, and the codes (n, D), both float32.
+    """
+    device = density.shift.device
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+    codes = density.sample(count, torch.Generator().manual_seed(state)).float()
+    if decoder is None:
+        return codes.cpu().numpy(), codes.cpu().numpy()
+    low, high = decoder.value_range
+    images = [((decoder(part.to(device)) - low) / (high - low)).clamp(0, 1).cpu().numpy() for part in codes.split(DECODED)]
+    return np.concatenate(images), codes.cpu().numpy()
+
+
+def write_samples(
+    density: Density, decoder: Decoder | None, settings: SamplingSettings, folder: str | Path, ranks: Ranks
+) -> ShardIndex:
+    """Writes shards of samples; each rank draws its share of them.
+
+    Raises:
+        DataError: When a sample isn't finite.
+    """
+    folder = Path(folder)
+    sizes = list(_sizes(settings.count, settings.shard_examples))
+    owner = ranks.gather(os.getpid())[0]
+    temporary = folder.with_name(f".{folder.name}.{owner}.partial")
+    if ranks.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.barrier()
+    try:
+        mine: dict[int, dict[str, object]] = {}
+        with Progress(settings.count, f"sampling {folder.name}", unit="samples", quiet=not ranks.first) as progress:
+            for number in ranks.share(len(sizes)):
+                examples, codes = draw(density, decoder, sizes[number], settings.seed, number)
+                if not np.isfinite(examples).all():
+                    raise DataError(f"samples of {folder.name} aren't finite: the density has diverged; fit it again with a lower learning_rate")
+                if settings.rounding == "8-bit" and decoder is not None:
+                    examples = np.rint(examples * np.float32(255)) / np.float32(255)
+                with ShardWriter(temporary, "samples", settings.shard_examples, first=number) as writer:
+                    writer.write(examples=examples.astype(np.float32), codes=codes)
+                mine[number] = vars(writer.shards[0])
+                progress.advance(sizes[number] * ranks.world)
+        shards: dict[int, dict[str, object]] = {}
+        for some in ranks.gather(mine):
+            shards |= some  # type: ignore[operator]
+        kind, shape, value_range = "vectors", (density.dim,), None
+        if decoder is not None:
+            kind, shape, value_range = "images", decoder.image_shape, (0.0, 1.0)  # type: ignore[assignment]
+        index = ShardIndex(
+            kind=kind,  # type: ignore[arg-type]
+            shape=shape,
+            dtype="float32",
+            value_range=value_range,
+            samples=tuple(Shard(**shards[i]) for i in range(len(sizes))),  # type: ignore[arg-type]
+        )
+        if ranks.first:
+            write_index(temporary, index)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        ranks.barrier()
+    finally:
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return index
+
+
+def _sizes(count: int, most: int) -> Iterator[int]:
+    while count > 0:
+        yield min(count, most)
+        count -= most

@@ -1,0 +1,66 @@
+"""codes -> density."""
+
+from __future__ import annotations
+
+from pipeline.settings import DensitySettings, Params
+from stages import workspace
+from stages.run import Run, stage
+
+TRAIN_SCORED = 100_000  # training codes that are scored, at most
+
+
+@stage(
+    settings=Params.density,
+    reads=lambda settings, row: [workspace.codes_folder(settings.codes)],
+    writes=lambda settings, row: [workspace.density_file(row).parent, workspace.curve_file("fit", row)],
+    ranks=True,
+)
+def fit(run: Run, settings: DensitySettings) -> None:
+    """Fit a density on cached codes: the latent density estimator (LDE) or one of its rivals.
+
+    NAME is a row of `densities`. The epoch with the best validation likelihood is kept. A killed run goes on from its last checkpoint.
+    """
+    from pipeline.codes import CodeReader
+    from pipeline.files import atomic_folder
+    from pipeline.fitting import fit_density, log_likelihood
+    from pipeline.ranks import join
+    from pipeline.training import Checkpoint, code_digest
+
+    ranks = join()
+    codes = CodeReader(workspace.codes_folder(settings.codes))
+    run.read(settings.codes, codes.index.digest, codes.folder, "training")
+    identity = {"settings": repr(settings), "data": codes.index.digest, "code": code_digest(), "world": ranks.world}
+    checkpoint = Checkpoint(workspace.checkpoint_folder("fit", run.row), identity)
+    density, training = fit_density(settings, codes, ranks, f"fitting {run.row}", checkpoint)
+    if ranks.first:
+        with atomic_folder(workspace.density_file(run.row).parent) as temporary:
+            density.save(temporary / "density.safetensors")
+    if density.has_log_prob:
+        for split, limit in (("train", TRAIN_SCORED), ("valid", None), ("test", None)):
+            blocks = (block["codes"] for block in codes.blocks(split, limit))
+            mean, error, count = log_likelihood(density, blocks, ranks)
+            run.metrics({f"{split}_log_likelihood": mean, f"{split}_log_likelihood_se": error})
+            run.metrics({f"{split}_log_likelihood_per_dimension": mean / codes.index.dim})
+            run.metrics({f"{split}_log_likelihood_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
+    run.metrics({"parameters": density.parameter_count})
+    if training.best:
+        run.metrics({"best_epoch": training.best["epoch"]})
+    validations = {int(row["step"]): row for row in training.validations}
+    rows = {int(row["step"]): row for row in training.curve}
+    # One table by step: losses and validations that fall on the same step share a row.
+    merged = [rows.get(step, {"step": step}) | validations.get(step, {}) for step in sorted({*rows, *validations})]
+    run.curve(merged or [{"step": 0}])
+    run.details(
+        steps=training.steps,
+        examples_seen=training.examples,
+        training_seconds=training.seconds,
+        examples_per_second=training.examples / max(training.seconds, 1e-9),
+        parameters=density.parameter_count,
+        ended_by=training.ended_by,
+        device=str(ranks.device),
+        processes=ranks.world,
+        resumed_at=training.resumed_at,
+    )
+    if ranks.first:
+        checkpoint.remove()
+    ranks.barrier()

@@ -1,0 +1,156 @@
+"""shards -> autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.settings import AutoencoderSettings, Params
+from stages import workspace
+from stages.run import Run, stage
+
+if TYPE_CHECKING:
+    from pipeline.autoencoders.base import Objective
+    from pipeline.ranks import Ranks
+    from pipeline.shards import ShardReader
+
+SHOWN = 10  # test images in the figure of reconstructions
+
+
+@stage(
+    settings=Params.autoencoder,
+    reads=lambda settings, row: [workspace.shards_folder(settings.dataset)],
+    writes=lambda settings, row: [
+        workspace.autoencoder_folder(row),
+        workspace.curve_file("train", row),
+        workspace.figure_folder("train", row),
+    ],
+    ranks=True,
+)
+def train(run: Run, settings: AutoencoderSettings) -> None:
+    """Train an autoencoder, with or without incremental learning of its latent vector.
+
+    NAME is a row of `autoencoders`. A killed run goes on from its last checkpoint. Vectors (objective `identity`) need no training.
+    """
+    import torch
+
+    from pipeline.batches import Batches
+    from pipeline.files import atomic_folder
+    from pipeline.ranks import join
+    from pipeline.settings import TrainingSettings, implementation
+    from pipeline.shards import ShardReader, scale_pixels
+    from pipeline.training import Checkpoint, code_digest
+    from pipeline.training import train as train_model
+
+    ranks = join()
+    reader = ShardReader(workspace.shards_folder(settings.dataset))
+    run.read(settings.dataset, reader.index.digest, reader.folder, "training")
+    module = implementation("pipeline.autoencoders", settings.objective, "objective")
+    objective: Objective = module.build(settings, reader.index.shape, reader.index.value_range)
+    folder = workspace.autoencoder_folder(run.row)
+    if not objective.trained or not isinstance(settings, TrainingSettings):
+        with atomic_folder(folder) as temporary:
+            (temporary / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
+        run.curve([{"step": 0, "loss": 0.0}])
+        _show_vectors(run, reader)
+        return
+
+    objective.to(ranks.device)
+    batches = Batches(
+        lambda number: reader.load("train", number),
+        reader.counts("train"),
+        settings.batch_size,
+        settings.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+    def prepare(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+        images = torch.from_numpy(scale_pixels(arrays["examples"], reader.index.value_range))
+        if getattr(settings, "channels_last", False):
+            images = images.contiguous(memory_format=torch.channels_last)
+        return {"images": images.to(ranks.device)}
+
+    identity = {"settings": repr(settings), "data": reader.index.digest, "code": code_digest(), "world": ranks.world}
+    checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity)
+    training = train_model(
+        objective,
+        batches,
+        settings,
+        ranks,
+        prepare=prepare,
+        label=f"training {run.row}",
+        checkpoint=checkpoint,
+        extra=lambda step: {"open_dimensions": objective.open_dimensions(step)},
+    )
+    if ranks.first:
+        assert objective.decoder is not None
+        with atomic_folder(folder) as temporary:
+            objective.encoder.save(temporary / "encoder.safetensors")  # type: ignore[operator, union-attr]
+            objective.decoder.save(temporary / "decoder.safetensors")
+        run.curve(training.curve)
+        _score(run, objective, reader, ranks)
+        checkpoint.remove()
+    run.details(
+        steps=training.steps,
+        examples_seen=training.examples,
+        training_seconds=training.seconds,
+        examples_per_second=training.examples / max(training.seconds, 1e-9),
+        parameters=sum(p.numel() for p in objective.parameters()),
+        device=str(ranks.device),
+        processes=ranks.world,
+        resumed_at=training.resumed_at,
+    )
+    ranks.barrier()
+
+
+def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
+    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, and the figures of both."""
+    import torch
+
+    from pipeline import figures
+    from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors
+    from pipeline.shards import scale_pixels
+
+    value_range = reader.index.value_range or (0.0, 1.0)
+    low, high = value_range
+
+    @torch.no_grad()
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return objective.encode((low + (high - low) * images).to(ranks.device))
+
+    @torch.no_grad()
+    def decode(codes: torch.Tensor) -> torch.Tensor:
+        return ((objective.decode(codes) - low) / (high - low)).cpu()
+
+    shown: tuple[Any, Any] | None = None
+    for split in ("train", "valid", "test"):
+        score = ReconstructionScore()
+        for block in reader.blocks(split):
+            images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))
+            reconstructions = decode(encode(images))
+            score.update(images.numpy(), reconstructions.numpy())
+            if split == "test" and shown is None:
+                shown = images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy()
+        run.metrics(score.metrics(split))
+    ks = range(1, (objective.latent_dim or 0) + 1)
+    unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in reader.blocks("test"))
+    opened = open_dimension_errors(unit_blocks, encode, decode, ks)
+    run.metrics({f"test_mse_first_{k}": float(mse) for k, mse in zip(ks, opened.mse, strict=True)})
+    if shown is not None:
+        run.figure(figures.reconstructions(shown[0], {"reconstruction": shown[1]}), "reconstructions")
+    run.figure(figures.open_dimensions({run.row: (list(ks), opened.mse.tolist())}), "open-dimensions")
+
+
+def _show_vectors(run: Run, reader: ShardReader) -> None:
+    """A figure of the data: points in the plane as they lie, vectors of 63 numbers as image patches."""
+    from pipeline import figures
+    from pipeline.patches import restore
+
+    vectors = next(reader.blocks("train"))["examples"]
+    if vectors.shape[1] == 2:
+        run.figure(figures.density_panels(vectors, {}), "training-points")
+    elif vectors.shape[1] == 63:
+        run.figure(figures.image_grid(figures.contrast(restore(vectors[:100])), columns=10), "training-patches")
+    else:
+        Path(workspace.figure_folder("train", run.row)).mkdir(parents=True, exist_ok=True)
