@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pipeline.autoencoders.incremental import IncrementalSettings, mask
 from pipeline.autoencoders.network import Autoencoder, Decoder, Encoder, OutputRange, filter_side, image_side
+from pipeline.autoencoders.perceptual import PerceptualLoss, vgg19_weights
+from pipeline.autoencoders.priors import PriorName
 from pipeline.errors import SettingsError
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that
 from pipeline.training import Step, Trainable
@@ -100,9 +102,11 @@ class Objective(Trainable):
         trained: Whether there is anything to train.
         latent_dim: Length D of the code; None where only the data can tell.
         decoder: The network that turns codes into images; None where codes are the data themselves.
+        prior: The prior that codes are held to, and can be sampled from; None without one.
     """
 
     trained: bool = True
+    prior: PriorName | None = None
     latent_dim: int | None
     decoder: Decoder | None
 
@@ -169,6 +173,11 @@ class ImageObjective(Objective):
             generator=self.initial,
         )
         self.encoder, self.decoder = network.encoder, network.decoder
+        # In a tuple PyTorch doesn't see it: VGG19 is no part of the weights that are trained, averaged or saved.
+        self._perceptual: tuple[PerceptualLoss, ...] = ()
+        if settings.perceptual_weight > 0:
+            weights = vgg19_weights(settings.perceptual_weights or "")
+            self._perceptual = (PerceptualLoss(weights, (low, high), channels_last=settings.channels_last),)
 
     def encode(self, examples: Tensor) -> Tensor:
         """The whole codes, with shape (B, D) and float32, of images with shape (B, C, H, W)."""
@@ -199,7 +208,11 @@ class ImageObjective(Objective):
             reconstructions: Their reconstructions, with the same shape.
 
         Returns:
-            `reconstruction`, and `mse`, the squared error per pixel and channel.
+            `reconstruction`; `mse`, the squared error per pixel and channel; and `perceptual`, where it has a weight.
         """
         mse = nn.functional.mse_loss(reconstructions.float(), images.float())
-        return {"reconstruction": mse, "mse": mse}
+        losses = {"reconstruction": mse, "mse": mse}
+        for loss in self._perceptual:
+            losses["perceptual"] = loss(images, reconstructions)
+            losses["reconstruction"] = mse + self.settings.perceptual_weight * losses["perceptual"]
+        return losses
