@@ -1,0 +1,251 @@
+"""What all densities have in common: standardisation, chunks, files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from pipeline.densities import ALIASES
+from pipeline.errors import DataError, PipelineError
+from pipeline.files import atomic_file
+from pipeline.settings import DensitySettings
+
+__all__ = ["Density", "load_density", "own_settings", "standard_normal", "uniform"]
+
+METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed order, and equal models have to be equal files
+
+
+class Density(nn.Module):
+    r"""Base of all densities p(z) over codes z with D dimensions.
+
+    Codes are shifted and scaled before a family sees them, and the log-determinant is added back:
+
+    .. math:: \log p(z) = \log q\left(\frac{z - \text{shift}}{\text{scale}}\right) - \sum_i \log \text{scale}_i
+
+    so that every public method speaks in the units of the data. A family implements `_log_prob` and `_sample`, on
+    standardised codes; one that isn't trained by gradient implements `_estimate`.
+
+    Arguments:
+        dim: The number of dimensions :math:`D`.
+        arguments: The other arguments of the family's constructor; they are saved beside the weights.
+
+    Attributes:
+        family: Name of the family, as in params.yaml.
+        has_log_prob: Whether the family has a likelihood.
+        trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
+        chunk_examples: Codes scored or drawn at once, which bounds memory.
+    """
+
+    family: str
+    has_log_prob: ClassVar[bool] = True
+    trained_by_gradient: ClassVar[bool] = True
+    chunk_examples: int = 4096
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, **arguments: Any) -> None:
+        super().__init__()
+        if dim < 1:
+            raise PipelineError(f"a density needs at least 1 dimension, not {dim}")
+        self.dim = dim
+        self.arguments: dict[str, Any] = {"dim": dim, **arguments}
+        self.register_buffer("shift", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    # What a family implements
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        """Log-density (B,) in nats of standardised codes (B, D)."""
+        raise PipelineError(
+            f"'{self.family}' has no likelihood, it can only be sampled from; ask for a Parzen score of its samples"
+        )
+
+    def _sample(self, n: int, generator: Generator | None) -> Tensor:
+        """Standardised samples (n, D), for n up to `chunk_examples`."""
+        raise NotImplementedError
+
+    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
+        """`estimate` on standardised codes."""
+        raise PipelineError(f"'{self.family}' is trained by gradient steps on its loss, not in one go")
+
+    # What a user calls
+
+    def standardise(self, mean: Tensor, std: Tensor) -> None:
+        """Sets shift and scale.
+
+        Arguments:
+            mean: The mean of the training codes, with shape (D,), or () for all dimensions alike.
+            std: Their standard deviation, with the same shape.
+
+        Raises:
+            DataError: When some dimension doesn't vary or isn't finite.
+        """
+        mean, std = (torch.as_tensor(value).to(self.shift).expand(self.dim) for value in (mean, std))
+        good = torch.isfinite(mean) & torch.isfinite(std) & (std > 0)
+        if not good.all():
+            bad = ", ".join(str(i) for i in torch.nonzero(~good).flatten().tolist())
+            raise DataError(
+                f"the codes don't vary or aren't finite in dimension {bad} (counted from 0), so there is no density to fit"
+            )
+        self.shift.copy_(mean)
+        self.scale.copy_(std)
+
+    def _standardised(self, z: Tensor) -> Tensor:
+        if z.ndim != 2 or z.shape[1] != self.dim:
+            raise DataError(f"expected codes with shape (B, {self.dim}), got {tuple(z.shape)}")
+        return (z - self.shift) / self.scale
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-likelihood of codes, in nats a code, in the units of the data.
+
+        In evaluation mode and without gradients it is computed in chunks, so that memory doesn't grow with B.
+
+        Arguments:
+            z: The codes, with shape (B, D).
+
+        Returns:
+            The log-density, with shape (B,).
+
+        Raises:
+            PipelineError: When the family has no likelihood.
+        """
+        log_det = self.scale.log().sum()
+        if torch.is_grad_enabled() or self.training or len(z) <= self.chunk_examples:
+            return self._log_prob(self._standardised(z)) - log_det
+        return torch.cat([self._log_prob(self._standardised(chunk)) for chunk in z.split(self.chunk_examples)]) - log_det
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The same as `log_prob`."""
+        return self.log_prob(z)
+
+    def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+        r"""Training loss :math:`-\frac{1}{D} \log q`, mean over the batch, in nats a dimension of standardised codes (eq. 4).
+
+        Arguments:
+            z: The codes in the units of the data, with shape (B, D).
+            generator: Source of all randomness, such as dropout.
+        """
+        return -self._log_prob(self._standardised(z)).mean() / self.dim
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+        """Samples in the units of the data, drawn in evaluation mode whatever the mode of the module.
+
+        They are drawn in chunks of `chunk_examples`, so that memory doesn't grow with n beyond the output.
+
+        Arguments:
+            n: The number of samples.
+            generator: Source of randomness. One on the CPU gives the same noise whatever the device of the module.
+
+        Returns:
+            The samples, with shape (n, D).
+        """
+        samples = self.shift.new_empty(n, self.dim)
+        training = self.training
+        self.eval()
+        try:
+            for start in range(0, n, self.chunk_examples):
+                stop = min(start + self.chunk_examples, n)
+                torch.addcmul(self.shift, self._sample(stop - start, generator), self.scale, out=samples[start:stop])
+        finally:
+            self.train(training)
+        return samples
+
+    def estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int = 0) -> None:
+        """Fits a family that isn't trained by gradient.
+
+        Arguments:
+            blocks: Gives a new pass over the training codes, in blocks with shape (B, D) in the units of the data.
+            valid: Codes that choices are made on, with shape (N, D), in the units of the data.
+            seed: Seed of initial values.
+
+        Raises:
+            PipelineError: When the family is trained by gradient.
+        """
+        with torch.no_grad():
+            self._estimate(lambda: (self._standardised(block) for block in blocks()), self._standardised(valid), seed)
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of free parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file: the weights, and in its metadata the family and the constructor's arguments."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        metadata = json.dumps({"family": self.family, "arguments": self.arguments}, sort_keys=True)
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={METADATA_KEY: metadata})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads what `save` wrote, in evaluation mode, on the CPU.
+
+        Raises:
+            DataError: When the file is missing, damaged or of another family.
+        """
+        density = load_density(path)
+        if not isinstance(density, cls):
+            raise DataError(f"{path} holds a density of the family '{density.family}', which isn't a {cls.__name__}")
+        return density
+
+
+def load_density(path: str | os.PathLike[str]) -> Density:
+    """Reads a density of any family, in evaluation mode, on the CPU.
+
+    Raises:
+        DataError: When the file is missing, damaged, or no density.
+    """
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file isn't a mapping)
+        family, arguments = metadata["family"], metadata["arguments"]
+        module = importlib.import_module(f"pipeline.densities.{ALIASES.get(family, family.replace('-', '_'))}")
+        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the global generator alone
+            density: Density = module.Model(**arguments)
+        density.to(tensors["scale"].dtype)
+        density.load_state_dict(tensors)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; run the stage that fits it") from None
+    except (OSError, SafetensorError, ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{path} isn't a saved density ({' '.join(str(error).split())}); run the stage that fits it again"
+        ) from None
+    return density.eval()
+
+
+def own_settings(settings: DensitySettings) -> dict[str, Any]:
+    """The keys that a family's `Settings` add to the common ones: its constructor's arguments."""
+    common = {field.name for field in dataclasses.fields(DensitySettings)}
+    return {
+        field.name: copy.deepcopy(getattr(settings, field.name))
+        for field in dataclasses.fields(settings)
+        if field.name not in common
+    }
+
+
+def uniform(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
+    """Numbers from U[0, 1) in the dtype and on the device of `like`, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def standard_normal(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
+    """Numbers from N(0, 1) in the dtype and on the device of `like`, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)

@@ -1,0 +1,109 @@
+"""One Gaussian with full covariance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from pipeline.densities.density import Density, own_settings, standard_normal
+from pipeline.errors import DataError
+from pipeline.settings import DensitySettings, check_that
+
+__all__ = ["Gaussian", "Settings", "build"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings):
+    """One Gaussian with full covariance.
+
+    Attributes:
+        ridge: Added to the variance of each standardised dimension; 0 is maximum likelihood.
+    """
+
+    ridge: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.ridge >= 0, "ridge", "has to be 0 or more")
+
+
+class Gaussian(Density):
+    r"""A Gaussian, :math:`p(z) = \mathcal{N}(z; \mu, \Sigma)`, by maximum likelihood in one pass over the data.
+
+    Arguments:
+        dim: The number of dimensions :math:`D`.
+        ridge: Added to each variance, in standardised units.
+
+    Example:
+        >>> density = Gaussian(2)
+        >>> codes = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+        >>> density.estimate(lambda: [codes], codes)
+        >>> density.covariance
+        tensor([[0.5000, 0.0000],
+                [0.0000, 2.0000]])
+        >>> density.log_prob(torch.zeros(1, 2))
+        tensor([-1.8379])
+    """
+
+    family = "gaussian"
+    trained_by_gradient = False
+
+    mean: Tensor
+    cholesky: Tensor
+
+    def __init__(self, dim: int, ridge: float = 0.0) -> None:
+        super().__init__(dim, ridge=ridge)
+        self.ridge = ridge
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("cholesky", torch.eye(dim))
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance matrix of standardised codes, with shape (D, D)."""
+        return self.cholesky @ self.cholesky.T
+
+    @property
+    def parameter_count(self) -> int:
+        """Mean and half of the covariance, with its diagonal."""
+        return self.dim + self.dim * (self.dim + 1) // 2
+
+    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
+        # Moments about the origin in float64 lose nothing: codes are standardised.
+        count, first, second = 0, torch.zeros(self.dim).double(), torch.zeros(self.dim, self.dim).double()
+        for block in blocks():
+            block = block.double().cpu()
+            count, first, second = count + len(block), first + block.sum(dim=0), second + block.T @ block
+        if count == 0:
+            raise DataError("there are no training codes")
+        mean = first / count
+        covariance = second / count - torch.outer(mean, mean) + self.ridge * torch.eye(self.dim)
+        cholesky, failed = torch.linalg.cholesky_ex(covariance)
+        if failed or not torch.isfinite(cholesky).all():
+            raise DataError(
+                f"{count} training codes of {self.dim} dimensions have a singular covariance; "
+                "set `ridge` (1e-6, say) or take more codes"
+            )
+        self.mean.copy_(mean)
+        self.cholesky.copy_(cholesky)
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        # Cholesky factor L of the covariance: (z - mean)^T Sigma^-1 (z - mean) = ||L^-1 (z - mean)||^2.
+        white: Tensor = torch.linalg.solve_triangular(self.cholesky, (z - self.mean).T, upper=False)  # (D, B)
+        log_det = self.cholesky.diagonal().log().sum()
+        return -0.5 * white.square().sum(dim=0) - log_det - 0.5 * self.dim * math.log(2 * math.pi)
+
+    def _sample(self, n: int, generator: Generator | None) -> Tensor:
+        samples: Tensor = self.mean + standard_normal((n, self.dim), self.mean, generator) @ self.cholesky.T
+        return samples
+
+
+Model = Gaussian
+
+
+def build(settings: Settings, dim: int) -> Gaussian:
+    """The density that a row of `densities` describes."""
+    return Gaussian(dim, **own_settings(settings))

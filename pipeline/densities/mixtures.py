@@ -1,0 +1,105 @@
+"""Mixtures of univariate Gaussians, the heads of autoregressive densities: log-likelihood with its gradient, and draws."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["draw", "log_likelihood", "unpack"]
+
+BLOCK_NUMBERS = 2**16  # of outputs worked on at once: they stay in a core's cache
+
+
+def unpack(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, means and log standard deviations, each with shape (*, K), of outputs with shape (*, 3K)."""
+    logits, means, log_scales = outputs.chunk(3, dim=-1)
+    return logits, means, log_scales
+
+
+class _LogLikelihood(torch.autograd.Function):
+    # The forward pass computes the gradient too, while the block is in the cache: with responsibilities
+    # r = softmax(log pi + log N) and u = (x - mu) / sigma it is r - pi for the logits, r u / sigma for the means and
+    # r (u^2 - 1) for log sigma.
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, x: Tensor) -> Tensor:
+        rows = max(1, BLOCK_NUMBERS // outputs.shape[1])
+        value = torch.empty_like(x)
+        wanted = any(ctx.needs_input_grad)
+        gradient = torch.empty_like(outputs) if wanted else None
+        x_gradient = torch.empty_like(x) if wanted else None
+        for start in range(0, len(x), rows):
+            block = slice(start, start + rows)
+            logits, means, log_scales = unpack(outputs[block])  # (R, K) each
+            inverse_scales = torch.exp(-log_scales)
+            u = torch.sub(x[block, None], means).mul_(inverse_scales)
+            square = u * u
+            joint = torch.add(logits, square, alpha=-0.5).sub_(log_scales)
+            log_joint, log_total = joint.logsumexp(dim=1), logits.logsumexp(dim=1)
+            torch.sub(log_joint, log_total, out=value[block])
+            if gradient is not None and x_gradient is not None:
+                to_logits, to_means, to_log_scales = unpack(gradient[block])
+                responsibilities = joint.sub_(log_joint[:, None]).exp_()
+                torch.sub(logits, log_total[:, None], out=to_logits).exp_()
+                torch.sub(responsibilities, to_logits, out=to_logits)
+                torch.mul(u.mul_(inverse_scales), responsibilities, out=to_means)
+                torch.mul(square.sub_(1), responsibilities, out=to_log_scales)
+                torch.sum(to_means, dim=1, out=x_gradient[block]).neg_()
+        if gradient is not None and x_gradient is not None:
+            ctx.save_for_backward(gradient, x_gradient)
+        return value.sub_(0.5 * math.log(2 * math.pi))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, x_gradient = ctx.saved_tensors
+        return gradient * grad[:, None], x_gradient * grad
+
+
+def log_likelihood(outputs: Tensor, x: Tensor) -> Tensor:
+    r"""Log-density of numbers under mixtures of Gaussians, in nats.
+
+    .. math:: \log \sum_k \pi_k \, \mathcal{N}(x; \mu_k, \sigma_k^2), \quad \pi = \operatorname{softmax}(\text{logits})
+
+    Exact: by logsumexp, without a floor inside the logarithm. The gradient is first-order only.
+
+    Arguments:
+        outputs: Logits, means and log standard deviations, with shape (*, 3K).
+        x: The numbers, with shape (*,).
+
+    Returns:
+        The log-densities, with shape (*,).
+
+    Example:
+        >>> log_likelihood(torch.zeros(1, 6), torch.tensor([1.0]))
+        tensor([-1.4189])
+    """
+    value: Tensor = _LogLikelihood.apply(outputs.reshape(-1, outputs.shape[-1]), x.reshape(-1))
+    return value.view(x.shape)
+
+
+def draw(outputs: Tensor, uniforms: Tensor, normals: Tensor) -> Tensor:
+    r"""A draw from mixtures of Gaussians: :math:`\mu_k + \sigma_k \epsilon`, with k from the inverse of the cumulative weights.
+
+    Arguments:
+        outputs: Logits, means and log standard deviations, with shape (B, 3K).
+        uniforms: Numbers in [0, 1) that choose the component, with shape (B,).
+        normals: Numbers :math:`\epsilon` from N(0, 1), with shape (B,).
+
+    Returns:
+        The draws, with shape (B,).
+
+    Example:
+        >>> outputs = torch.tensor([[0.0, 0.0, -5.0, 5.0, -9.0, -9.0]]).expand(2, 6)
+        >>> draw(outputs, torch.tensor([0.3, 0.6]), torch.zeros(2))
+        tensor([-5.,  5.])
+    """
+    logits, means, log_scales = unpack(outputs)
+    cumulative = torch.softmax(logits, dim=1).cumsum(dim=1)
+    # The last of the cumulative weights is 1 up to rounding; u < 1 times it can't pass it.
+    component = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(dim=1, keepdim=True).clamp_(max=logits.shape[1] - 1)
+    return torch.addcmul(means.gather(1, component)[:, 0], log_scales.gather(1, component)[:, 0].exp(), normals)
