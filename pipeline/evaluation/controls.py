@@ -1,0 +1,118 @@
+"""Controls of the Parzen score: training images, and their k-means centroids, taken as samples.
+
+The score can be gamed: centroids of the training set beat true samples (Theis, van den Oord and Bethge, A Note on the
+Evaluation of Generative Models, 2016). A model's score means something beside these two, at the same number of samples only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import DataError
+
+__all__ = ["Blocks", "count_rows", "kmeans_centroids", "rebatch", "training_samples"]
+
+Blocks = Callable[[], Iterable[np.ndarray]]  # gives a fresh pass over blocks of rows, each with shape (n, ...)
+
+
+def count_rows(blocks: Blocks) -> int:
+    """Number of rows in a pass over blocks."""
+    return sum(len(block) for block in blocks())
+
+
+def rebatch(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same rows in blocks of exactly `rows`, but for the last.
+
+    Example:
+        >>> [len(b) for b in rebatch([np.zeros(3), np.zeros(4)], 2)]
+        [2, 2, 2, 1]
+    """
+    held: list[np.ndarray] = []
+    count = 0
+    for block in blocks:
+        while len(block):
+            part, block = block[: rows - count], block[rows - count :]
+            held.append(part)
+            count += len(part)
+            if count == rows:
+                yield np.concatenate(held)
+                held, count = [], 0
+    if held:
+        yield np.concatenate(held)
+
+
+def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:
+    """A random choice of rows without replacement, streamed, as samples.
+
+    Each row gets a random key in order of the stream; the rows with the smallest keys are chosen. So the choice depends on the
+    seed and the order of rows only, not on where blocks end, and a larger count contains a smaller one. It takes two passes;
+    memory holds `count` keys and a block.
+
+    Arguments:
+        blocks: Gives a pass over blocks of training rows, in an order that is always the same.
+        count: Number of rows to choose; all are taken where there are fewer.
+        seed: Seed of the keys.
+
+    Returns:
+        A factory of passes over blocks of the min(count, N) chosen rows, in order of the stream.
+
+    Example:
+        >>> rows = [np.arange(4), np.arange(4, 10)]
+        >>> [block.tolist() for block in training_samples(lambda: rows, 4, seed=0)()]
+        [[1, 2, 3], [8]]
+    """
+    if count < 1:
+        raise ValueError(f"count has to be at least 1: {count}")
+    generator = np.random.default_rng(seed)
+    smallest = np.empty(0)
+    for block in blocks():
+        smallest = np.concatenate([smallest, generator.random(len(block))])
+        if len(smallest) > count:
+            smallest = np.partition(smallest, count - 1)[:count]
+    if not len(smallest):
+        raise DataError("there are no training images to take as samples")
+    threshold = float(smallest.max())
+
+    def chosen() -> Iterator[np.ndarray]:
+        generator = np.random.default_rng(seed)
+        for block in blocks():
+            rows = block[generator.random(len(block)) <= threshold]
+            if len(rows):
+                yield rows
+
+    return chosen
+
+
+def kmeans_centroids(blocks: Blocks, count: int, seed: int, batch_size: int = 4096, epochs: int = 10) -> NDArray[np.float32]:
+    """Centroids of mini-batch k-means, started at a random choice of training rows.
+
+    Memory holds the centroids and a batch, which has at least `count` rows. With no more rows than centroids, each row
+    is its own centroid and the rows themselves are returned: the control is then the same as `training_samples`.
+
+    Sculley, Web-Scale K-Means Clustering, 2010, as in scikit-learn
+
+    Arguments:
+        blocks: Gives a pass over blocks of training rows, each with shape (n, ...), in an order that is always the same.
+        count: Number of centroids.
+        seed: Seed of the start and of reassigned centroids.
+        batch_size: Rows in a step.
+        epochs: Passes over the rows.
+
+    Returns:
+        The centroids, float32, with shape (min(count, N), ...).
+    """
+    start = np.concatenate(list(training_samples(blocks, count, seed)())).astype(np.float32)
+    if len(start) < count or count_rows(blocks) == count:
+        return start
+
+    from sklearn.cluster import MiniBatchKMeans  # takes over a second to import
+
+    means = MiniBatchKMeans(count, init=start.reshape(count, -1), n_init=1, random_state=seed, compute_labels=False)
+    batch_size = max(batch_size, count)  # which scikit-learn asks of the first batch
+    for _ in range(epochs):
+        for batch in rebatch(blocks(), batch_size):
+            means.partial_fit(np.asarray(batch, dtype=np.float32).reshape(len(batch), -1))
+    return np.asarray(means.cluster_centers_, dtype=np.float32).reshape(start.shape)

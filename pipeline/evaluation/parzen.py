@@ -1,0 +1,269 @@
+"""Parzen-window log-likelihood of test points under a Gaussian kernel on each sample, streamed and exact."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import DataError
+from pipeline.evaluation.moments import mean_and_error
+
+__all__ = ["Blocks", "ParzenScore", "ParzenSums", "log_likelihoods", "merge", "partial_sums", "score", "select_bandwidth"]
+
+Blocks = Callable[[], Iterable[np.ndarray]]  # gives a fresh pass over blocks of rows, each with shape (n, ...)
+
+POINT_BYTES = 256 * 2**20  # points held in memory; beyond that the samples are read once more for every so many points
+POINT_TILE, SAMPLE_TILE = 512, 2048  # a tile of distances fits in the cache of a core
+# exp of less than about -87 is a denormal float32, ten times as slow; a term of e^-80 of the largest is lost in rounding.
+SMALLEST_EXPONENT = -80.0
+
+
+@dataclass(frozen=True)
+class ParzenSums:
+    """What one share of the samples adds to the window estimate of each point. Shares of several ranks merge by `merge`.
+
+    Attributes:
+        log_sums: log sum_j exp(-||x - s_j||^2 / (2 h^2)), float64, with shape (H, N); -inf where the share is empty.
+        samples: Number of samples in the share.
+        dimensions: Length d of a point.
+        bandwidths: Bandwidths h, H of them.
+    """
+
+    log_sums: NDArray[np.float64]
+    samples: int
+    dimensions: int
+    bandwidths: tuple[float, ...]
+
+    @property
+    def log_likelihoods(self) -> NDArray[np.float64]:
+        """Log-likelihood log p(x) of each point, in nats, with shape (H, N)."""
+        widths = np.asarray(self.bandwidths)[:, None]
+        normaliser = math.log(self.samples) + self.dimensions * np.log(widths * math.sqrt(2 * math.pi))
+        result: NDArray[np.float64] = self.log_sums - normaliser
+        return result
+
+
+def merge(shares: Sequence[ParzenSums]) -> ParzenSums:
+    """The sums over all samples, from the sums over disjoint shares of them at the same points and bandwidths."""
+    first = shares[0]
+    if any(s.bandwidths != first.bandwidths or s.log_sums.shape != first.log_sums.shape for s in shares):
+        raise ValueError("shares differ in points or bandwidths")
+    log_sums = np.logaddexp.reduce(np.stack([s.log_sums for s in shares]), axis=0)
+    return ParzenSums(log_sums, sum(s.samples for s in shares), max(s.dimensions for s in shares), first.bandwidths)
+
+
+def _rows(blocks: Iterable[np.ndarray], what: str, dimensions: int = 0) -> Iterator[Tensor]:
+    """Blocks as float32 tensors with shape (n, d), checked."""
+    for block in blocks:
+        if len(block) == 0:
+            continue
+        rows = torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32)).flatten(1)  # (n, C, H, W) -> (n, d)
+        dimensions = dimensions or rows.shape[1]
+        if rows.shape[1] != dimensions:
+            raise DataError(f"Parzen score: {what} have {rows.shape[1]} dimensions where {dimensions} were expected")
+        if not bool(torch.isfinite(rows).all()):
+            raise DataError(f"Parzen score: {what} hold NaN or infinite values")
+        yield rows
+
+
+def _chunks(blocks: Iterable[np.ndarray]) -> Iterator[Tensor]:
+    """Points joined into chunks of at most POINT_BYTES (but whole blocks)."""
+    held: list[Tensor] = []
+    for rows in _rows(blocks, "points"):
+        if held and sum(r.nbytes for r in held) + rows.nbytes > POINT_BYTES:
+            yield torch.cat(held)
+            held = []
+        held.append(rows)
+    if held:
+        yield torch.cat(held)
+
+
+def _add_tile(
+    points: Tensor, points_half: Tensor, samples: Tensor, samples_half: Tensor, bandwidths: Sequence[float]
+) -> NDArray[np.float64]:
+    """One tile of log sum_j exp(-||x_i - s_j||^2 / (2 h^2)), with shape (H, n); norms are halves of squares."""
+    # exponent = -||x - s||^2 / 2 = x.s - ||s||^2 / 2 - ||x||^2 / 2; rounding can make it positive where x = s.
+    exponent = torch.addmm(samples_half, points, samples.T, alpha=1.0, beta=-1.0)  # (n, m)
+    exponent.sub_(points_half[:, None]).clamp_(max=0)
+    largest = exponent.amax(1)  # the nearest sample, whatever the bandwidth
+    exponent.sub_(largest[:, None])
+    terms = torch.empty_like(exponent)
+    sums = torch.empty(len(bandwidths), len(points), dtype=torch.float64, device=points.device)
+    for row, h in zip(sums, bandwidths, strict=True):
+        torch.mul(exponent, 1 / h**2, out=terms)
+        row.copy_(terms.clamp_(min=SMALLEST_EXPONENT).exp_().sum(1))
+    precision = torch.tensor([1 / h**2 for h in bandwidths], dtype=torch.float64, device=points.device)
+    log_sums: NDArray[np.float64] = (sums.log() + largest.double() * precision[:, None]).cpu().numpy()
+    return log_sums
+
+
+@torch.no_grad()
+def partial_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> ParzenSums:
+    """The sums of kernels over one share of the samples, for all points and several bandwidths at once.
+
+    Distances are float32, through ||x||^2 + ||s||^2 - 2 x.s of centred vectors, clamped at 0; a tile of exponentials is taken
+    relative to its largest term, and tiles are added in float64. Memory holds 256 MiB of points and one block of samples.
+
+    Arguments:
+        points: Gives a pass over blocks of points, each with shape (n, d) or (n, C, H, W).
+        samples: Gives a pass over blocks of samples of the same shape; it is called once for every 256 MiB of points.
+        bandwidths: Standard deviations h of the kernel, in the units of the points.
+        device: Where distances are computed.
+
+    Raises:
+        DataError: When there are no points, or shapes differ, or a value isn't finite.
+    """
+    bandwidths = tuple(float(h) for h in bandwidths)
+    if not bandwidths or min(bandwidths) <= 0:
+        raise ValueError(f"bandwidths have to be positive: {bandwidths}")
+    parts, counts, dimensions = [], [], 0
+    centre: Tensor | None = None
+    for chunk in _chunks(points()):
+        if dimensions and chunk.shape[1] != dimensions:
+            raise DataError(f"Parzen score: points have {chunk.shape[1]} dimensions where {dimensions} were expected")
+        dimensions = chunk.shape[1]
+        # Distances don't change when all is shifted, and rounding errors shrink with the norms.
+        centre = chunk.double().mean(0).float() if centre is None else centre
+        chunk = chunk.sub_(centre).to(device)
+        half = chunk.square().sum(1, dtype=torch.float64).div_(2).float()
+        log_sums = np.full((len(bandwidths), len(chunk)), -np.inf)
+        count = 0
+        for rows in _rows(samples(), "samples", dimensions):
+            count += len(rows)
+            rows = (rows - centre).to(device)
+            rows_half = rows.square().sum(1, dtype=torch.float64).div_(2).float()
+            for i in range(0, len(chunk), POINT_TILE):
+                p = slice(i, i + POINT_TILE)
+                for j in range(0, len(rows), SAMPLE_TILE):
+                    s = slice(j, j + SAMPLE_TILE)
+                    tile = _add_tile(chunk[p], half[p], rows[s], rows_half[s], bandwidths)
+                    np.logaddexp(log_sums[:, p], tile, out=log_sums[:, p])
+        parts.append(log_sums)
+        counts.append(count)
+    if not parts:
+        raise DataError("Parzen score: there are no points to score")
+    if len(set(counts)) > 1:
+        raise DataError(f"Parzen score: two passes over the samples gave {counts[0]} and {counts[-1]} of them")
+    return ParzenSums(np.concatenate(parts, axis=1), counts[0], dimensions, bandwidths)
+
+
+def log_likelihoods(points: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> NDArray[np.float64]:
+    r"""Parzen-window log-likelihood of each point, in nats in total, with shape (H, N).
+
+    .. math:: \log p(x) = \log \frac{1}{n} \sum_{j=1}^n \exp \frac{-\|x - s_j\|^2}{2 h^2} - d \log(h \sqrt{2 \pi})
+
+    Breuleux, Bengio and Vincent, Quickly Generating Representative Samples from an RBM-Derived Process, 2011
+
+    Arguments:
+        points: Gives a pass over blocks of points x, each with shape (n, d) or (n, C, H, W).
+        samples: Gives a pass over blocks of samples s of the same shape.
+        bandwidths: Standard deviations h of the kernel, H of them.
+        device: Where distances are computed.
+
+    Raises:
+        DataError: When there are no points or no samples, or shapes differ, or a value isn't finite.
+
+    Example:
+        >>> points, samples = np.zeros((1, 2), np.float32), np.array([[0, 0], [3, 4]], np.float32)
+        >>> log_likelihoods(lambda: [points], lambda: [samples], [1.0, 5.0]).round(4)
+        array([[-2.531 ],
+               [-5.2758]])
+    """
+    sums = partial_sums(points, samples, bandwidths, device)
+    if sums.samples == 0:
+        raise DataError("Parzen score: there are no samples")
+    return sums.log_likelihoods
+
+
+def select_bandwidth(bandwidths: Sequence[float], validation: NDArray[np.float64]) -> tuple[float, bool]:
+    """The bandwidth with the highest mean validation log-likelihood, and whether it lies at an end of the grid.
+
+    Arguments:
+        bandwidths: The grid, in ascending order, H of them.
+        validation: Log-likelihoods of the validation points, with shape (H, N).
+    """
+    best = int(np.argmax(validation.mean(axis=1)))
+    return float(bandwidths[best]), len(bandwidths) > 1 and best in (0, len(bandwidths) - 1)
+
+
+@dataclass(frozen=True)
+class ParzenScore:
+    """A Parzen-window score. Scores of different numbers of samples can't be compared.
+
+    Attributes:
+        bandwidth: The bandwidth chosen on the validation points.
+        bandwidths: The grid.
+        valid_curve: Mean validation log-likelihood at each bandwidth of the grid, in nats.
+        valid_mean: The same at the chosen bandwidth.
+        test_mean: Mean log-likelihood of a test point, in nats.
+        test_standard_error: Sample standard deviation over test points / sqrt(number of test points).
+        samples: Number of samples.
+        valid_points: Number of validation points.
+        test_points: Number of test points.
+        at_edge: Whether the chosen bandwidth is the first or last of the grid, so that the grid is too narrow.
+    """
+
+    bandwidth: float
+    bandwidths: tuple[float, ...]
+    valid_curve: tuple[float, ...]
+    valid_mean: float
+    test_mean: float
+    test_standard_error: float
+    samples: int
+    valid_points: int
+    test_points: int
+    at_edge: bool
+
+    @classmethod
+    def from_log_likelihoods(
+        cls, bandwidths: Sequence[float], valid: NDArray[np.float64], test: NDArray[np.float64], samples: int
+    ) -> ParzenScore:
+        """The score from the validation points' log-likelihoods (H, V) and the test points' at the chosen bandwidth (T,)."""
+        bandwidth, at_edge = select_bandwidth(bandwidths, valid)
+        if at_edge:
+            warnings.warn(
+                f"Parzen score: the best bandwidth, {bandwidth:g}, is at an end of the grid; widen the grid",
+                stacklevel=3,
+            )
+        curve = tuple(float(m) for m in valid.mean(axis=1))
+        mean, error, count = mean_and_error(test)
+        return cls(
+            bandwidth=bandwidth,
+            bandwidths=tuple(float(h) for h in bandwidths),
+            valid_curve=curve,
+            valid_mean=max(curve),
+            test_mean=mean,
+            test_standard_error=error,
+            samples=samples,
+            valid_points=valid.shape[1],
+            test_points=count,
+            at_edge=at_edge,
+        )
+
+
+def score(valid: Blocks, test: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> ParzenScore:
+    """Chooses the bandwidth on the validation points and scores the test points with it.
+
+    Arguments:
+        valid: Gives a pass over blocks of validation points, each with shape (n, d) or (n, C, H, W).
+        test: Gives a pass over blocks of test points.
+        samples: Gives a pass over blocks of samples.
+        bandwidths: The grid, in ascending order.
+        device: Where distances are computed.
+
+    Raises:
+        DataError: When there are no points or no samples, or shapes differ, or a value isn't finite.
+    """
+    search = partial_sums(valid, samples, bandwidths, device)
+    if search.samples == 0:
+        raise DataError("Parzen score: there are no samples")
+    bandwidth, _ = select_bandwidth(bandwidths, search.log_likelihoods)
+    final = log_likelihoods(test, samples, [bandwidth], device)
+    return ParzenScore.from_log_likelihoods(bandwidths, search.log_likelihoods, final[0], search.samples)
