@@ -1,0 +1,279 @@
+"""The LDE: exactness, its naive twins, sampling."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.densities import LatentDensityEstimator
+from pipeline.densities.density import standard_normal, uniform
+
+VARIANTS = {
+    "paper": {},
+    "batch": {"normalisation": "batch"},
+    "tanh-capped": {"activation": "tanh", "channel_cap": 24},
+    "residual": {"blocks": "residual", "width": 12, "layers": 5, "dropout": 0.3},
+    "residual-batch": {"blocks": "residual", "width": 12, "normalisation": "batch", "activation": "elu"},
+    "gated": {"blocks": "gated", "width": 10, "min_log_scale": -3.0},
+}
+
+
+def make(dim, components=3, seed=0, **arguments):
+    """A float64 LDE in evaluation mode whose every parameter, statistic and scale is far from its default."""
+    torch.manual_seed(seed)
+    density = LatentDensityEstimator(dim, components, **arguments).double()
+    with torch.no_grad():
+        for value in density.parameters():
+            value.add_(0.2 * torch.randn_like(value))
+        density.head.weight.mul_(0.3)
+        density.head.weight[2 * components :].mul_(0.1)  # is exponentiated: keep samples from running away
+        for name, value in density.named_buffers():
+            if name.endswith("running_var") or name == "scale":
+                value.uniform_(0.5, 2)
+            elif name.endswith("running_mean") or name == "shift":
+                value.normal_()
+    return density.eval()
+
+
+def codes(n, dim, seed=1):
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Twin(nn.Module):
+    """The paper's network word for word: explicit padding, a mask channel, nn.Conv1d, nn.BatchNorm1d, composed loss."""
+
+    def __init__(self, density: LatentDensityEstimator) -> None:
+        super().__init__()
+        self.dim, self.components = density.dim, density.components
+        self.padding = 2 ** len(density.layers)
+        self.stack = nn.Sequential()
+        for layer in density.layers:
+            _, filters, inputs = layer.weight.shape
+            convolution = nn.Conv1d(inputs, filters, kernel_size=2, dilation=layer.dilation)
+            convolution.weight.data = layer.weight.data.permute(1, 2, 0).clone()
+            convolution.bias.data = layer.bias.data.clone()
+            self.stack.append(convolution)
+            if layer.norm is not None:
+                norm = nn.BatchNorm1d(filters).double()
+                norm.load_state_dict(layer.norm.state_dict())
+                self.stack.append(norm)
+            self.stack.append(nn.LeakyReLU(0.2))
+        self.head = nn.Conv1d(density.head.in_features, density.head.out_features, kernel_size=1)
+        self.head.weight.data = density.head.weight.data[:, :, None].clone()
+        self.head.bias.data = density.head.bias.data.clone()
+        self.shift, self.scale = density.shift.clone(), density.scale.clone()
+        self.double().train(density.training)
+
+    def conditionals(self, z):
+        z = F.pad((z - self.shift) / self.scale, (self.padding, 0))[:, :-1]
+        mask = torch.ones_like(z)
+        mask[:, : self.padding] = 0
+        outputs = self.head(self.stack(torch.stack([z, mask], dim=1)))  # (B, 3K, D)
+        logits, means, log_scales = outputs.transpose(1, 2).chunk(3, dim=-1)
+        return logits.softmax(-1), means, log_scales.exp()
+
+    def log_prob(self, z):
+        weights, means, scales = self.conditionals(z)
+        each = torch.distributions.Normal(means, scales).log_prob(((z - self.shift) / self.scale)[..., None])
+        return torch.logsumexp(weights.log() + each, dim=-1).sum(dim=1) - self.scale.log().sum()
+
+
+@pytest.mark.parametrize("dim", range(1, 21))
+def test_conditionals_depend_on_earlier_dimensions_only(dim):
+    names = VARIANTS if dim in (1, 2, 8) else ["paper"]
+    for name in names:
+        density = make(dim, **VARIANTS[name])
+        z = codes(3, dim)
+        jacobian = torch.autograd.functional.jacobian(lambda z: torch.stack(density.conditionals(z)).sum(dim=1), z)  # noqa: B023
+        reaches = jacobian.abs().amax(dim=(0, 2, 3)) > 0  # (D, D): conditional, dimension
+        assert torch.equal(reaches, torch.ones(dim, dim).tril(-1).bool()), name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_density_integrates_to_one(name):
+    grid = torch.linspace(-60, 60, 8001, dtype=torch.float64)
+    density = make(1, **VARIANTS[name])
+    assert torch.trapezoid(density.log_prob(grid[:, None]).exp(), grid).item() == pytest.approx(1, abs=1e-4)
+    # In two dimensions p(z_1) integrates to 1 and so does p(z_2 | z_1) for any z_1.
+    density = make(2, **VARIANTS[name])
+    coarse = torch.linspace(-40, 40, 801, dtype=torch.float64)
+    with torch.no_grad():
+        joint = density.log_prob(torch.cartesian_prod(coarse, coarse)).exp().view(801, 801)
+    assert torch.trapezoid(torch.trapezoid(joint, coarse), coarse).item() == pytest.approx(1, abs=5e-3)
+
+
+@pytest.mark.parametrize("normalisation", ["none", "batch"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dim", [1, 2, 3, 8, 13])
+def test_equals_literal_convolutions(dim, training, normalisation):
+    density = make(dim, normalisation=normalisation).train(training)
+    twin = Twin(density)
+    ours, theirs = codes(6, dim).requires_grad_(), codes(6, dim).requires_grad_()
+    weights = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)  # so that examples don't cancel
+    value, expected = density.log_prob(ours), twin.log_prob(theirs)
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-8)
+    (value @ weights).backward()
+    (expected @ weights).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-8)
+    layers = [(m.weight.grad.permute(2, 0, 1), m.bias.grad) for m in twin.stack if isinstance(m, nn.Conv1d)]
+    for layer, (weight, bias) in zip(density.layers, layers, strict=True):
+        torch.testing.assert_close(layer.weight.grad, weight, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(layer.bias.grad, bias, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(density.head.weight.grad, twin.head.weight.grad[:, :, 0], rtol=1e-8, atol=1e-8)
+    norms = [m for m in twin.stack if isinstance(m, nn.BatchNorm1d)]
+    for layer, norm in zip(density.layers if norms else [], norms, strict=True):
+        torch.testing.assert_close(layer.norm.weight.grad, norm.weight.grad, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(layer.norm.bias.grad, norm.bias.grad, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(layer.norm.running_mean, norm.running_mean, rtol=0, atol=1e-8)
+        torch.testing.assert_close(layer.norm.running_var, norm.running_var, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients(name):
+    density = make(6, **VARIANTS[name])
+    z = codes(2, 6).requires_grad_()
+    assert torch.autograd.gradcheck(density.log_prob, (z,))
+    parameters = tuple(p.detach().clone().requires_grad_() for p in density.parameters())
+    names = [n for n, _ in density.named_parameters()]
+    call = lambda *p: torch.func.functional_call(density, dict(zip(names, p, strict=True)), (z.detach(),))  # noqa: E731
+    assert torch.autograd.gradcheck(call, parameters, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dim", [1, 2, 7, 16])
+def test_samples_equal_naive_ancestral_sampling(dim, name):
+    density = make(dim, **VARIANTS[name])
+    density.chunk_examples = 5
+    samples = density.sample(12, torch.Generator().manual_seed(3))
+    generator, expected = torch.Generator().manual_seed(3), []
+    for n in (5, 5, 2):
+        u, e = uniform((n, dim), samples, generator), standard_normal((n, dim), samples, generator)
+        z = torch.zeros(n, dim, dtype=torch.float64)
+        for i in range(dim):  # a whole forward pass for each dimension
+            weights, means, scales = (parameter[:, i] for parameter in density.conditionals(z))
+            component = torch.searchsorted(weights.cumsum(-1).contiguous(), u[:, i : i + 1].contiguous(), right=True)
+            z[:, i] = (means.gather(1, component) + scales.gather(1, component) * e[:, i, None])[:, 0]
+        expected.append(z)
+    torch.testing.assert_close(samples, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_samples_follow_log_prob():
+    density = make(3, seed=5).float()
+    n = 40_000
+    samples = density.sample(n, torch.Generator().manual_seed(0))
+    # Importance weights from a wide Gaussian give the moments that log_prob implies, without drawing from it.
+    proposal = torch.distributions.Normal(samples.mean(0), 2 * samples.std(0))
+    torch.manual_seed(1)
+    z = proposal.sample((4 * n,))
+    with torch.no_grad():
+        weights = (density.log_prob(z) - proposal.log_prob(z).sum(dim=1)).exp()
+    assert weights.mean().item() == pytest.approx(1, abs=0.03)
+    weights = weights / weights.sum()
+    mean = weights @ z
+    torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.05 * samples.std(0).max().item())
+    covariance = (weights[:, None] * (z - mean)).T @ (z - mean)
+    torch.testing.assert_close(samples.T.cov(), covariance, rtol=0, atol=0.06 * covariance.diagonal().max().item())
+    # Two samples: ours, and the proposal's resampled by weight. A classifier that sees log-density and values tells them
+    # apart no better than by chance: energy distance against its spread under permutation.
+    resampled = z[torch.multinomial(weights, 1000)]
+    pooled = torch.cat([samples[:1000], resampled])
+    distances = torch.cdist(pooled, pooled)
+
+    def energy(order):
+        x, y = order[:1000], order[1000:]
+        return 2 * distances[x][:, y].mean() - distances[x][:, x].mean() - distances[y][:, y].mean()
+
+    null = torch.stack([energy(torch.randperm(2000)) for _ in range(100)])
+    assert energy(torch.arange(2000)) < null.max()
+
+
+def test_standardisation_leaves_likelihoods_in_data_units():
+    plain = make(4)
+    plain.shift.zero_()
+    plain.scale.fill_(1)
+    scaled = make(4)
+    mean, std = torch.tensor([1.0, -2.0, 3.0, 0.0]).double(), torch.tensor([0.1, 2.0, 30.0, 1.0]).double()
+    scaled.standardise(mean, std)
+    z = codes(10, 4)
+    torch.testing.assert_close(scaled.log_prob(z * std + mean), plain.log_prob(z) - std.log().sum())
+    torch.testing.assert_close(scaled.loss(z * std + mean), plain.loss(z))  # nats a dimension of standardised codes
+    weights, means, scales = scaled.conditionals(z)
+    each = torch.distributions.Normal(means, scales).log_prob(z[..., None])
+    torch.testing.assert_close(torch.logsumexp(weights.log() + each, dim=-1).sum(dim=1), scaled.log_prob(z))
+
+
+def test_no_floor_under_the_likelihood():
+    density = LatentDensityEstimator(2, 4)
+    far = density.log_prob(torch.full((1, 2), 1e4))
+    assert torch.isfinite(far).all()
+    assert far.item() < -1e6
+
+
+def test_chunks_change_nothing():
+    density = make(9).eval()
+    z = codes(70, 9)
+    whole = density.log_prob(z)
+    density.chunk_examples = 16
+    with torch.no_grad():
+        torch.testing.assert_close(density.log_prob(z), whole)
+
+
+def test_dropout_follows_the_generator():
+    density = make(5, blocks="residual", width=8, dropout=0.5).train()
+    z = codes(20, 5)
+    losses = [density.loss(z, torch.Generator().manual_seed(seed)).item() for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+    density.eval()
+    assert (
+        density.loss(z).item()
+        == density.loss(z).item()
+        == pytest.approx(-density.log_prob(z).mean().item() / 5 - density.scale.log().mean().item())
+    )
+
+
+@pytest.mark.parametrize(
+    ("dim", "filters"), [(1, []), (2, [16]), (3, [16, 32]), (8, [16, 32, 64]), (63, [16, 32, 64, 128, 256, 512])]
+)
+def test_network_of_the_paper(dim, filters):
+    density = LatentDensityEstimator(dim, 30)
+    assert [layer.filters for layer in density.layers] == filters
+    assert [layer.dilation for layer in density.layers] == [2**n for n in range(len(filters))]
+    assert density.head.out_features == 90
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_file_round_trip(name, tmp_path):
+    density = make(5, **VARIANTS[name])
+    density.save(tmp_path / "density.safetensors")
+    loaded = LatentDensityEstimator.load(tmp_path / "density.safetensors")
+    z = codes(4, 5)
+    assert torch.equal(loaded.log_prob(z), density.log_prob(z))
+    assert loaded.arguments == density.arguments
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "density.safetensors").read_bytes()
+
+
+def test_casts():
+    density = make(6)
+    z = codes(4, 6)
+    exact = density.log_prob(z)
+    torch.testing.assert_close(density.float().log_prob(z.float()), exact.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_learns():
+    torch.manual_seed(0)
+    density = LatentDensityEstimator(2, 5)
+    first = torch.randn(4000)
+    z = torch.stack([first, first.square() + 0.1 * torch.randn(4000)], dim=1)
+    density.standardise(z.mean(0), z.std(0))
+    optimizer = torch.optim.Adam(density.parameters(), 3e-3)
+    for step in range(300):
+        optimizer.zero_grad()
+        density.loss(z[(step * 200) % 4000 :][:200]).backward()
+        optimizer.step()
+    truth = -0.5 * math.log(2 * math.pi * math.e) + -0.5 * math.log(2 * math.pi * math.e * 0.01)
+    assert density.log_prob(z).mean().item() > truth - 0.25
