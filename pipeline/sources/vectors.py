@@ -7,6 +7,7 @@ validation and test.
 from __future__ import annotations
 
 import functools
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, check_that
+from pipeline.sources.archives import file_stamp
 from pipeline.sources.source import Block, BlockwiseSplit, Source
 
 __all__ = ["Settings", "Vectors", "open_source"]
@@ -136,7 +138,7 @@ class _Parquet(_Table):
         if self._cached is None or self._cached[0] != number:
             import pyarrow.compute as pc
 
-            table: Any = self.file.read_row_group(number)
+            table: Any = self.file.read_row_group(number, use_threads=False)  # a forked process has none
             for name, column in zip(table.column_names, table.columns, strict=True):
                 if column.null_count:
                     raise DataError(f"{self.path}: column '{name}' has empty cells")
@@ -164,8 +166,8 @@ READERS: dict[str, type[Any]] = {".npy": _Npy, ".safetensors": _Safetensors, ".p
 
 
 @functools.lru_cache(maxsize=4)
-def _open(path: Path, tensor: str, stamp: tuple[int, int]) -> _Table:
-    """The open file, kept by each process; `stamp` tells one version of it from another."""
+def _open(path: Path, tensor: str, stamp: tuple[int, int], process: int) -> _Table:
+    """The open file, one for each process; `stamp` tells one version of it from another."""
     try:
         table: _Table = READERS[path.suffix.lower()](path, tensor)
     except DataError:
@@ -202,13 +204,11 @@ class Vectors(Source):
         self.counts = dict(self.split.counts)
 
     def _table(self) -> _Table:
-        try:
-            stat = self.path.stat()
-        except OSError:
+        if not self.path.is_file():
             raise DataError(
                 f"{self.path} is missing; put vectors with shape (N, D) there (.npy, .safetensors or .parquet) or mend 'root'"
-            ) from None
-        return _open(self.path, self.tensor, (stat.st_mtime_ns, stat.st_size))
+            )
+        return _open(self.path, self.tensor, file_stamp(self.path), os.getpid())
 
     def read(self, split: str, start: int, stop: int) -> Block:
         """Vectors, float32 with shape (n, D)."""

@@ -1,0 +1,211 @@
+"""Files of a folder, a zip or a tar, read by name and never unpacked to disk.
+
+Names are relative, with forward slashes. A name that is absolute or climbs out of its archive is refused, links are never
+followed, and nothing is read that declares more bytes than an image has any use for.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from pathlib import Path, PurePosixPath
+
+from pipeline.errors import DataError
+
+__all__ = ["Files", "FolderFiles", "TarFiles", "ZipFiles", "file_stamp", "open_files"]
+
+MAX_FILE_BYTES = 256 * 2**20
+MAX_TAR_BYTES = 2**30  # of all files together, since a tar is held in memory
+
+
+class Files(ABC):
+    """The files of a folder or an archive.
+
+    Attributes:
+        path: The folder or the archive.
+        names: Names of all files, in order, without hidden ones (those with a part that starts with a dot, and `__MACOSX`).
+        folders: Names of all folders, in order, also of those that hold no file.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    folders: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            OSError, ValueError: When it can't be read, with the reason.
+        """
+
+
+def _checked(name: str, path: Path) -> str:
+    """A member's name in its plain form, or a DataError when it leads out of the archive."""
+    name = name.replace("\\", "/")
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or (parts and ":" in parts[0]) or "\0" in name:
+        raise DataError(f"{path} holds a member '{name[:100]}' whose path leads out of the archive; get the archive anew")
+    return "/".join(parts)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _with_parents(names: set[str]) -> tuple[str, ...]:
+    """Folders with the folders that they lie in, in order."""
+    every = {str(parent) for name in names for parent in (PurePosixPath(name), *PurePosixPath(name).parents)}
+    return tuple(sorted(every - {".", ""}))
+
+
+class FolderFiles(Files):
+    """The files of a folder, at any depth.
+
+    Arguments:
+        path: The folder, which may itself be a link.
+
+    Raises:
+        DataError: When a folder below it is a symbolic link.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        names, folders = [], []
+        for here, below, files in os.walk(path, onerror=_raise):
+            inside = os.path.relpath(here, path)
+            for name in below:
+                if os.path.islink(os.path.join(here, name)):
+                    raise DataError(f"{here}/{name} is a symbolic link, which isn't followed; put the folder itself there")
+            names += [os.path.normpath(os.path.join(inside, name)) for name in files]
+            folders += [os.path.normpath(os.path.join(inside, name)) for name in below]
+        self.names = tuple(sorted(name for name in names if not _hidden(name)))
+        self.folders = tuple(sorted(name for name in folders if not _hidden(name)))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a regular file; links aren't followed."""
+        path = self.path / name
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            raise ValueError("it is a symbolic link, which isn't followed")
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it isn't a regular file")
+        if found.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"its {found.st_size} bytes are more than {MAX_FILE_BYTES}")
+        return path.read_bytes()
+
+
+def _raise(error: OSError) -> None:
+    raise DataError(f"{error.filename} can't be read ({error.strerror})")
+
+
+class ZipFiles(Files):
+    """The files of a zip.
+
+    Arguments:
+        path: The zip.
+
+    Raises:
+        DataError: When it isn't a whole zip, or holds a link, a member twice, or one whose path leads out of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise DataError(f"{path} isn't a whole zip ({error}); get it anew") from None
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        folders: set[str] = set()
+        for member in self._zip.infolist():
+            name = _checked(member.filename, path)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise DataError(f"{path}: member '{name[:100]}' is a symbolic link, which isn't followed; get the archive anew")
+            if member.is_dir():
+                folders.add(name)
+            elif name in self._members:
+                raise DataError(f"{path} holds '{name[:100]}' twice; get the archive anew")
+            else:
+                self._members[name] = member
+        self.names = tuple(sorted(name for name in self._members if not _hidden(name)))
+        folders |= {str(PurePosixPath(name).parent) for name in self.names}
+        self.folders = tuple(name for name in _with_parents(folders) if not _hidden(name))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a member, its checksum tested."""
+        member = self._members[name]
+        if member.file_size > MAX_FILE_BYTES:
+            raise ValueError(f"its {member.file_size} bytes are more than {MAX_FILE_BYTES}")
+        try:
+            return self._zip.read(member)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"the zip's member is damaged or encrypted: {error}") from None
+
+
+class TarFiles(Files):
+    """The files of a tar, compressed or not, held in memory since a compressed tar can only be read from its start.
+
+    Arguments:
+        path: The tar.
+        ends: Endings of the names that are kept, in lower case.
+
+    Raises:
+        DataError: When it isn't a whole tar, holds a member whose path leads out of it, or is larger than 1 GiB unpacked.
+    """
+
+    def __init__(self, path: Path, ends: tuple[str, ...]) -> None:
+        self.path = path
+        self._files: dict[str, bytes] = {}
+        total = 0
+        try:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    name = _checked(member.name, path)
+                    if not member.isreg() or _hidden(name) or not name.lower().endswith(ends):
+                        continue  # links among them: they aren't followed
+                    total += member.size
+                    if total > MAX_TAR_BYTES:
+                        raise DataError(f"{path} unpacks to more than {MAX_TAR_BYTES} bytes; get the archive anew")
+                    file = tar.extractfile(member)
+                    self._files[name] = file.read() if file is not None else b""
+        except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
+            raise DataError(f"{path} isn't a whole tar ({error}); get it anew") from None
+        self.names = tuple(sorted(self._files))
+        self.folders = _with_parents({str(PurePosixPath(name).parent) for name in self.names})
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a member."""
+        return self._files[name]
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """What tells one version of a file from another, for caches: the time of its last change and its length.
+
+    Raises:
+        DataError: When it's gone.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror})") from None
+    return found.st_mtime_ns, found.st_size
+
+
+def open_files(path: Path) -> Files:
+    """A folder or a zip, kept open by each process for the next call.
+
+    Raises:
+        DataError: When it's neither, or isn't whole.
+    """
+    # A process of its own file: forked processes that share one move each other's place in it.
+    return _open_files(path, file_stamp(path), os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _open_files(path: Path, stamp: tuple[int, int], process: int) -> Files:
+    return FolderFiles(path) if path.is_dir() else ZipFiles(path)

@@ -1,0 +1,107 @@
+"""Several sources of image files as the domains of one data set (section 4.2.2); the label of an image is its domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from pipeline.settings import check_that
+from pipeline.sources.image_files import ImageFiles, ImageSettings
+from pipeline.sources.source import SPLITS, Block, Source, generator
+
+__all__ = ["Settings", "Union", "open_source"]
+
+
+def _modules() -> dict[str, ModuleType]:
+    from pipeline.sources import celeba, images, shoes
+
+    return {"celeba": celeba, "images": images, "shoes": shoes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ImageSettings):
+    """A row of `datasets` with `source: union`; `train_limit` holds for each domain.
+
+    Attributes:
+        sources: The source of each domain: `celeba`, `shoes` or `images`, with its default settings.
+        roots: Where the raw files of each domain lie, relative to `root`.
+        domains: Names of the domains; those of the sources where it's left out.
+    """
+
+    pixel_range: tuple[float, ...] = (-1.0, 1.0)
+    sources: tuple[str, ...]
+    roots: tuple[str, ...]
+    domains: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.sources:
+            check_that(name in _modules(), "sources", f"'{name}' is none of {', '.join(_modules())}")
+        check_that(len(self.sources) >= 2, "sources", "have to be two at least")
+        check_that(len(self.roots) == len(self.sources), "roots", "has to name one for each of sources")
+        names = self.domains or self.sources
+        check_that(len(set(names)) == len(self.sources), "domains", "has to give each of sources a name of its own")
+
+
+class Union(Source):
+    """Sources read side by side: the order of the domains is drawn by seed, the order within each is its own.
+
+    Arguments:
+        sources: The source of each domain.
+        names: The name of each domain.
+        settings: The row of `datasets`.
+    """
+
+    kind = "images"
+
+    def __init__(self, sources: list[ImageFiles], names: tuple[str, ...], settings: Settings) -> None:
+        self.sources, self.seed, self.settings = sources, settings.split_seed, settings
+        self.label_names = names
+        self.value_range = settings.value_range
+        self.counts = {split: sum(source.counts[split] for source in sources) for split in SPLITS}
+
+    def read(self, split: str, start: int, stop: int) -> Block:
+        """Images, uint8 with shape (n, C, H, W), and the domain of each."""
+        counts = [source.counts[split] for source in self.sources]
+        order = generator(self.seed, "union", split).permutation(np.repeat(np.arange(len(counts)), counts))
+        examples = np.empty((stop - start, *self.settings.shape), np.uint8)
+        readable = np.ones(stop - start, bool)
+        unreadable: list[str] = []
+        for domain, source in enumerate(self.sources):
+            places = np.flatnonzero(order[start:stop] == domain)
+            first = int(np.count_nonzero(order[:start] == domain))
+            block = source.read(split, first, first + len(places))
+            if not block.unreadable:
+                examples[places] = block.examples
+                continue
+            # Rare: which ones are missing only shows one by one.
+            for i, place in enumerate(places):
+                single = source.read(split, first + i, first + i + 1)
+                unreadable += single.unreadable
+                readable[place] = not single.unreadable
+                if readable[place]:
+                    examples[place] = single.examples[0]
+        return Block(
+            examples=examples[readable],
+            labels=order[start:stop][readable].astype(np.int64),
+            unreadable=tuple(unreadable),
+        )
+
+
+def open_source(settings: Settings, root: Path) -> Union:
+    """The source of a row; `root` is the folder that `roots` are relative to.
+
+    Raises:
+        DataError: When the files of a domain are missing or wrong.
+    """
+    common: dict[str, Any] = {"split_seed": settings.split_seed, "image_px": settings.image_px, "channels": settings.channels}
+    common |= {"pixel_range": settings.pixel_range, "train_limit": settings.train_limit}
+    sources = []
+    for name, below in zip(settings.sources, settings.roots, strict=True):
+        module = _modules()[name]
+        sources.append(module.open_source(module.Settings(source=name, root=str(root / below), **common), root / below))
+    return Union(sources, settings.domains or settings.sources, settings)
