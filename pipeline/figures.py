@@ -1,0 +1,528 @@
+"""Arrays -> matplotlib figures, drawn without pyplot, the same bytes each time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from pipeline.files import atomic_file
+
+__all__ = [
+    "curves",
+    "density_panels",
+    "image_grid",
+    "image_rows",
+    "interpolations",
+    "log_density_maps",
+    "open_dimensions",
+    "parzen_curves",
+    "patches_beside_real",
+    "reconstructions",
+    "save_figure",
+    "scatter_by_label",
+    "scatter_panels",
+    "trade_off",
+]
+
+# Okabe and Ito's colours, told apart by readers with any colour vision. Styles tell series apart in grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5D5D5D", "#000000", "#8C6BB1", "#A6761D")
+LINES = ("-", "--", "-.", ":")
+TARGET, SAMPLES = "#E69F00", "#0072B2"  # as in Figure 5: the target in orange, samples in blue
+
+DPI = 110  # pixels an inch
+LARGEST_FILE = 300_000  # bytes
+
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9.5,
+    "figure.dpi": DPI,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",  # shipped with matplotlib, so that figures are the same everywhere
+    "font.size": 9,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "xtick.color": "#444444",
+    "xtick.labelsize": 8.5,
+    "ytick.color": "#444444",
+    "ytick.labelsize": 8.5,
+}
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    # From matplotlib's own defaults, so that no matplotlibrc of a user changes a figure.
+    settings: Any = {**mpl.rcParamsDefault, **STYLE}
+    with mpl.rc_context(settings):
+        yield
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, whole or not at all; the same figure gives the same bytes.
+
+    A file that would be over 300 kB, such as many coloured photographs, is written with a palette of 256 colours.
+
+    Arguments:
+        figure: The figure.
+        path: The file.
+    """
+    drawn = io.BytesIO()
+    with _style():
+        FigureCanvasAgg(figure)
+        # Without version and date of the writer, which differ from machine to machine.
+        figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    with atomic_file(path) as temporary:
+        if drawn.tell() > LARGEST_FILE:
+            picture = (
+                Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG)
+            )
+            picture.save(temporary, format="png", optimize=True)
+        else:
+            temporary.write_bytes(drawn.getvalue())
+
+
+def _new(width: float, height: float, title: str = "") -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _pixels(images: ArrayLike) -> NDArray[np.float64]:
+    """Images in 0..1 with shape (n, H, W) or (n, C, H, W), C = 1 or 3 -> (n, H, W, 3), clipped."""
+    values = np.asarray(images, dtype=np.float64)
+    if values.ndim == 3:
+        values = values[:, None]
+    if values.ndim != 4 or values.shape[1] not in (1, 3):
+        raise ValueError(f"images have shape (n, C, H, W) with 1 or 3 channels, not {values.shape}")
+    values = values.transpose(0, 2, 3, 1).clip(0, 1)  # CHW => HWC
+    return np.repeat(values, 3, axis=3) if values.shape[3] == 1 else values
+
+
+def _mosaic(images: NDArray[np.float64], columns: int, gap: int) -> NDArray[np.float64]:
+    """Images (n, H, W, 3) side by side, row after row, with a gap of pixels between."""
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    canvas = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3))
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def _picture(
+    canvas: NDArray[np.float64],
+    width: int,
+    title: str = "",
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> Figure:
+    """A canvas (H, W, 3) at a whole number of screen pixels each, with names beside rows and above columns of equal length.
+
+    A canvas drawn at any other scale would lose or double lines of pixels.
+
+    Arguments:
+        canvas: The picture.
+        width: Rough width of the drawn canvas in pixels.
+        title: A line above.
+        row_names: Names at the left, top to bottom.
+        column_names: Names above, left to right; `title` stands above them.
+    """
+    scale = max(1, round(width / canvas.shape[1]))
+    drawn_height, drawn_width = canvas.shape[0] * scale, canvas.shape[1] * scale
+    left = 14 + int(7.6 * max(map(len, row_names))) if row_names else 0
+    titles, names = 28 if title else 0, 22 if column_names else 0
+    total_height, total_width = drawn_height + titles + names, drawn_width + left
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI))
+    axes = figure.add_axes((left / total_width, 0, drawn_width / total_width, drawn_height / total_height))
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    if title:
+        figure.text((left + drawn_width / 2) / total_width, 1 - 14 / total_height, title, ha="center", va="center", fontsize=10)
+    for i, name in enumerate(row_names):
+        y = drawn_height * (1 - (i + 0.5) / len(row_names)) / total_height
+        figure.text((left - 8) / total_width, y, name, ha="right", va="center", fontsize=9)
+    for i, name in enumerate(column_names):
+        x = (left + drawn_width * (i + 0.5) / len(column_names)) / total_width
+        figure.text(x, (drawn_height + 11) / total_height, name, ha="center", va="center", fontsize=9)
+    return figure
+
+
+def _gap(side: int) -> int:
+    return max(1, side // 16)
+
+
+# Images -------------------------------------------------------------------------------------------------------------
+
+
+def image_grid(images: ArrayLike, columns: int = 10, title: str = "") -> Figure:
+    """Images in the order given, row after row.
+
+    Arguments:
+        images: Images in 0..1 with shape (n, C, H, W), C = 1 or 3.
+        columns: Images in a row.
+        title: What they are.
+    """
+    with _style():
+        pixels = _pixels(images)
+        return _picture(_mosaic(pixels, min(columns, len(pixels)), _gap(pixels.shape[1])), 700, title)
+
+
+def image_rows(rows: Mapping[str, ArrayLike], title: str = "", column_names: Sequence[str] = ()) -> Figure:
+    """A row of images for each name, names at the left.
+
+    Arguments:
+        rows: By name, images in 0..1 with shape (n, C, H, W); the same n for all.
+        title: What they are.
+        column_names: What the columns are.
+    """
+    with _style():
+        pixels = [_pixels(images) for images in rows.values()]
+        if len({p.shape for p in pixels}) > 1:
+            raise ValueError(f"rows of images differ in shape: {[p.shape for p in pixels]}")
+        n, height, _, _ = pixels[0].shape
+        canvas = _mosaic(np.concatenate(pixels), n, _gap(height))
+        return _picture(canvas, min(900, 80 * n), title, list(rows), column_names)
+
+
+def reconstructions(inputs: ArrayLike, outputs: Mapping[str, ArrayLike], title: str = "") -> Figure:
+    """Figure 6, turned: the inputs in the first row, the reconstructions of each model below.
+
+    Arguments:
+        inputs: Images in 0..1 with shape (n, C, H, W).
+        outputs: By model, their reconstructions with the same shape.
+        title: What they are.
+    """
+    return image_rows({"input": inputs, **outputs}, title)
+
+
+def interpolations(
+    first: ArrayLike, last: ArrayLike, rows: Mapping[str, ArrayLike], weights: Sequence[float], title: str = ""
+) -> Figure:
+    """Figure 7: interpolated images of each model in a row, between the two original images.
+
+    Arguments:
+        first: The original at weight 0, in 0..1, with shape (C, H, W).
+        last: The original at weight 1.
+        rows: By model, decoded images with shape (len(weights), C, H, W).
+        weights: Weights of the last image.
+        title: What they are.
+    """
+    ends = [np.asarray(image)[None] for image in (first, last)]
+    shown = {name: np.concatenate([ends[0], np.asarray(images), ends[1]]) for name, images in rows.items()}
+    return image_rows(shown, title, ["original", *(f"{w:.1f}" for w in weights), "original"])
+
+
+def patches_beside_real(real: ArrayLike, samples: ArrayLike, columns: int = 10, title: str = "") -> Figure:
+    """Real patches at the left and sampled ones at the right, all on one grey scale, symmetric about zero.
+
+    Arguments:
+        real: Patches of any range, with shape (n, H, W).
+        samples: Samples with shape (n, H, W), in the same units.
+        columns: Patches in a row of each half.
+        title: What they are.
+    """
+    with _style():
+        both = [np.asarray(p, dtype=np.float64) for p in (real, samples)]
+        # One scale for both, from the real ones: a sample that is too bright is seen as such.
+        limit = float(np.quantile(np.abs(both[0]), 0.99)) or 1.0
+        halves = [_mosaic(_pixels((p / limit + 1) / 2), min(columns, len(p)), 1) for p in both]
+        between = np.ones((halves[0].shape[0], 4, 3))
+        canvas = np.concatenate([halves[0], between, halves[1]], axis=1)
+        return _picture(canvas, 900, title, column_names=("real", "samples"))
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+
+def _plot(
+    axes: Axes, x: Mapping[str, ArrayLike] | ArrayLike, series: Mapping[str, ArrayLike], bands: Mapping[str, ArrayLike]
+) -> None:
+    for i, (name, values) in enumerate(series.items()):
+        y = np.asarray(values, dtype=np.float64)
+        points = np.asarray(x[name] if isinstance(x, Mapping) else x, dtype=np.float64)[: len(y)]
+        colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
+        axes.plot(points, y, line, color=colour, label=name, marker="o" if len(y) <= 12 else None, markersize=3.5)
+        if name in bands:
+            half = np.asarray(bands[name], dtype=np.float64)
+            low, high = (half, half) if half.ndim == 1 else (half[0], half[1])
+            axes.fill_between(points, y - low, y + high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _plain_log(value: float, _: object) -> str:
+    """0.02 rather than 2 x 10^-2, and no label at 3, 4, 6 .. of a decade."""
+    leading = value / 10 ** np.floor(np.log10(value) + 1e-9) if value > 0 else 0.0
+    return f"{value:g}" if round(leading, 3) in (1, 2, 5) else ""
+
+
+def curves(
+    x: Mapping[str, ArrayLike] | ArrayLike,
+    series: Mapping[str, ArrayLike],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    bands: Mapping[str, ArrayLike] | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Figure:
+    """Lines by name.
+
+    Arguments:
+        x: Abscissas with shape (n,), for all series or by name.
+        series: By name, ordinates with shape (n,).
+        x_label: What x is, with its unit.
+        y_label: What y is, with its unit.
+        title: What is shown.
+        bands: By name, half widths of a band about the line with shape (n,), or (2, n) for below and above.
+        log_x: Whether x is on a logarithmic scale.
+        log_y: Whether y is on a logarithmic scale.
+    """
+    with _style():
+        figure = _new(6.0, 3.6)
+        axes = figure.add_subplot()
+        _plot(axes, x, series, bands or {})
+        if log_x:
+            axes.set_xscale("log")
+        if log_y:
+            axes.set_yscale("log")
+            for pick in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                pick(_plain_log)
+        axes.set(xlabel=x_label, ylabel=y_label, title=title)
+        if len(series) > 1:
+            axes.legend()
+        return figure
+
+
+def parzen_curves(bandwidths: ArrayLike, series: Mapping[str, ArrayLike], protocol: str = "") -> Figure:
+    """Mean validation log-likelihood against the bandwidth, with the chosen one marked.
+
+    Arguments:
+        bandwidths: Bandwidths h in units of the pixel range 0..1, with shape (n,).
+        series: By name, mean log-likelihoods of the validation points in nats, with shape (n,).
+        protocol: Name of the protocol, for the title.
+    """
+    with _style():
+        title = "Parzen window: bandwidth search" + (f" (protocol {protocol})" if protocol else "")
+        h = np.asarray(bandwidths, dtype=np.float64)
+        named = {}
+        for name, values in series.items():
+            y = np.asarray(values, dtype=np.float64)
+            named[f"{name}: {y.max():.1f} at h = {h[y.argmax()]:g}"] = y
+        figure = curves(h, named, "bandwidth h (pixel range 0..1)", "validation log-likelihood (nats)", title)
+        axes, tops = figure.axes[0], list(named.values())
+        for i, y in enumerate(tops):
+            axes.plot(h[y.argmax()], y.max(), "o", color=COLOURS[i % len(COLOURS)], markersize=6)
+        axes.legend(loc="lower right" if len(named) > 1 else "lower center")
+        # A bandwidth far too narrow scores -10,000 nats and would flatten the peak.
+        highest, middle = max(float(y.max()) for y in tops), min(float(np.median(y)) for y in tops)
+        lowest = min(float(y.min()) for y in tops)
+        span = max(highest - middle, 1e-9)
+        axes.set_ylim(max(lowest - 0.1 * span, highest - 3 * span), highest + 0.3 * span)
+        return figure
+
+
+def open_dimensions(series: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str = "", log_y: bool = True) -> Figure:
+    """Test error against the number k of open latent dimensions.
+
+    Arguments:
+        series: By model, (numbers k, squared errors as mean over pixels), each with shape (n,).
+        title: What is shown.
+        log_y: Whether the error is on a logarithmic scale.
+    """
+    x = {name: k for name, (k, _) in series.items()}
+    y = {name: errors for name, (_, errors) in series.items()}
+    title = title or "Reconstruction from the first k dimensions"
+    figure = curves(x, y, "open dimensions k", "test MSE (mean over pixels, range 0..1)", title, log_y=log_y)
+    with _style():
+        figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def trade_off(kl_weights: Sequence[float], reconstruction: ArrayLike, kl: ArrayLike, title: str = "") -> Figure:
+    """Figure 13: reconstruction error (left axis) and KL divergence (right axis) against the weight of the KL term.
+
+    Arguments:
+        kl_weights: Weights, from 0 up, placed at equal distances.
+        reconstruction: Squared error of an image, with shape (n,).
+        kl: KL divergence of an image in nats, with shape (n,).
+        title: What is shown.
+    """
+    with _style():
+        figure = _new(6.0, 3.6)
+        left = figure.add_subplot()
+        right = left.twinx()
+        position = np.arange(len(kl_weights))
+        axes_and_values = (
+            (left, reconstruction, "squared error an image", 0, "-"),
+            (right, kl, "KL divergence (nats)", 1, "--"),
+        )
+        for axes, values, label, i, line in axes_and_values:
+            axes.plot(position, np.asarray(values), line, marker="o", markersize=4, color=COLOURS[i])
+            axes.set_ylabel(label, color=COLOURS[i])
+            axes.tick_params(axis="y", colors=COLOURS[i])
+        right.spines["right"].set_visible(True)
+        right.grid(visible=False)
+        left.set_xticks(position, [f"{w:g}" for w in kl_weights])
+        left.set(xlabel="weight of the KL term", title=title or "Reconstruction and regularisation")
+        return figure
+
+
+# Points -------------------------------------------------------------------------------------------------------------
+
+
+def _arrange(panels: int, most: int) -> tuple[int, int]:
+    """Rows and columns with at most `most` columns and few empty places."""
+    rows = -(-panels // most)
+    return rows, -(-panels // rows)
+
+
+def _scatter(axes: Axes, points: NDArray[np.float64], labels: NDArray[Any] | None) -> list[Any]:
+    if labels is None:
+        return [axes.scatter(points[:, 0], points[:, 1], s=3, color=COLOURS[0], alpha=0.5, linewidths=0, rasterized=True)]
+    drawn = []
+    for i, label in enumerate(np.unique(labels).tolist()):
+        some = points[labels == label]
+        drawn.append(
+            axes.scatter(some[:, 0], some[:, 1], s=4, color=COLOURS[i % 10], alpha=0.6, linewidths=0, label=str(label))
+        )
+    return drawn
+
+
+def scatter_by_label(
+    points: ArrayLike, labels: ArrayLike | None = None, title: str = "", x_label: str = "z1", y_label: str = "z2"
+) -> Figure:
+    """Points in the plane, coloured by label.
+
+    Arguments:
+        points: Points with shape (n, 2).
+        labels: Labels with shape (n,), ten at most for distinct colours.
+        title: What is shown.
+        x_label: What the first coordinate is.
+        y_label: What the second coordinate is.
+    """
+    return scatter_panels({title: (points, labels)}, x_label, y_label)
+
+
+def scatter_panels(
+    panels: Mapping[str, tuple[ArrayLike, ArrayLike | None]], x_label: str = "z1", y_label: str = "z2", columns: int = 5
+) -> Figure:
+    """Figure 2: a scatter plot for each name, coloured by label, each with its own scale.
+
+    Arguments:
+        panels: By title, points with shape (n, 2) and their labels with shape (n,) or None.
+        x_label: What the first coordinate is.
+        y_label: What the second coordinate is.
+        columns: Panels in a row at most.
+    """
+    with _style():
+        rows, columns = _arrange(len(panels), columns)
+        side = 4.4 if columns == 1 else 2.4
+        figure = _new(columns * side + 0.6, rows * side + 0.2)
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        legend: list[Any] = []
+        for axes, (name, (points, labels)) in zip(grid, panels.items(), strict=False):
+            drawn = _scatter(axes, np.asarray(points, dtype=np.float64), None if labels is None else np.asarray(labels))
+            legend = drawn if labels is not None else legend
+            axes.set(xlabel=x_label, ylabel=y_label, title=name)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        if legend:
+            figure.legend(handles=legend, loc="outside right center", markerscale=3, handletextpad=0.1)
+        return figure
+
+
+def density_panels(
+    target: ArrayLike,
+    samples: Mapping[str, ArrayLike],
+    limit: float = 6.0,
+    box: tuple[float, float, float, float] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """Figure 5: points of the target in orange, samples of each model in blue over it.
+
+    Arguments:
+        target: Points of the target with shape (n, 2).
+        samples: By model, samples with shape (m, 2).
+        limit: Both axes go from -limit to limit.
+        box: Dropped region (x1 from, x1 to, x2 from, x2 to), outlined.
+        columns: Panels in a row at most.
+    """
+    with _style():
+        points = np.asarray(target, dtype=np.float64)
+        panels: dict[str, NDArray[np.float64] | None] = {"target": None}
+        panels |= {name: np.asarray(values, dtype=np.float64) for name, values in samples.items()}
+        rows, columns = _arrange(len(panels), columns)
+        figure = _new(columns * 2.6, rows * 2.65 + 0.35)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        dots: dict[str, Any] = {"s": 1.5, "linewidths": 0}
+        for i, (axes, (name, drawn)) in enumerate(zip(grid.ravel(), panels.items(), strict=False)):
+            axes.scatter(points[:, 0], points[:, 1], color=TARGET, alpha=0.5 if drawn is None else 0.25, **dots)
+            if drawn is not None:
+                axes.scatter(drawn[:, 0], drawn[:, 1], color=SAMPLES, alpha=0.5, **dots)
+            if box is not None:
+                x0, x1, y0, y1 = box
+                axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#444444", linewidth=0.8)
+            axes.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+            if i + columns >= len(panels):
+                axes.set_xlabel("x1")
+                axes.tick_params(labelbottom=True)
+            if i % columns == 0:
+                axes.set_ylabel("x2")
+        for axes in grid.ravel()[len(panels) :]:
+            axes.set_axis_off()
+        return figure
+
+
+def log_density_maps(maps: Mapping[str, ArrayLike], limit: float = 6.0, columns: int = 4, depth: float = 12.0) -> Figure:
+    """Log-density of each model on a square grid, all on one colour scale.
+
+    Arguments:
+        maps: By model, log-densities in nats with shape (m, m), rows along x2 from -limit to limit.
+        limit: Both axes go from -limit to limit.
+        columns: Panels in a row at most.
+        depth: Nats below the highest value at which colours end.
+    """
+    with _style():
+        values = {name: np.asarray(m, dtype=np.float64) for name, m in maps.items()}
+        # The first map (the truth, as a rule) sets the scale: a spike of one model would darken all others.
+        highest = float(np.nanmax(next(iter(values.values()))))
+        rows, columns = _arrange(len(values), columns)
+        figure = _new(columns * 2.6 + 0.8, rows * 2.65 + 0.35)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        image = None
+        for i, (axes, (name, m)) in enumerate(zip(grid.ravel(), values.items(), strict=False)):
+            extent = (-limit, limit, -limit, limit)
+            image = axes.imshow(
+                m, origin="lower", extent=extent, vmin=highest - depth, vmax=highest, cmap="magma", interpolation="nearest"
+            )
+            axes.grid(visible=False)
+            axes.set_title(name)
+            if i + columns >= len(values):
+                axes.set_xlabel("x1")
+                axes.tick_params(labelbottom=True)
+            if i % columns == 0:
+                axes.set_ylabel("x2")
+        for axes in grid.ravel()[len(values) :]:
+            axes.set_axis_off()
+        if image is not None:
+            figure.colorbar(image, ax=grid.ravel().tolist(), label="log-density (nats)", extend="both", shrink=0.8)
+        return figure

@@ -35,7 +35,8 @@ def psnr(mse: NDArray[np.float64]) -> NDArray[np.float64]:
 def ssim(images: NDArray[np.float32], reconstructions: NDArray[np.float32]) -> NDArray[np.float64]:
     r"""Structural similarity of each pair, in -1..1, mean over channels and over all windows that lie within the image.
 
-    .. math:: \frac{2 \mu_x \mu_y + c_1}{\mu_x^2 + \mu_y^2 + c_1} \cdot \frac{2 \sigma_{xy} + c_2}{\sigma_x^2 + \sigma_y^2 + c_2}
+    .. math:: \frac{2 \mu_x \mu_y + c_1}{\mu_x^2 + \mu_y^2 + c_1}
+            \cdot \frac{2 \sigma_{xy} + c_2}{\sigma_x^2 + \sigma_y^2 + c_2}
 
     with c_1 = 0.01^2, c_2 = 0.03^2 and moments under a Gaussian window of 11 by 11 pixels, sigma 1.5.
 
