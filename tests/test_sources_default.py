@@ -137,14 +137,16 @@ def test_grid_settings_are_checked() -> None:
 # patches ------------------------------------------------------------------------------------------------------------
 
 
-def test_patches_come_from_disjoint_strips() -> None:
-    assert sorted(sum(patches.STRIPS.values(), ())) == list(range(10))
+def test_patches_come_from_disjoint_tiles() -> None:
+    places = [place for split in SPLITS for place in patches._places(split)]
+    assert len(places) == len(set(places)) == 160
+    assert [len(patches._places(split)) for split in SPLITS] == [96, 32, 32]
     source = patches.open_source(patches.Settings(source="patches", root=".", train_count=1000), HERE)
     block = source.read("train", 0, 1000)
     assert block.examples.shape == (1000, 63)
     assert block.examples.dtype == np.float32
     assert np.abs(block.examples).max() < 1
-    assert block.labels[:13].tolist() == [0] * 6 + [1] * 6 + [0]
+    assert np.array_equal(block.labels, np.arange(1000) % 192 // 96)
     check_ranges(source)
     assert not np.array_equal(source.read("valid", 0, 9).examples, source.read("test", 0, 9).examples)
 
@@ -156,10 +158,11 @@ def test_patches_are_cut_from_the_photographs() -> None:
     from pipeline.sources.source import packaged_file
 
     source = patches.open_source(patches.Settings(source="patches", root=".", split_seed=3), HERE)
-    vector = source.read("test", 2, 3).examples  # third strip of the test split: the flower, strip 4
+    vector = source.read("test", 33, 34).examples  # second tile of the test split in the flower: row 0, column 9
     photograph = to_grey(np.asarray(Image.open(packaged_file("sklearn", "datasets", "images", "flower.jpg")).convert("RGB")))
-    strip = photograph[:, 4 * 64 : 5 * 64].astype(np.float64)
-    windows = np.lib.stride_tricks.sliding_window_view(strip, (8, 8)).reshape(-1, 8, 8) / 256
+    assert patches._places("test")[1] == (0, 9)
+    tile = photograph[0:42, 9 * 40 : 10 * 40].astype(np.float64)
+    windows = np.lib.stride_tricks.sliding_window_view(tile, (8, 8)).reshape(-1, 8, 8) / 256
     windows = windows - windows.mean((1, 2), keepdims=True)
     gap = np.abs(windows - restore(vector)).max((1, 2)).min()
     assert gap < 1.01 / 256  # the noise alone

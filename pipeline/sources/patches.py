@@ -1,7 +1,7 @@
 """8x8 grey patches of the two photographs that scikit-learn holds, by the preprocessing of BSDS300.
 
-Each photograph (427x640) is cut into ten upright strips of 64 columns, dealt in turn: train, train, train, valid, test, and
-again. A patch lies within one strip, so the splits share no pixel, and each sees all of the scene from left to right.
+Each photograph (427x640) is cut into 10 x 16 tiles of 42x40 pixels. Tile (r, c) takes turn (2 r + c) mod 5: 0, 1 and 2
+train, 3 validates, 4 tests. A patch lies within one tile, so the splits share no pixel, and each sees every part of the scene.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pipeline.sources.source import GROUP, Block, Source, generator, packaged_fi
 __all__ = ["PhotoPatches", "Settings", "open_source"]
 
 PHOTOGRAPHS = ("china", "flower")
-STRIP_PX = 64
-STRIPS = {"train": (0, 1, 2, 5, 6, 7), "valid": (3, 8), "test": (4, 9)}
+TILE_ROWS, TILE_COLUMNS = 10, 16
+TILE_PX = (42, 40)  # height, width
+TURNS = {"train": (0, 1, 2), "valid": (3,), "test": (4,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,15 @@ class Settings(DatasetSettings):
         return None
 
 
+def _places(split: str) -> list[tuple[int, int]]:
+    """Row and column of each tile of a split."""
+    places = [(r, c) for r in range(TILE_ROWS) for c in range(TILE_COLUMNS)]
+    return [(r, c) for r, c in places if (2 * r + c) % 5 in TURNS[split]]
+
+
 @functools.lru_cache(maxsize=3)
-def _strips(split: str) -> PatchPool:
-    """The strips of a split: those of the first photograph, then those of the second."""
+def _tiles(split: str) -> PatchPool:
+    """The tiles of a split: those of the first photograph, then those of the second."""
     from PIL import Image, UnidentifiedImageError
 
     images, names = [], []
@@ -68,13 +75,14 @@ def _strips(split: str) -> PatchPool:
                 grey = to_grey(np.asarray(file.convert("RGB")))
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(f"{path} can't be read ({error}); install scikit-learn again") from None
-        images += [grey[:, STRIP_PX * s : STRIP_PX * (s + 1)] for s in STRIPS[split]]
-        names += [f"{path}, strip {s}" for s in STRIPS[split]]
+        height, width = TILE_PX
+        images += [grey[height * r : height * (r + 1), width * c : width * (c + 1)] for r, c in _places(split)]
+        names += [f"{path}, tile {r}, {c}" for r, c in _places(split)]
     return PatchPool(images, names)
 
 
 class PhotoPatches(Source):
-    """Patches of the packaged photographs, drawn by seed; patch i lies in strip i modulo their number.
+    """Patches of the packaged photographs, drawn by seed; patch i lies in tile i modulo their number.
 
     Arguments:
         settings: The row of `datasets`.
@@ -89,14 +97,14 @@ class PhotoPatches(Source):
 
     def _draw(self, split: str, group: int) -> np.ndarray:
         random = generator(self.seed, "patches", split, group)
-        members = (group * GROUP + np.arange(GROUP)) % (len(PHOTOGRAPHS) * len(STRIPS[split]))
-        return preprocess(_strips(split).draw(members, random), random)
+        members = (group * GROUP + np.arange(GROUP)) % (len(PHOTOGRAPHS) * len(_places(split)))
+        return preprocess(_tiles(split).draw(members, random), random)
 
     def read(self, split: str, start: int, stop: int) -> Block:
         """Vectors, float32 with shape (n, 63), and the number of the photograph of each."""
-        strips = np.arange(start, stop) % (len(PHOTOGRAPHS) * len(STRIPS[split]))
+        tiles = np.arange(start, stop) % (len(PHOTOGRAPHS) * len(_places(split)))
         vectors = read_in_groups(lambda g: self._draw(split, g), start, stop)
-        return Block(examples=vectors, labels=strips // len(STRIPS[split]))
+        return Block(examples=vectors, labels=tiles // len(_places(split)))
 
 
 def open_source(settings: Settings, root: Path) -> PhotoPatches:
