@@ -1,4 +1,4 @@
-"""Images a second when the network of Figure 9 is trained, by a bare PyTorch loop, the objective `ae`, and the pipeline over shards.
+"""Images a second in training the network of Figure 9: a bare PyTorch loop, the objective `ae`, and the pipeline over shards.
 
 Run with `python benchmarks/autoencoder.py [--experiments mnist celeba64-shoes] [--precisions float32 bfloat16]`. The bare loop
 is a plain `nn.Sequential` on float batches that lie in memory; `pipeline` reads uint8 shards from disk, checks their digests,

@@ -49,6 +49,8 @@ class _Half(nn.Module):
     def _start(self, settings: dict[str, Any], generator: torch.Generator | None) -> None:
         self.settings = settings
         for module in self.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                continue  # shapes alone: `load` puts the weights in
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.orthogonal_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
@@ -82,9 +84,10 @@ class _Half(nn.Module):
             kind = settings.pop("class")
             if kind != cls.__name__:
                 raise DataError(f"{path} holds {kind}, not {cls.__name__}; give the other file of the pair")
-            with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
-                network = cls(**settings).to(device)
-            network.load_state_dict(tensors)
+            with torch.device("meta"):  # no weights are drawn, nor memory taken, before the shapes are known to agree
+                network = cls(**settings)
+            network.load_state_dict(tensors, assign=True)
+            network.to(memory_format=network._memory_format)
         except FileNotFoundError:
             raise DataError(f"{path} is missing; train the autoencoder first") from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
