@@ -361,17 +361,21 @@ class ControlSettings:
     Attributes:
         dataset: Row of `datasets`, of images.
         seed: Seed of the choice of training images and of k-means.
+        kmeans_centroids: Number of centroids; 0 takes as many as there are samples of the models. A data set with no more training images
+            than that needs fewer, since each image would be its own centroid; their score then has an n of its own.
         kmeans_batch_size: Images in a step of mini-batch k-means.
         kmeans_epochs: Passes over the training images.
     """
 
     dataset: str
     seed: int = 0
+    kmeans_centroids: int = 0
     kmeans_batch_size: int = 4096
     kmeans_epochs: int = 10
 
     def __post_init__(self) -> None:
         check_that(self.seed >= 0, "seed", "has to be 0 or more")
+        check_that(self.kmeans_centroids >= 0, "kmeans_centroids", "has to be 0 or more")
         check_that(self.kmeans_batch_size >= 1, "kmeans_batch_size", "has to be at least 1")
         check_that(self.kmeans_epochs >= 1, "kmeans_epochs", "has to be at least 1")
 

@@ -301,7 +301,8 @@ class ShardReader:
         right = right and math.prod(header_shape) * header_dtype.itemsize == len(data) - stream.tell()
         if not right:
             raise DataError(f"{path}: {name} has type {header_dtype} and shape {header_shape}; run prepare again")
-        return np.frombuffer(data, header_dtype, offset=stream.tell()).reshape(header_shape)
+        # A copy of its own: torch warns of arrays that can't be written to.
+        return np.frombuffer(data, header_dtype, offset=stream.tell()).reshape(header_shape).copy()
 
 
 def scale_pixels(examples: np.ndarray, value_range: tuple[float, ...] | None) -> np.ndarray:

@@ -52,7 +52,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
         if index.kind == "images":
             run.figure(figures.image_grid(first, columns=10), "samples")
         elif density.dim == 63:
-            run.figure(figures.image_grid(figures.contrast(restore(first)), columns=10), "samples")
+            run.figure(figures.image_grid(0.5 + restore(first), columns=10), "samples")
         else:
             run.figure(figures.density_panels(next(codes.blocks("train"))["codes"], {run.row: first}), "samples")
     ranks.barrier()

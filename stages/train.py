@@ -151,6 +151,6 @@ def _show_vectors(run: Run, reader: ShardReader) -> None:
     if vectors.shape[1] == 2:
         run.figure(figures.density_panels(vectors, {}), "training-points")
     elif vectors.shape[1] == 63:
-        run.figure(figures.image_grid(figures.contrast(restore(vectors[:100])), columns=10), "training-patches")
+        run.figure(figures.image_grid(0.5 + restore(vectors[:100]), columns=10), "training-patches")
     else:
         Path(workspace.figure_folder("train", run.row)).mkdir(parents=True, exist_ok=True)
