@@ -1,0 +1,39 @@
+# The two commands: `make repro` and `make test`. Each is enough by itself on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: install repro test test-slow lint ui clean
+
+install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock
+
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
+	touch $@
+
+repro: install  ## Build all that is out of date, and print the scoreboard
+	python -m stages check
+	dvc repro
+	@python -m stages report --show
+
+test: install  ## Run the tests
+	python -m pytest -m "not slow and not gpu"
+
+test-slow: install  ## Run the tests that take long: kills, memory, fuzzing at length
+	python -m pytest -m "slow and not gpu"
+
+lint: install  ## Check style, annotations, docstrings and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+ui: install  ## Browse the runs at http://127.0.0.1:5000
+	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1
+
+clean:  ## Remove what the pipeline made; DVC's cache and the MLflow database stay
+	rm -rf data/shards data/autoencoders data/codes data/densities data/samples .checkpoints
+	rm -rf reports/metrics reports/curves reports/figures reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/headline.json
