@@ -1,7 +1,7 @@
 """Shuffled batches from parts (shards, or files of codes), the same whatever the number of loader workers.
 
-The order of an epoch is a function of (seed, epoch, rank) alone, so a resumed run reads on where the killed one stopped, with no
-state to keep. Memory is bounded by the shuffle window and the cache, not by the data set.
+The order of an epoch is a function of (seed, epoch, rank) alone, so a resumed run reads on where the killed one stopped, with
+no state to keep. Memory is bounded by the shuffle window and the cache, not by the data set.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,8 +24,8 @@ class Batches:
     """Shuffled batches of equal length, one epoch after another.
 
     Each rank reads its share of the parts, in an order drawn anew each epoch; parts are gathered into a window of at least
-    `window` examples, which is shuffled as a whole. All ranks take the same number of steps: where the parts don't divide evenly, a rank
-    that runs out starts again from its first part of the epoch.
+    `window` examples, which is shuffled as a whole. All ranks take the same number of steps: where the parts don't divide
+    evenly, a rank that runs out starts again from its first part of the epoch.
 
     Arguments:
         load: Gives the arrays of part i, each with shape (n_i, ...).
@@ -33,7 +34,8 @@ class Batches:
         seed: Seed of the order.
         window: Examples that are shuffled together.
         rank, world: This process and the number of processes.
-        workers: Loader processes that read ahead; they change nothing but the time. By default the environment's LOADER_WORKERS, or 0.
+        workers: Loader processes that read ahead; they change nothing but the time. By default the environment's
+            LOADER_WORKERS, or 0.
 
     Example:
         >>> batches = Batches(lambda i: {"x": np.arange(4) + 4 * i}, [4, 4], batch_size=3, seed=0)
@@ -104,7 +106,7 @@ class Batches:
         while seen < wanted:
             for part in self._read(order):
                 if by_rows:
-                    part = {k: v[self.rank :: self.world] for k, v in part.items()}  # noqa: PLW2901
+                    part = {k: v[self.rank :: self.world] for k, v in part.items()}
                 count = len(next(iter(part.values())))
                 if count == 0:
                     continue
@@ -121,9 +123,9 @@ class Batches:
             from torch.utils.data import DataLoader
 
             # One item a part, in the order asked for: the number of workers changes nothing but the time.
-            loader = iter(
+            loader: Iterator[Arrays] = iter(
                 DataLoader(
-                    _Parts(self.load),
+                    cast(Any, _Parts(self.load)),
                     sampler=missing,
                     batch_size=None,
                     num_workers=self.workers,
@@ -154,5 +156,5 @@ class _Parts:
         return self.load(i)
 
 
-def _as_is(part: Arrays) -> Arrays:
+def _as_is(part: Any) -> Any:
     return part

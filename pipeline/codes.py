@@ -1,14 +1,14 @@
 """Latent codes on disk: write, check, stream.
 
-`data/codes/<name>` is complete in itself: a safetensors file a shard, `{train,valid,test}-%06d.safetensors`, with "codes" (n, D)
-float32 and, where there are any, "labels" (n,) int64; an `index.json` with counts and digests; the mean and the standard
-deviation of the training codes; and `decoder.safetensors`, which turns codes back into images. Codes that are vectors to begin with have no decoder.
+`data/codes/<name>` is complete in itself: a safetensors file a shard, `{train,valid,test}-%06d.safetensors`, with "codes" (n,
+D) float32 and, where there are any, "labels" (n,) int64; an `index.json` with counts and digests; the mean and the standard
+deviation of the training codes; and `decoder.safetensors`, which turns codes back into images. Codes that are vectors to begin
+with have no decoder.
 """
 
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +212,9 @@ class CodeReader:
         codes = arrays.get("codes")
         if codes is None or codes.shape != (part.count, self.index.dim) or codes.dtype != np.float32:
             found = "no codes" if codes is None else f"codes of shape {codes.shape} and type {codes.dtype}"
-            raise DataError(f"{path}: expected float32 codes of shape ({part.count}, {self.index.dim}), got {found}; run extract again")
+            raise DataError(
+                f"{path}: expected float32 codes of shape ({part.count}, {self.index.dim}), got {found}; run extract again"
+            )
         if not np.isfinite(codes).all():
             raise DataError(f"{path} holds codes that aren't finite; run extract again")
         if arrays.keys() - {"codes", "labels"} or ("labels" in arrays and arrays["labels"].shape != (part.count,)):
@@ -233,4 +235,4 @@ class CodeReader:
 
     def stream(self, split: str) -> Callable[[], Iterator[np.ndarray]]:
         """A function that gives the codes of a split anew each time, file by file."""
-        return lambda: (typing.cast(np.ndarray, block["codes"]) for block in self.blocks(split))
+        return lambda: (block["codes"] for block in self.blocks(split))

@@ -20,10 +20,13 @@ __all__ = ["extract_codes"]
 
 
 @torch.no_grad()
-def extract_codes(shards: str | Path, autoencoder: str | Path, folder: str | Path, ranks: Ranks) -> tuple[CodeIndex, ShardIndex]:
+def extract_codes(
+    shards: str | Path, autoencoder: str | Path, folder: str | Path, ranks: Ranks
+) -> tuple[CodeIndex, ShardIndex]:
     """Writes the codes of every split, with the decoder.
 
-    Each rank encodes its share of the shards, in the same blocks however many ranks there are, so the codes don't depend on them.
+    Each rank encodes its share of the shards, in the same blocks however many ranks there are, so the codes don't depend on
+    them.
 
     Arguments:
         shards: Folder of shards.
@@ -70,7 +73,7 @@ def extract_codes(shards: str | Path, autoencoder: str | Path, folder: str | Pat
                 progress.advance(ranks.world)
         parts: dict[str, dict[str, object]] = {}
         for some in ranks.gather(mine):
-            parts |= some  # type: ignore[operator]
+            parts |= some
         if ranks.first:
             index = _write_index(temporary, reader, autoencoder, parts)
             shutil.rmtree(folder, ignore_errors=True)

@@ -68,12 +68,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:  # noqa: ANN401 (any JSON value)
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes `value` as indented JSON with a final newline, whole or not at all. Keeps the order of keys."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:  # noqa: ANN401 (any JSON value)
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file.
 
     Raises:

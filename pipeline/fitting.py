@@ -54,8 +54,8 @@ def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks 
         moments.update(values)
     if ranks is not None and ranks.world > 1:
         merged = Moments()
-        for count, mean, squares in ranks.gather((moments.count, moments.mean, moments.squares)):  # type: ignore[misc]
-            merged.merge(Moments(count, mean, squares))  # type: ignore[has-type]
+        for count, mean, squares in ranks.gather((moments.count, moments.mean, moments.squares)):
+            merged.merge(Moments(count, mean, squares))
         moments = merged
     return moments.result()
 

@@ -145,9 +145,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
     return report
 
 
-def _read_all(
-    source: Any, ranges: list[tuple[str, int, int]], processes: int  # noqa: ANN401
-) -> Iterator[tuple[tuple[str, int, int], Any]]:
+def _read_all(source: Any, ranges: list[tuple[str, int, int]], processes: int) -> Iterator[tuple[tuple[str, int, int], Any]]:
     """Blocks in order, read ahead by a bounded number."""
     if processes == 1 or len(ranges) <= 2:
         for part in ranges:
@@ -173,10 +171,10 @@ def _read_all(
 _source: Any = None
 
 
-def _set_source(source: Any) -> None:  # noqa: ANN401
+def _set_source(source: Any) -> None:
     global _source
     _source = source
 
 
-def _read_range(part: tuple[str, int, int]) -> Any:  # noqa: ANN401
+def _read_range(part: tuple[str, int, int]) -> Any:
     return _source.read(*part)

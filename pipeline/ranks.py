@@ -1,6 +1,7 @@
 """Processes that work together: rank, device, and the few things they tell each other.
 
-Under `torchrun`, which sets RANK and WORLD_SIZE, the processes join a group (gloo on CPUs, NCCL on GPUs); alone, everything here costs nothing.
+Under `torchrun`, which sets RANK and WORLD_SIZE, the processes join a group (gloo on CPUs, NCCL on GPUs); alone, everything
+here costs nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ __all__ = ["Ranks", "join"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers.
+    """A process among its peers.
 
     Attributes:
         rank: Number of this process, from 0.
@@ -48,11 +50,11 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return bool(self.sum(np.array([float(flag)]))[0] > 0)
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order, on every rank: plain types only."""
         if self.world == 1:
             return [value]
-        values: list[object] = [None] * self.world
+        values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 

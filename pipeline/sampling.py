@@ -69,7 +69,9 @@ def write_samples(
             for number in ranks.share(len(sizes)):
                 examples, codes = draw(density, decoder, sizes[number], settings.seed, number)
                 if not np.isfinite(examples).all():
-                    raise DataError(f"samples of {folder.name} aren't finite: the density has diverged; fit it again with a lower learning_rate")
+                    raise DataError(
+                        f"samples of {folder.name} aren't finite: the density has diverged; fit it with a lower learning_rate"
+                    )
                 if settings.rounding == "8-bit" and decoder is not None:
                     examples = np.rint(examples * np.float32(255)) / np.float32(255)
                 with ShardWriter(temporary, "samples", settings.shard_examples, first=number) as writer:
@@ -78,7 +80,7 @@ def write_samples(
                 progress.advance(sizes[number] * ranks.world)
         shards: dict[int, dict[str, object]] = {}
         for some in ranks.gather(mine):
-            shards |= some  # type: ignore[operator]
+            shards |= some
         kind, shape, value_range = "vectors", (density.dim,), None
         if decoder is not None:
             kind, shape, value_range = "images", decoder.image_shape, (0.0, 1.0)  # type: ignore[assignment]

@@ -81,14 +81,12 @@ def parzen_score(samples: Blocks, reader: ShardReader, settings: ParzenSettings,
     def sums(points: Blocks, bandwidths: tuple[float, ...]) -> ParzenSums:
         mine = partial_sums(points, share, bandwidths, str(ranks.device))
         parts = ranks.gather((mine.log_sums, mine.samples))
-        return merge([ParzenSums(s, n, mine.dimensions, bandwidths) for s, n in parts])  # type: ignore[misc]
+        return merge([ParzenSums(s, n, mine.dimensions, bandwidths) for s, n in parts])
 
     valid = sums(unit_blocks(reader, "valid", settings.validation_count), settings.bandwidths)
     bandwidth, _ = select_bandwidth(settings.bandwidths, valid.log_likelihoods)
     test = sums(unit_blocks(reader, "test"), (bandwidth,))
-    score = ParzenScore.from_log_likelihoods(
-        settings.bandwidths, valid.log_likelihoods, test.log_likelihoods[0], valid.samples
-    )
+    score = ParzenScore.from_log_likelihoods(settings.bandwidths, valid.log_likelihoods, test.log_likelihoods[0], valid.samples)
     return Parzen(score, settings.protocol)
 
 
@@ -98,8 +96,8 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool) -> 
     Arguments:
         density: The density.
         codes: The codes.
-        by_group: Whether labels name groups that aren't independent, such as the image of a patch: then the standard error over groups
-            is given too.
+        by_group: Whether labels name groups that aren't independent, such as the image of a patch: then the standard error
+            over groups is given too.
     """
     moments, groups = Moments(), GroupedMoments()
     grouped = by_group
@@ -110,7 +108,7 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool) -> 
         if grouped:
             groups.update(values, block["labels"])
     mean, error, count = moments.result()
-    scores: dict[str, float] = {"test_log_likelihood": mean, "test_log_likelihood_se": error, "test_scored": count}
+    scores: dict[str, float] = {"test_log_likelihood": mean, "test_log_likelihood_se": error, "test_scored": float(count)}
     scores |= {"test_log_likelihood_per_dimension": mean / codes.index.dim}
     if grouped:
         result = groups.groups()
@@ -119,7 +117,7 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool) -> 
 
 
 def grid_scores(samples: Iterable[np.ndarray], test: Iterable[np.ndarray], half_length: float) -> dict[str, float]:
-    """The truth's own log-likelihood of the test points, in nats, and the share of samples in the dropped box, which has density 0.
+    """The truth's own test log-likelihood in nats, and the share of samples in the dropped box, where it has no mass.
 
     Arguments:
         samples: Blocks of samples, each with shape (n, 2).

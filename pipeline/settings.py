@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,7 +59,7 @@ def check_that(condition: bool, key: str, message: str) -> None:
         raise SettingsError(f"{key}: {message}")
 
 
-def _describe(kind: Any) -> str:  # noqa: ANN401 (a type annotation)
+def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
@@ -71,7 +72,7 @@ def _describe(kind: Any) -> str:  # noqa: ANN401 (a type annotation)
     return words.get(kind, str(kind))
 
 
-def _coerce(kind: Any, value: Any, where: str) -> Any:  # noqa: ANN401 (type annotations and YAML values)
+def _coerce(kind: Any, value: Any, where: str) -> Any:
     """`value` as a value of the annotation `kind`, or a SettingsError that names `where`."""
     origin = typing.get_origin(kind)
     refused = SettingsError(f"{where}: expected {_describe(kind)}, got {value!r}")
@@ -262,8 +263,8 @@ class DensitySettings(TrainingSettings):
         codes: Row of `autoencoders` whose codes it is fitted on.
         dataset: Data set of those codes (named again, since DVC can't look it up; checked for agreement).
         family: Density family: `lde`, `gmm`, `maf`, ..
-        standardise: `dimension` shifts and scales each code dimension to mean 0 and variance 1 over the training codes, `scalar`
-            uses one mean and one scale for all, `none` nothing. The log-determinant is added back in every likelihood.
+        standardise: `dimension` shifts and scales each code dimension to mean 0 and variance 1 over the training codes,
+            `scalar` uses one mean and one scale for all, `none` nothing. The log-determinant is added back in every likelihood.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
             on the speed of the machine.
         shuffle_examples: Codes held in memory for shuffling.
@@ -327,7 +328,7 @@ class ParzenSettings:
 
     def __post_init__(self) -> None:
         check_that(self.bandwidth_count >= 1, "bandwidth_count", "has to be at least 1")
-        check_that(0 < self.bandwidth_start, "bandwidth_start", "has to be positive")
+        check_that(self.bandwidth_start > 0, "bandwidth_start", "has to be positive")
         check_that(self.bandwidth_start <= self.bandwidth_stop, "bandwidth_stop", "has to be at least bandwidth_start")
         check_that(self.validation_count >= 0, "validation_count", "has to be 0 or more")
 
@@ -361,8 +362,9 @@ class ControlSettings:
     Attributes:
         dataset: Row of `datasets`, of images.
         seed: Seed of the choice of training images and of k-means.
-        kmeans_centroids: Number of centroids; 0 takes as many as there are samples of the models. A data set with no more training images
-            than that needs fewer, since each image would be its own centroid; their score then has an n of its own.
+        kmeans_centroids: Number of centroids; 0 takes as many as there are samples of the models. A data set with no more
+            training images than that needs fewer, since each image would be its own centroid; their score then has an n of its
+            own.
         kmeans_batch_size: Images in a step of mini-batch k-means.
         kmeans_epochs: Passes over the training images.
     """
@@ -462,7 +464,7 @@ class Params:
             raise SettingsError(f"{prefix}'{name}' is no row of {table}; rows: {', '.join(rows) or 'none'}")
         return typing.cast(Mapping[str, Any], rows[name])
 
-    def _implemented(self, package: str, table: str, name: str, key: str, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    def _implemented(self, package: str, table: str, name: str, key: str, values: Mapping[str, Any]) -> Any:
         where = f"{table}.{name}"
         kind = values.get(key)
         if not isinstance(kind, str):
@@ -492,7 +494,8 @@ class Params:
         autoencoder = self.autoencoder(settings.codes, f"densities.{name}.codes")
         if autoencoder.dataset != settings.dataset:
             raise SettingsError(
-                f"densities.{name}.dataset: '{settings.dataset}', but autoencoders.{settings.codes}.dataset is '{autoencoder.dataset}'"
+                f"densities.{name}.dataset: '{settings.dataset}', but autoencoders.{settings.codes}.dataset "
+                f"is '{autoencoder.dataset}'"
             )
         return typing.cast(DensitySettings, settings)
 
@@ -515,11 +518,11 @@ class Params:
     def problems(self) -> Iterator[str]:
         """One line for each thing that is wrong, over all rows."""
         checks: list[Callable[[], object]] = [self.sampling]
-        checks += [lambda n=n: self.dataset(n) for n in self.rows("datasets")]
-        checks += [lambda n=n: (self.evaluation(n), self.dataset(n, f"evaluations.{n}")) for n in self.rows("evaluations")]
-        checks += [lambda n=n: self.autoencoder(n) for n in self.rows("autoencoders")]
-        checks += [lambda n=n: self._check_density(n) for n in self.rows("densities")]
-        checks += [lambda n=n: self._check_control(n) for n in self.rows("controls")]
+        checks += [partial(self.dataset, n) for n in self.rows("datasets")]
+        checks += [partial(self._check_evaluation, n) for n in self.rows("evaluations")]
+        checks += [partial(self.autoencoder, n) for n in self.rows("autoencoders")]
+        checks += [partial(self._check_density, n) for n in self.rows("densities")]
+        checks += [partial(self._check_control, n) for n in self.rows("controls")]
         seen: set[str] = set()
         for check in checks:
             try:
@@ -528,6 +531,10 @@ class Params:
                 if str(error) not in seen:
                     seen.add(str(error))
                     yield str(error)
+
+    def _check_evaluation(self, name: str) -> None:
+        self.evaluation(name)
+        self.dataset(name, f"evaluations.{name}")
 
     def _check_density(self, name: str) -> None:
         settings = self.density(name)

@@ -143,9 +143,7 @@ class ShardWriter:
             # mtime: else the bytes differ in each run, and everything downstream reruns.
             self._tar = webdataset.TarWriter(str(self._path()), mtime=0, encoder=False)
         block = {name: np.concatenate([part[name] for part in self._pending]) for name in self._pending[0]}
-        self._tar.write(
-            {"__key__": f"{self._tar_blocks:06d}"} | {f"{n}.npy": _npy(block[n]) for n in MEMBERS if n in block}
-        )
+        self._tar.write({"__key__": f"{self._tar_blocks:06d}"} | {f"{n}.npy": _npy(block[n]) for n in MEMBERS if n in block})
         self._tar_count += self._pending_count
         self._tar_blocks += 1
         self._pending, self._pending_count = [], 0
@@ -155,9 +153,7 @@ class ShardWriter:
     def _close_shard(self) -> None:
         self._tar.close()
         path = self._path()
-        self.shards.append(
-            Shard(name=path.name, count=self._tar_count, bytes=path.stat().st_size, sha256=sha256_file(path))
-        )
+        self.shards.append(Shard(name=path.name, count=self._tar_count, bytes=path.stat().st_size, sha256=sha256_file(path)))
         self._tar, self._tar_count, self._tar_blocks = None, 0, 0
 
     def close(self) -> None:
@@ -226,7 +222,7 @@ class ShardReader:
         return [shard.count for shard in self.index.shards(split)]
 
     def load(self, split: str, number: int) -> Arrays:
-        """All examples of one shard: "examples" with shape (n, ...), and "labels" (n,) or "codes" (n, D) where there are any."""
+        """All examples of one shard: "examples" (n, ...), and "labels" (n,) or "codes" (n, D) where there are any."""
         blocks = list(self.blocks(split, [number]))
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 

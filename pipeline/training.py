@@ -1,7 +1,7 @@
 """The one loop for all that is trained: schedule, precision, averaging, ranks, checkpoints, resume.
 
-A run that was killed and resumed ends with the same bits as one that never was: the order of examples, the noise and the learning
-rate are functions of the seed and the number of the step, and everything else stands in the checkpoint.
+A run that was killed and resumed ends with the same bits as one that never was: the order of examples, the noise and the
+learning rate are functions of the seed and the number of the step, and everything else stands in the checkpoint.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Trainable(nn.Module):
 
         Arguments:
             phase: One of `phases`.
-            batch: "images" with shape (B, C, H, W) in the range of the data set, or "codes" with shape (B, D); "labels" (B,) where there
-                are any.
+            batch: "images" with shape (B, C, H, W) in the range of the data set, or "codes" with shape (B, D); "labels" (B,)
+                where there are any.
             step: Where training stands.
         """
         raise NotImplementedError
@@ -104,8 +104,8 @@ class Training:
 def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, progress: float | None = None) -> float:
     r"""The learning rate of a step.
 
-    `steps` halves it at each milestone, counted in epochs; `cosine` rises linearly over the first share :math:`w` of all steps and then
-    follows :math:`\frac{1}{2} (1 + \cos(\pi (p - w) / (1 - w)))` with :math:`p` the share of all steps done.
+    `steps` halves it at each milestone, counted in epochs; `cosine` rises linearly over the first share :math:`w` of all steps
+    and then follows :math:`\frac{1}{2} (1 + \cos(\pi (p - w) / (1 - w)))` with :math:`p` the share of all steps done.
 
     Arguments:
         settings: Schedule and highest learning rate.
@@ -125,7 +125,11 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, p
         done = max(step / total, progress or 0.0)
         if done < settings.warm_up:
             return settings.learning_rate * max(done, 1 / total) / settings.warm_up
-        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min((done - settings.warm_up) / (1 - settings.warm_up), 1.0)))
+        return (
+            settings.learning_rate
+            * 0.5
+            * (1 + math.cos(math.pi * min((done - settings.warm_up) / (1 - settings.warm_up), 1.0)))
+        )
     return settings.learning_rate
 
 
@@ -290,7 +294,12 @@ def train(
             "optimizers": {phase: optimizer.state_dict() for phase, optimizer in optimizers.items()},
             "averaged": None if averaged is None else averaged.values,
             "best_weights": best_weights,
-            "record": {"curve": record.curve, "validations": record.validations, "best": record.best, "seconds": record.seconds},
+            "record": {
+                "curve": record.curve,
+                "validations": record.validations,
+                "best": record.best,
+                "seconds": record.seconds,
+            },
             "sums": sums,
             "summed": summed,
         }
@@ -411,7 +420,7 @@ def train(
                     if best is not None:
                         if not math.isfinite(values[best]):
                             raise TrainingError(
-                                f"{label}: {best} is {values[best]} after step {index}; try a lower learning_rate or gradient_clip"
+                                f"{label}: {best} is {values[best]} after step {index}; lower learning_rate or set gradient_clip"
                             )
                         if not record.best or values[best] > record.best[best]:
                             record.best = row

@@ -29,14 +29,15 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     invoke_without_command=True,
-    epilog="The environment says where things run and never changes a result: DEVICE (auto, cpu, cuda), PROCESSES, LOADER_WORKERS, "
-    "MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKING (on, off).",
+    epilog="The environment says where things run and never changes a result: DEVICE (auto, cpu, cuda), PROCESSES, "
+    "LOADER_WORKERS, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKING (on, off).",
 )
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Generative models from autoencoders, one stage after another.
 
-    Each stage takes the NAME of a row of params.yaml. Without a command, lists stages and rows and their state. `dvc repro` runs all that is out of date.
+    Each stage takes the NAME of a row of params.yaml. Without a command, lists stages and rows and their state. `dvc repro`
+    runs all that is out of date.
     """
     if context.invoked_subcommand is None:
         from stages.overview import print_overview

@@ -32,8 +32,8 @@ def _settings(params: Params, row: str) -> Settings:
 def control(run: Run, settings: Settings) -> None:
     """Score training images and k-means centroids as if they were samples.
 
-    NAME is a row of `controls`. The Parzen score is gameable (Theis et al. 2016): centroids beat true samples. So both stand beside the
-    models, under the same protocol and with as many samples.
+    NAME is a row of `controls`. The Parzen score is gameable (Theis et al. 2016): centroids beat true samples. So both stand
+    beside the models, under the same protocol and with as many samples.
     """
     from pipeline import figures
     from pipeline.evaluation.controls import kmeans_centroids, training_samples
@@ -54,7 +54,7 @@ def control(run: Run, settings: Settings) -> None:
         settings.control.kmeans_batch_size,
         settings.control.kmeans_epochs,
     )
-    for name, samples in (("training_images", images), ("kmeans", lambda: iter([centroids]))):
+    for name, samples in (("training_images", lambda: iter(images())), ("kmeans", lambda: iter([centroids]))):
         run.metrics(parzen_score(samples, reader, settings.parzen, ranks).metrics(f"{name}_"))
-    run.figure(figures.image_grid(next(images())[:100], columns=10), "training-images")
+    run.figure(figures.image_grid(next(iter(images()))[:100], columns=10), "training-images")
     run.figure(figures.image_grid(centroids[:100], columns=10), "kmeans-centroids")

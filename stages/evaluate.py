@@ -50,8 +50,8 @@ def _settings(params: Params, row: str) -> Settings:
 def evaluate(run: Run, settings: Settings) -> None:
     """Score samples and density under the protocol of their data set.
 
-    NAME is a row of `densities`. Images: Parzen-window log-likelihood. Vectors: test log-likelihood; for the grid density also the gap to
-    the truth and the share of samples that fall into the dropped box.
+    NAME is a row of `densities`. Images: Parzen-window log-likelihood. Vectors: test log-likelihood; for the grid density also
+    the gap to the truth and the share of samples that fall into the dropped box.
     """
     import numpy as np
 

@@ -18,7 +18,8 @@ TRAIN_SCORED = 100_000  # training codes that are scored, at most
 def fit(run: Run, settings: DensitySettings) -> None:
     """Fit a density on cached codes: the latent density estimator (LDE) or one of its rivals.
 
-    NAME is a row of `densities`. The epoch with the best validation likelihood is kept. A killed run goes on from its last checkpoint.
+    NAME is a row of `densities`. The epoch with the best validation likelihood is kept. A killed run goes on from its last
+    checkpoint.
     """
     from pipeline.codes import CodeReader
     from pipeline.files import atomic_folder

@@ -34,7 +34,7 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
 
 def _warnings(duplicates: dict[str, int], unreadable: list[str]) -> Iterator[str]:
     if unreadable:
-        yield f"{len(unreadable)} files couldn't be read, listed in {workspace.run_file('prepare', '<row>')}; the first: {unreadable[0]}"
+        yield f"{len(unreadable)} files couldn't be read; reports/runs/prepare lists them; the first: {unreadable[0]}"
     for pair, count in duplicates.items():
         if count:
             yield f"{count} examples of {pair.replace('_', ' ')} are the same"

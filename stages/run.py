@@ -1,4 +1,4 @@
-"""What every stage has in common: settings checked first, outputs written whole, metrics and figures tracked, errors in one line."""
+"""What every stage has in common: settings checked first, outputs written whole, scores tracked, errors in one line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ class Run:
         self.scores: dict[str, float] = {}
         self._details: dict[str, Any] = {}
         self._started = time.monotonic()
-        tags = {"stage": stage, "row": row, "dvc.stage": os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
+        tags = {
+            "stage": stage,
+            "row": row,
+            "dvc.stage": os.environ.get("DVC_STAGE", ""),
+            "dvc.experiment": os.environ.get("DVC_EXP_NAME", ""),
+        }
         # The row's name has no place in the keys, so that two rows of a table can be compared side by side.
         flat = flatten(asdict(settings)) if settings is not None else {}  # type: ignore[call-overload]
         self.tracker = Tracker(f"{stage} {row}", {k: v for k, v in tags.items() if v}, flat, off=not self.first)
@@ -90,7 +95,10 @@ class Run:
         write_json(path, self.scores)
         self.tracker.metrics({k: v for k, v in self.scores.items() if isinstance(v, (int, float))})
         self.tracker.artifact(path, "metrics")
-        self._details |= {"seconds": round(time.monotonic() - self._started, 3), "peak_memory_mib": round(_peak_memory_mib(), 1)}
+        self._details |= {
+            "seconds": round(time.monotonic() - self._started, 3),
+            "peak_memory_mib": round(_peak_memory_mib(), 1),
+        }
         self._details |= {"cores": os.cpu_count(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.tracker.metrics({k: v for k, v in self._details.items() if isinstance(v, (int, float))})
         run_id = self.tracker.finish()
@@ -119,7 +127,7 @@ def _peak_memory_mib() -> float:
 
 
 @contextlib.contextmanager
-def one_line_errors(name: str) -> Any:  # noqa: ANN401
+def one_line_errors(name: str) -> Any:
     """Turns errors that the user can mend into one line and exit status 1."""
     try:
         yield
@@ -127,7 +135,9 @@ def one_line_errors(name: str) -> Any:  # noqa: ANN401
         message = " ".join(str(error).split())
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            message = f"no space left on the disk{_named(error)}: free some and run the command again; what stood before is intact"
+            message = (
+                f"no space left on the disk{_named(error)}: free some and run the command again; what stood before is intact"
+            )
         elif error.errno == errno.EDQUOT:
             message = f"disk quota exceeded{_named(error)}: free some and run the command again; what stood before is intact"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -211,7 +221,7 @@ def _relaunch() -> bool:
     return True
 
 
-def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:  # noqa: ANN401
+def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     click.echo(f"{name} {row}")
     for key, value in flatten(asdict(settings)).items():
         click.echo(f"  {key}: {json.dumps(value)}")

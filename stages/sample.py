@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.settings import DensitySettings, Params, SamplingSettings
+from pipeline.settings import DensitySettings, SamplingSettings
 from stages import workspace
 from stages.run import Run, stage
 

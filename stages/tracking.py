@@ -1,8 +1,8 @@
 """MLflow tracking: one run a stage, written by a process of its own.
 
-The stage sends JSON lines to that process, which imports MLflow while the stage does its work. So a stage starts at once, its memory is
-its own, a slow or unreachable server never holds it up, and when a stage is killed its run is marked so. Environment: MLFLOW_TRACKING_URI (default:
-a SQLite file in the project's root) and MLFLOW_EXPERIMENT_NAME.
+The stage sends JSON lines to that process, which imports MLflow while the stage does its work. So a stage starts at once, its
+memory is its own, a slow or unreachable server never holds it up, and when a stage is killed its run is marked so.
+Environment: MLFLOW_TRACKING_URI (default: a SQLite file in the project's root) and MLFLOW_EXPERIMENT_NAME.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Logs numbers at a step."""
-        self._send(metrics={k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}, step=step)
+        self._send(
+            metrics={k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}, step=step
+        )
 
     def curve(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Logs rows of a curve, each with its own "step"."""
@@ -138,9 +140,15 @@ class Tracker:
             answer = json.loads(reply)
             self.run_id = answer.get("run_id")
             if answer.get("error"):
-                print(f"warning: tracking at {tracking_uri()} failed ({answer['error']}); the results are complete without", file=sys.stderr)
+                print(
+                    f"warning: tracking at {tracking_uri()} failed ({answer['error']}); the results are complete without",
+                    file=sys.stderr,
+                )
         if not reply:
-            print(f"warning: tracking at {tracking_uri()} didn't answer in time; the results are complete without", file=sys.stderr)
+            print(
+                f"warning: tracking at {tracking_uri()} didn't answer in time; the results are complete without",
+                file=sys.stderr,
+            )
         return self.run_id
 
 
@@ -197,9 +205,7 @@ class _Writer:
         from mlflow.entities import Metric
 
         for start in range(0, len(points), 1000):
-            self.client.log_batch(
-                self.run_id, metrics=[Metric(k, v, t, s) for k, v, s, t in points[start : start + 1000]]
-            )
+            self.client.log_batch(self.run_id, metrics=[Metric(k, v, t, s) for k, v, s, t in points[start : start + 1000]])
 
     def dataset(self, name: str, digest: str, path: str, context: str) -> None:
         """Logs an input."""
@@ -225,8 +231,8 @@ class _Writer:
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Hangs the stages that a state is made of below this run.
 
-        A run that no pipeline run has claimed becomes a child. A run has one parent: for one that an earlier pipeline run has claimed, whose
-        results came from DVC's cache, a light child names it; likewise for a run that this server doesn't know.
+        A run that no pipeline run has claimed becomes a child. A run has one parent: for one that an earlier pipeline run has
+        claimed, whose results came from DVC's cache, a light child names it; likewise for a run that this server doesn't know.
         """
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
@@ -248,7 +254,7 @@ class _Writer:
             self.client.log_batch(light.info.run_id, metrics=[Metric(k, float(v), now, 0) for k, v in child["metrics"].items()])
             self.client.set_terminated(light.info.run_id)
 
-    def model(self, **values: Any) -> None:  # noqa: ANN401
+    def model(self, **values: Any) -> None:
         """Logs and registers a model from code."""
         from stages.serving import log_model
 
@@ -331,7 +337,9 @@ def main() -> None:
         while not messages.get().get("end"):
             pass
     with contextlib.suppress(OSError):
-        print(json.dumps({"run_id": writer.run_id if writer is not None and writer.run_id else None, "error": error}), flush=True)
+        print(
+            json.dumps({"run_id": writer.run_id if writer is not None and writer.run_id else None, "error": error}), flush=True
+        )
     os._exit(0)
 
 

@@ -30,7 +30,8 @@ SHOWN = 10  # test images in the figure of reconstructions
 def train(run: Run, settings: AutoencoderSettings) -> None:
     """Train an autoencoder, with or without incremental learning of its latent vector.
 
-    NAME is a row of `autoencoders`. A killed run goes on from its last checkpoint. Vectors (objective `identity`) need no training.
+    NAME is a row of `autoencoders`. A killed run goes on from its last checkpoint. Vectors (objective `identity`) need no
+    training.
     """
     import torch
 

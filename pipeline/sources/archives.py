@@ -1,4 +1,4 @@
-"""Files of a folder, a zip or a tar, read by name and never unpacked to disk.
+"""Files of a folder, a zip or a gzipped tar, read by name and never unpacked to disk.
 
 Names are relative, with forward slashes. A name that is absolute or climbs out of its archive is refused, links are never
 followed, and nothing is read that declares more bytes than an image has any use for.
@@ -7,6 +7,7 @@ followed, and nothing is read that declares more bytes than an image has any use
 from __future__ import annotations
 
 import functools
+import gzip
 import os
 import stat
 import tarfile
@@ -148,14 +149,14 @@ class ZipFiles(Files):
 
 
 class TarFiles(Files):
-    """The files of a tar, compressed or not, held in memory since a compressed tar can only be read from its start.
+    """The files of a gzipped tar, held in memory since it can only be read from its start.
 
     Arguments:
         path: The tar.
         ends: Endings of the names that are kept, in lower case.
 
     Raises:
-        DataError: When it isn't a whole tar, holds a member whose path leads out of it, or is larger than 1 GiB unpacked.
+        DataError: When it isn't whole, holds a member whose path leads out of it, or is larger than 1 GiB unpacked.
     """
 
     def __init__(self, path: Path, ends: tuple[str, ...]) -> None:
@@ -163,7 +164,7 @@ class TarFiles(Files):
         self._files: dict[str, bytes] = {}
         total = 0
         try:
-            with tarfile.open(path) as tar:
+            with gzip.open(path) as stream, tarfile.open(fileobj=stream) as tar:
                 for member in tar:
                     name = _checked(member.name, path)
                     if not member.isreg() or _hidden(name) or not name.lower().endswith(ends):
@@ -173,8 +174,11 @@ class TarFiles(Files):
                         raise DataError(f"{path} unpacks to more than {MAX_TAR_BYTES} bytes; get the archive anew")
                     file = tar.extractfile(member)
                     self._files[name] = file.read() if file is not None else b""
+                # To the end, where the checksum of all stands: a broken header would end the list of members unnoticed.
+                while (chunk := stream.read(2**20)) and total <= MAX_TAR_BYTES:
+                    total += len(chunk)
         except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
-            raise DataError(f"{path} isn't a whole tar ({error}); get it anew") from None
+            raise DataError(f"{path} isn't a whole .tgz ({error}); get it anew") from None
         self.names = tuple(sorted(self._files))
         self.folders = _with_parents({str(PurePosixPath(name).parent) for name in self.names})
 

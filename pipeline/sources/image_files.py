@@ -23,7 +23,7 @@ __all__ = ["ENDINGS", "ImageFiles", "ImageSettings", "decode", "find_images", "f
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Only these, since Pillow hands some others (EPS) to outside programs.
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 100_000_000
 
 
@@ -78,7 +78,7 @@ def decode(data: bytes) -> Image:
     Raises:
         ValueError: When it isn't a whole image of a known kind, has more than 100 million pixels, or pixels of 32 bit.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -103,6 +103,8 @@ def decode(data: bytes) -> Image:
             return picture
     except ValueError:
         raise
+    except UnidentifiedImageError:  # its own words name an address in memory
+        raise ValueError(f"it is damaged or none of {', '.join(FORMATS)}") from None
     except Exception as error:  # broken files raise whatever the decoder came across
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
