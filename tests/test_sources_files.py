@@ -8,9 +8,11 @@ import itertools
 import os
 import pickle
 import struct
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,15 +159,21 @@ def test_mnist_settings() -> None:
         Params({"datasets": {"m": row | {"source": "mnits"}}}).dataset("m")
 
 
-def test_download_says_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("torchvision.datasets")
+def test_download_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("no network")
+    def fetch(root: str, download: bool) -> None:
+        calls.append((root, download))
+        if len(calls) > 1:
+            raise RuntimeError("no network")
 
-    monkeypatch.setattr(datasets, "MNIST", refuse)
+    # In the place of torchvision, which takes seconds to import.
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(MNIST=fetch)))
+    settings = idx.Settings(source="mnist", root=str(tmp_path))
+    idx.download(settings, tmp_path)
+    assert calls == [(str(tmp_path), True)]
     with pytest.raises(DataError, match="mnist can't be downloaded"):
-        idx.download(idx.Settings(source="mnist", root=str(tmp_path)), tmp_path)
+        idx.download(settings, tmp_path)
 
 
 # TFD ----------------------------------------------------------------------------------------------------------------
@@ -476,6 +484,24 @@ def test_truncated_hdf5(tmp_path: Path, keep: float) -> None:
     cut(tmp_path / "BSDS300.hdf5", keep)
     with pytest.raises(DataError, match=r"BSDS300\.hdf5"):
         read_all(open_row("bsds300", tmp_path, split="maf"))
+
+
+def test_fuzzed_hdf5_never_raises_anything_else(tmp_path: Path) -> None:
+    write_hdf5(tmp_path)
+    path = tmp_path / "BSDS300.hdf5"
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        data = bytearray(whole)
+        for place in random.integers(0, 3000, 3):
+            data[place] = random.integers(256)
+        path.unlink()
+        path.write_bytes(data)
+        bsds300._open_table.cache_clear()
+        try:
+            read_all(open_row("bsds300", tmp_path, split="maf"))
+        except DataError as error:
+            assert "BSDS300.hdf5" in str(error)  # noqa: PT017
 
 
 def test_a_group_for_a_table(tmp_path: Path) -> None:

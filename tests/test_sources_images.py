@@ -363,6 +363,26 @@ def test_zip_bomb_and_encryption_are_left_out(tmp_path: Path) -> None:
     assert any("encrypted" in line for line in lines)
 
 
+def test_fuzzed_zips_never_raise_anything_else(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", TWENTY)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    random = np.random.default_rng(0)
+    for i in range(100):
+        data = bytearray(whole)
+        for place in random.integers(directory if i % 2 else 0, len(data), 3):
+            data[place] = random.integers(256)
+        path.write_bytes(data)
+        open_files.__globals__["_open_files"].cache_clear()
+        try:
+            source = open_row("images", path)
+            blocks = [source.read(split, 0, source.counts[split]) for split in SPLITS]
+        except DataError as error:
+            assert "a.zip" in str(error)  # noqa: PT017
+            continue
+        assert sum(len(b.examples) + len(b.unreadable) for b in blocks) == sum(source.counts.values())
+
+
 def test_links_and_pipes_in_a_folder(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", TWENTY)
     (tmp_path / "secret.png").write_bytes(plain(77))

@@ -12,7 +12,6 @@ import os
 import stat
 import tarfile
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 
@@ -53,6 +52,11 @@ def _checked(name: str, path: Path) -> str:
     if name.startswith("/") or ".." in parts or (parts and ":" in parts[0]) or "\0" in name:
         raise DataError(f"{path} holds a member '{name[:100]}' whose path leads out of the archive; get the archive anew")
     return "/".join(parts)
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _hidden(name: str) -> bool:
@@ -119,8 +123,8 @@ class ZipFiles(Files):
         self.path = path
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise DataError(f"{path} isn't a whole zip ({error}); get it anew") from None
+        except Exception as error:  # zipfile raises whatever it came across
+            raise DataError(f"{path} isn't a whole zip ({_words(error)}); get it anew") from None
         self._members: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
         for member in self._zip.infolist():
@@ -144,8 +148,8 @@ class ZipFiles(Files):
             raise ValueError(f"its {member.file_size} bytes are more than {MAX_FILE_BYTES}")
         try:
             return self._zip.read(member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"the zip's member is damaged or encrypted: {error}") from None
+        except Exception as error:  # zipfile and its decompressors raise whatever they came across
+            raise ValueError(f"the zip's member is damaged or encrypted: {_words(error)}") from None
 
 
 class TarFiles(Files):
@@ -177,8 +181,10 @@ class TarFiles(Files):
                 # To the end, where the checksum of all stands: a broken header would end the list of members unnoticed.
                 while (chunk := stream.read(2**20)) and total <= MAX_TAR_BYTES:
                     total += len(chunk)
-        except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
-            raise DataError(f"{path} isn't a whole .tgz ({error}); get it anew") from None
+        except DataError:
+            raise
+        except Exception as error:  # tarfile and gzip raise whatever they came across
+            raise DataError(f"{path} isn't a whole .tgz ({_words(error)}); get it anew") from None
         self.names = tuple(sorted(self._files))
         self.folders = _with_parents({str(PurePosixPath(name).parent) for name in self.names})
 

@@ -146,22 +146,25 @@ def _open_table(path: Path, stamp: tuple[int, int], process: int) -> Any:
 
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+        for name in TABLE_NAMES.values():
+            # Neither links nor tables whose data lie in other files are followed.
+            if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+                raise DataError(f"{path} holds no dataset '{name}'; expected train, validation and test")
+            _check_table(file[name], f"{path}: '{name}'")
+    except DataError:
+        raise
+    except Exception as error:  # h5py raises whatever it came across in a broken file
         raise DataError(f"{path} isn't a whole hdf5 file ({' '.join(str(error).split())}); get it anew") from None
-    for name in TABLE_NAMES.values():
-        # Neither links nor tables whose data lie in other files are followed.
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
-            raise DataError(f"{path} holds no dataset '{name}'; expected train, validation and test")
-        table = file[name]
-        if table.is_virtual or table.external:
-            raise DataError(f"{path}: the data of '{name}' lie in another file; get it anew")
-        if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] != DIM or table.dtype.kind != "f":
-            raise DataError(
-                f"{path}: '{name}' has shape {table.shape} and type {table.dtype}; expected float32 with {DIM} columns"
-            )
-        if table.nbytes > MAX_DEFLATE * table.id.get_storage_size():
-            raise DataError(f"{path}: '{name}' declares {table.shape[0]} rows and stores far fewer; get it anew")
     return file
+
+
+def _check_table(table: Any, where: str) -> None:
+    if table.is_virtual or table.external:
+        raise DataError(f"{where} keeps its data in another file; get it anew")
+    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] != DIM or table.dtype.kind != "f":
+        raise DataError(f"{where} has shape {table.shape} and type {table.dtype}; expected float32 with {DIM} columns")
+    if table.nbytes > MAX_DEFLATE * table.id.get_storage_size():
+        raise DataError(f"{where} declares {table.shape[0]} rows and stores far fewer; get it anew")
 
 
 class PreparedPatches(Source):
@@ -189,7 +192,9 @@ class PreparedPatches(Source):
         name = TABLE_NAMES[split]
         try:
             vectors: np.ndarray = self._tables()[name][start:stop].astype(np.float32)
-        except OSError as error:
+        except DataError:
+            raise
+        except Exception as error:  # h5py raises whatever it came across in a broken file
             raise DataError(f"{self.path}: '{name}' can't be read ({' '.join(str(error).split())}); get it anew") from None
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if wrong.size:
