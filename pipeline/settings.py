@@ -440,7 +440,8 @@ class Params:
                 hint = f"did you mean '{close[0]}'?" if close else "known tables: " + ", ".join(TABLES)
                 raise SettingsError(f"{name}: unknown table; {hint}")
             if not isinstance(table, Mapping):
-                raise SettingsError(f"{name}: expected a table, got {table!r}")
+                hint = f"; write '{name}: {{}}' where there are none" if table is None else ""
+                raise SettingsError(f"{name}: expected a table, got {'nothing' if table is None else repr(table)}{hint}")
             for key in _all_keys(table):
                 if key in FORBIDDEN_KEYS:
                     raise SettingsError(f"{name}: a key is named '{key}', which DVC's run cache ignores; rename it")
@@ -451,6 +452,7 @@ class Params:
                     raise SettingsError(f"{name}.{row}: a row's name is made of lower-case letters, digits and dashes")
                 if not isinstance(values, Mapping):
                     raise SettingsError(f"{name}.{row}: expected a table of settings, got {values!r}")
+        self.absent = [name for name in TABLES if name not in tables]
         self.tables: dict[str, dict[str, Any]] = {name: dict(tables.get(name, {})) for name in TABLES}
 
     def rows(self, table: str) -> list[str]:

@@ -1,0 +1,108 @@
+"""What is wrong in params.yaml and dvc.yaml, row and key named, before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import PipelineError, SettingsError
+from pipeline.settings import Params, implementation, read_params
+from stages.run import TABLE_OF_STAGE, one_line_errors
+
+__all__ = ["check", "missing_data", "pipeline_problems", "row_count"]
+
+PIPELINE = Path("dvc.yaml")
+
+
+@click.command("check")
+@click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
+def check(params_file: str) -> None:
+    """Say what is wrong in params.yaml and dvc.yaml, and which raw data are missing.
+
+    One line for each problem, with row, key and remedy. Exit status 1 when there is one.
+    """
+    with one_line_errors("check"):
+        params = read_params(params_file)
+        problems = list(params.problems())
+        problems += pipeline_problems(params)
+        problems += missing_data(params)
+        for problem in problems:
+            click.echo(f"error: check: {' '.join(problem.split())}", err=True)
+        if problems:
+            sys.exit(1)
+        click.echo(f"{params_file}: {row_count(params)} rows, no problem")
+
+
+def row_count(params: Params) -> int:
+    """Rows of all tables."""
+    return sum(len(rows) for table, rows in params.tables.items() if table != "sampling")
+
+
+def missing_data(params: Params) -> Iterator[str]:
+    """A line for each data set whose raw files are missing, saying what to put where."""
+    for name in params.rows("datasets"):
+        try:
+            settings = params.dataset(name)
+        except PipelineError:
+            continue  # said by Params.problems
+        root = Path(settings.root)
+        if root.is_file() or (root.is_dir() and any(root.iterdir())):
+            continue
+        remedy = f"{root} is {'empty' if root.exists() else 'missing'}; data/raw/README.md says what to put there"
+        try:
+            # The source says best what it reads. With nothing there, it looks no further.
+            implementation("pipeline.sources", settings.source, f"datasets.{name}.source").open_source(settings, root)
+        except PipelineError as error:
+            remedy = str(error)
+        except OSError:
+            pass
+        yield f"datasets.{name}.root: {remedy}"
+
+
+def pipeline_problems(params: Params) -> Iterator[str]:
+    """A line for each point in which dvc.yaml and the tables of params.yaml disagree."""
+    try:
+        stages = _read_pipeline().get("stages")
+    except PipelineError as error:
+        yield str(error)
+        return
+    if not isinstance(stages, Mapping):
+        yield f"{PIPELINE}: stages: expected a table of stages"
+        return
+    for stage, table in TABLE_OF_STAGE.items():
+        entry = stages.get(stage)
+        if not isinstance(entry, Mapping):
+            yield f"{PIPELINE}: stages.{stage}: missing; it runs over the rows of {table}"
+            continue
+        if entry.get("foreach") != f"${{{table}}}":
+            yield f"{PIPELINE}: stages.{stage}.foreach: expected ${{{table}}}, got {entry.get('foreach')!r}"
+    for table in params.absent:
+        yield f"{table}: missing, and dvc.yaml reads it; write '{table}: {{}}' where there is nothing to say"
+    for stage, entry in stages.items():
+        body = entry.get("do", entry) if isinstance(entry, Mapping) else {}
+        command = str(body.get("cmd", "") if isinstance(body, Mapping) else "")
+        expected = f"python -m stages {stage}" + (" ${key}" if isinstance(entry, Mapping) and "foreach" in entry else "")
+        if command != expected:
+            yield f"{PIPELINE}: stages.{stage}.cmd: expected '{expected}', got '{command}'"
+        for dependency in body.get("deps", []) if isinstance(body, Mapping) else []:
+            # Code is there or it isn't; what a stage writes may still be to come.
+            if str(dependency).endswith(".py") and "$" not in str(dependency) and not Path(str(dependency)).exists():
+                yield f"{PIPELINE}: stages.{stage}.deps: {dependency} is missing"
+
+
+def _read_pipeline() -> Mapping[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        with PIPELINE.open(encoding="utf-8") as file:
+            document = YAML(typ="safe", pure=True).load(file)
+    except FileNotFoundError:
+        raise SettingsError(f"{PIPELINE} is missing; run the command from the project's folder") from None
+    except (YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise SettingsError(f"{PIPELINE} isn't valid YAML: {' '.join(str(error).split())}") from None
+    return document if isinstance(document, Mapping) else {}

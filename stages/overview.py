@@ -1,0 +1,140 @@
+"""Stages, rows and their state, read from dvc.lock and the files that are there, without starting DVC."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import PipelineError
+from pipeline.settings import Params, read_params
+from stages.run import TABLE_OF_STAGE
+
+__all__ = ["print_overview", "states"]
+
+DONE, CHANGED, OUTDATED, MISSING, NOT_RUN = "done", "settings changed", "input changed", "output missing", "not yet run"
+
+
+def print_overview() -> None:
+    """Prints each stage in a line, then each row with the state of its stages."""
+    from stages.__main__ import cli
+
+    context = click.Context(cli)
+    click.echo("Stages and commands: python -m stages COMMAND --help says more\n")
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        click.echo(f"  {name:9} {command.get_short_help_str(100) if command is not None else ''}")
+    try:
+        params = read_params()
+    except PipelineError as error:
+        click.echo(f"\nerror: {error}", err=True)
+        raise SystemExit(1) from None
+    found = states(params)
+    click.echo("\nRows of params.yaml, and what dvc.lock says of them (`dvc status` also looks into files and code)")
+    tables = dict.fromkeys(TABLE_OF_STAGE.values())
+    width = max((len(row) for table in tables for row in params.rows(table)), default=0)
+    for table in tables:
+        stages = [stage for stage, of in TABLE_OF_STAGE.items() if of == table]
+        click.echo(f"\n  {table}" + ("" if params.rows(table) else ": no rows"))
+        for row in params.rows(table):
+            by_stage = {stage: found[stage, row] for stage in stages}
+            if len(set(by_stage.values())) == 1 and len(stages) > 1:
+                text = f"{', '.join(stages)}: {by_stage[stages[0]]}"
+            else:
+                text = "; ".join(f"{stage}: {state}" for stage, state in by_stage.items())
+            click.echo(f"    {row:{width}}  {text}")
+    counts = list(found.values())
+    waiting = sum(state != DONE for state in counts)
+    click.echo(
+        f"\n{len(counts) - waiting} of {len(counts)} stages done" + ("; `dvc repro` runs what is left" if waiting else "")
+    )
+
+
+def states(params: Params, lock_file: str | Path = "dvc.lock") -> dict[tuple[str, str], str]:
+    """The state of each stage of each row.
+
+    `done`, `settings changed` since it ran, `input changed` (a stage before it isn't done, or has since written something
+    else), `output missing`, `not yet run`. Code and raw files are left to `dvc status`.
+
+    Arguments:
+        params: The tables of params.yaml.
+        lock_file: DVC's record of what ran.
+
+    Returns:
+        States by stage and row.
+    """
+    lock = _read_lock(Path(lock_file))
+    writers = {out["path"]: (key, _digest(out)) for key, entry in lock.items() for out in entry.get("outs", [])}
+    memory: dict[str, str] = {}
+
+    def state(key: str) -> str:
+        if key not in memory:
+            memory[key] = OUTDATED  # should the lock file go in circles
+            memory[key] = _state(key)
+        return memory[key]
+
+    def _state(key: str) -> str:
+        entry = lock.get(key)
+        if entry is None:
+            return NOT_RUN
+        if any(not _same(value, _look_up(params.tables, dotted)) for dotted, value in _recorded(entry)):
+            return CHANGED
+        for dependency in entry.get("deps", []):
+            writer, digest = writers.get(dependency["path"], (None, None))
+            if writer is not None and (digest != _digest(dependency) or state(writer) not in (DONE, MISSING)):
+                return OUTDATED
+        if not all(Path(out["path"]).exists() for out in entry.get("outs", [])):
+            return MISSING
+        return DONE
+
+    return {(stage, row): state(f"{stage}@{row}") for stage, table in TABLE_OF_STAGE.items() for row in params.rows(table)}
+
+
+def _recorded(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for values in entry.get("params", {}).values():
+        yield from values.items()
+
+
+def _look_up(tables: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = tables
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _digest(item: Mapping[str, Any]) -> object:
+    return item.get("md5")
+
+
+def _same(there: Any, here: Any) -> bool:
+    """Whether a value of dvc.lock, all its scalars read as strings, is a value of params.yaml."""
+    if isinstance(here, Mapping):
+        return isinstance(there, Mapping) and there.keys() == here.keys() and all(_same(there[key], here[key]) for key in here)
+    if isinstance(here, list):
+        return isinstance(there, list) and len(there) == len(here) and all(map(_same, there, here))
+    if not isinstance(there, str):
+        return False
+    if isinstance(here, bool):
+        return there == str(here).lower()
+    if here is None:
+        return there in ("", "null", "~")
+    try:
+        return float(there) == float(here)  # 1e-4 stands there as 0.0001
+    except (TypeError, ValueError):
+        return there == str(here)
+
+
+def _read_lock(path: Path) -> dict[str, Any]:
+    """Entries of dvc.lock by stage, all scalars as strings; none where there is no such file or it can't be read."""
+    # The C loader takes some 20 ms for a pipeline of a hundred stages, ruamel.yaml seconds. It comes with MLflow.
+    yaml: Any = importlib.import_module("yaml")
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    stages = document.get("stages") if isinstance(document, dict) else None
+    return stages if isinstance(stages, dict) else {}

@@ -1,0 +1,383 @@
+"""Experiments of the paper, kept as rows in `presets/`, and how they come into params.yaml."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import fnmatch
+import io
+import re
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import PipelineError, SettingsError
+from pipeline.files import write_text
+from pipeline.settings import ROW_NAME, TABLES, Params, implementation
+from stages.run import one_line_errors
+
+__all__ = ["Preset", "Row", "add_rows", "load_preset", "preset", "preset_names"]
+
+FOLDER = Path("presets")
+ROW_TABLES = tuple(table for table in TABLES if table != "sampling")
+INDENT = "  "
+
+
+# Preset files -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a preset.
+
+    Attributes:
+        table: Its table.
+        name: Its name.
+        values: Its settings, as ruamel.yaml's round-trip loader gives them, comments included.
+        comment: The comment lines above it.
+    """
+
+    table: str
+    name: str
+    values: Any
+    comment: tuple[str, ...] = ()
+
+    @property
+    def dotted(self) -> str:
+        """Table and name, as error messages give them."""
+        return f"{self.table}.{self.name}"
+
+    def text(self) -> str:
+        """The row as YAML, with its comments, from column 0."""
+        return "".join(f"{line}\n" for line in self.comment) + _dump({self.name: self.values})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A file of `presets/`.
+
+    Attributes:
+        name: Name of the file, without its ending.
+        description: What it is, in a line.
+        rows: Its rows, in the order of the file.
+        quick: Dotted keys and the values that make it small; `*` stands for any row that has the key's table.
+    """
+
+    name: str
+    description: str
+    rows: tuple[Row, ...]
+    quick: Mapping[str, Any]
+
+    def chosen(self, quick: bool = False, seeds: int | None = None) -> list[Row]:
+        """The rows to add: small ones where `quick`, and with `seeds` a row for each trial."""
+        rows = _quick(self) if quick else list(self.rows)
+        return rows if seeds is None else list(_trials(rows, seeds))
+
+
+def preset_names() -> list[str]:
+    """Names of the presets, in alphabetical order."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Reads `presets/NAME.yaml`.
+
+    Raises:
+        SettingsError: When there is none of that name, or it isn't written as `presets/README.md` says.
+    """
+    names = preset_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise SettingsError(f"no preset '{name}' in {FOLDER}/; {hint}known: {', '.join(names) or 'none'}")
+    path = FOLDER / f"{name}.yaml"
+    text = path.read_text(encoding="utf-8")
+    document = _parse(text, str(path))
+    if not isinstance(document, dict) or set(document) - {"description", "tables", "quick"}:
+        raise SettingsError(f"{path}: expected the keys description, tables and quick; see {FOLDER}/README.md")
+    description, tables, quick = document.get("description"), document.get("tables"), document.get("quick") or {}
+    if not isinstance(description, str):
+        raise SettingsError(f"{path}: description: missing; say in a line what the preset is")
+    if not isinstance(tables, Mapping) or not isinstance(quick, Mapping):
+        raise SettingsError(f"{path}: tables, quick: expected tables")
+    for table in tables:
+        if table not in ROW_TABLES:
+            raise SettingsError(f"{path}: tables.{table}: unknown table; known: {', '.join(ROW_TABLES)}")
+    rows = tuple(_rows(text, document, str(path)))
+    return Preset(name=name, description=" ".join(description.split()), rows=rows, quick=quick)
+
+
+def _rows(text: str, document: Any, where: str) -> Iterator[Row]:
+    """Each row with its own part of the text, so that it can be moved with the comments that belong to it."""
+    lines = text.splitlines()
+    starts = [(document["tables"].lc.key(table)[0], "", "") for table in document["tables"]]
+    starts += [(document.lc.key(key)[0], "", "") for key in document]
+    for table, rows in document["tables"].items():
+        if not isinstance(rows, dict) or rows.fa.flow_style():  # type: ignore[attr-defined]
+            raise SettingsError(f"{where}: tables.{table}: expected rows, one below the other")
+        for name, values in rows.items():
+            if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
+                raise SettingsError(f"{where}: tables.{table}.{name}: a row's name is made of a-z, 0-9 and dashes")
+            if not isinstance(values, Mapping):
+                raise SettingsError(f"{where}: tables.{table}.{name}: expected a table of settings, got {values!r}")
+            starts.append((rows.lc.key(name)[0], table, name))  # type: ignore[attr-defined]
+    starts.sort()
+    for (start, table, name), stop in zip(starts, [s for s, _, _ in starts[1:]] + [len(lines)], strict=True):
+        if not name:
+            continue
+        above = start
+        while lines[above - 1].lstrip().startswith("#"):
+            above -= 1
+        while not lines[stop - 1].strip() or lines[stop - 1].lstrip().startswith("#"):
+            stop -= 1
+        body = _parse(textwrap.dedent("\n".join(lines[start:stop])) + "\n", where)
+        yield Row(table, name, body[name], tuple(line.strip() for line in lines[above:start]))
+
+
+def _quick(chosen: Preset) -> list[Row]:
+    """The rows with the values of the section `quick`."""
+    rows = [dataclasses.replace(row, values=copy.deepcopy(row.values)) for row in chosen.rows]
+    for dotted, value in chosen.quick.items():
+        where = f"{FOLDER}/{chosen.name}.yaml: quick.{dotted}"
+        table, _, rest = str(dotted).partition(".")
+        pattern, _, key = rest.partition(".")
+        matching = [row for row in rows if row.table == table and fnmatch.fnmatchcase(row.name, pattern)]
+        if not matching or not key:
+            raise SettingsError(f"{where}: fits no row; expected TABLE.ROW.KEY")
+        for row in matching:
+            *path, last = key.split(".")
+            target = row.values
+            for part in path:
+                target = target.get(part) if isinstance(target, Mapping) else None
+            if not isinstance(target, Mapping):
+                raise SettingsError(f"{where}: {row.dotted} has no table '{'.'.join(path)}'")
+            target[last] = value  # type: ignore[index]
+    return rows
+
+
+def _trials(rows: Iterable[Row], seeds: int) -> Iterator[Row]:
+    """A row `-s0`, `-s1`, .. for each trial of what has a training seed; the others are shared by all trials."""
+    rows = list(rows)
+    seeded = {(row.table, row.name) for row in rows if _has_seed(row)}
+    for row in rows:
+        if (row.table, row.name) not in seeded:
+            yield row
+            continue
+        for trial in range(seeds):
+            values = copy.deepcopy(row.values)
+            values["seed"] = trial
+            if ("autoencoders", values.get("codes")) in seeded:
+                values["codes"] = f"{values['codes']}-s{trial}"
+            yield Row(row.table, f"{row.name}-s{trial}", values, row.comment if trial == 0 else ())
+
+
+def _has_seed(row: Row) -> bool:
+    kinds = {"autoencoders": ("pipeline.autoencoders", "objective"), "densities": ("pipeline.densities", "family")}
+    if row.table not in kinds:
+        return False
+    package, key = kinds[row.table]
+    settings = implementation(package, str(row.values.get(key)), f"{row.dotted}.{key}").Settings
+    return any(field.name == "seed" for field in dataclasses.fields(settings))
+
+
+# params.yaml --------------------------------------------------------------------------------------------------------
+
+
+def add_rows(text: str, rows: Iterable[Row], where: str = "params.yaml") -> tuple[str, list[Row], list[Row]]:
+    """Adds rows to the text of params.yaml, each at the end of its table. All that stands there stays as it is, to the byte.
+
+    Arguments:
+        text: What stands in params.yaml.
+        rows: The rows to add.
+        where: What to call the file in messages.
+
+    Returns:
+        The new text, the rows that were added, and those that stood there already.
+
+    Raises:
+        SettingsError: When a row stands there with other settings, or the outcome would not pass `check`.
+    """
+    tables = _plain(_parse(text, where) or {})
+    if not isinstance(tables, dict):
+        raise SettingsError(f"{where}: expected tables such as datasets and densities")
+    added: list[Row] = []
+    present: list[Row] = []
+    others: list[str] = []
+    for row in rows:
+        table = tables.get(row.table) or {}
+        if not isinstance(table, dict):
+            raise SettingsError(f"{where}: {row.table}: expected a table, got {table!r}")
+        if row.name not in table:
+            added.append(row)
+        elif table[row.name] == _plain(row.values):
+            present.append(row)
+        else:
+            others.append(f"{row.dotted} ({_difference(table[row.name], _plain(row.values))})")
+    if others:
+        raise SettingsError(f"{where} has these rows with other settings; rename them or take them out: {'; '.join(others)}")
+    expected = tables
+    for table in dict.fromkeys(row.table for row in added):
+        of_table = [row for row in added if row.table == table]
+        text = _insert(text, table, of_table, where)
+        expected[table] = (expected.get(table) or {}) | {row.name: _plain(row.values) for row in of_table}
+    if _plain(_parse(text, where) or {}) != expected:
+        raise SettingsError(f"{where} is written in a way that rows can't be added to; write its tables as block mappings")
+    if added:
+        problems = list(Params(expected).problems())
+        if problems:
+            raise SettingsError(f"nothing was added, since {where} would not pass `check`: {'; '.join(problems)}")
+    return text, added, present
+
+
+def _insert(text: str, table: str, rows: list[Row], where: str) -> str:
+    """The text with rows at the end of a table."""
+    document = _parse(text, where)
+    there = (document or {}).get(table)
+    if there and there.fa.flow_style():
+        there.fa.set_block_style()
+        text = _dump(document)
+        document = _parse(text, where)
+    lines = text.splitlines()
+    if document is None or table not in document:
+        start = [*([""] if lines and lines[-1].strip() else []), f"{table}:"]
+        return "\n".join([*lines, *start, *_indented(rows, INDENT)]) + "\n"
+    keys = [document.lc.key(key)[0] for key in document]
+    here = document.lc.key(table)[0]
+    end = min((line for line in keys if line > here), default=len(lines))
+    # Blank lines, and comments at the margin, belong to what follows.
+    while end > here + 1 and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
+        end -= 1
+    if document[table]:
+        indent = " " * document[table].lc.key(next(iter(document[table])))[1]
+    else:
+        indent = INDENT
+        lines[here] = re.sub(r"\{\s*\}\s*", "", lines[here], count=1).rstrip()
+    return "\n".join([*lines[:end], *_indented(rows, indent), *lines[end:]]) + "\n"
+
+
+def _indented(rows: Iterable[Row], indent: str) -> list[str]:
+    return [line for row in rows for line in textwrap.indent(row.text(), indent).splitlines()]
+
+
+def _difference(there: object, here: object) -> str:
+    """The first few keys that differ."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return f"{there!r} there, {here!r} in the preset"
+    keys = [key for key in here | there if there.get(key, "not set") != here.get(key, "not set")]
+    shown = [f"{key}: {there.get(key, 'not set')} there, {here.get(key, 'not set')} in the preset" for key in keys[:2]]
+    return ", ".join(shown) + (", .." if len(keys) > 2 else "")
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.preserve_quotes = True
+    return yaml
+
+
+def _parse(text: str, where: str) -> Any:
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return _yaml().load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{where} isn't valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _dump(value: object) -> str:
+    stream = io.StringIO()
+    _yaml().dump(value, stream)
+    return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """Plain Python values, without what ruamel.yaml keeps for the round trip."""
+    if isinstance(value, Mapping):
+        return {str(k) if isinstance(k, str) else k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+# Commands -----------------------------------------------------------------------------------------------------------
+
+
+def _complete(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
+    return [name for name in preset_names() if name.startswith(start)]
+
+
+_name = click.argument("name", shell_complete=_complete)
+_seeds = click.option("--seeds", type=click.IntRange(1, 100), help="Trials: rows -s0, -s1, .. with training seeds 0, 1, ..")
+_quick_option = click.option("--quick", is_flag=True, help="Small epochs and counts, to see it work on two cores.")
+
+
+@click.group("preset")
+def preset() -> None:
+    """Add an experiment of the paper to params.yaml.
+
+    A preset is a file of `presets/`: rows for the tables of params.yaml.
+    """
+
+
+@preset.command("list")
+def list_() -> None:
+    """List the presets."""
+    with one_line_errors("preset list"):
+        presets = [load_preset(name) for name in preset_names()]
+        if not presets:
+            raise PipelineError(f"no presets in {FOLDER}/; run the command from the project's folder")
+        width = max(len(p.name) for p in presets)
+        for p in presets:
+            click.echo(f"{p.name:{width}}  {p.description}")
+
+
+@preset.command("show")
+@_name
+@_seeds
+@_quick_option
+def show(name: str, seeds: int | None, quick: bool) -> None:
+    """Print the rows of the preset NAME, as they would be added."""
+    with one_line_errors(f"preset show {name}"):
+        chosen = load_preset(name)
+        rows = chosen.chosen(quick, seeds)
+        click.echo(f"# {chosen.description}")
+        for table in dict.fromkeys(row.table for row in rows):
+            click.echo(f"{table}:")
+            click.echo("\n".join(_indented((row for row in rows if row.table == table), INDENT)))
+
+
+@preset.command("add")
+@_name
+@_seeds
+@_quick_option
+@click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
+def add(name: str, seeds: int | None, quick: bool, params_file: str) -> None:
+    """Add the rows of the preset NAME to params.yaml.
+
+    What stands there stays as it is. Rows that stand there already are left alone; where one differs, nothing is added.
+    """
+    with one_line_errors(f"preset add {name}"):
+        chosen = load_preset(name)
+        path = Path(params_file).resolve()
+        if not path.exists():
+            raise SettingsError(f"{params_file} is missing; run the command from the project's folder")
+        before = path.read_text(encoding="utf-8")
+        after, added, present = add_rows(before, chosen.chosen(quick, seeds), params_file)
+        if added:
+            write_text(path, after)
+        for rows, word in ((added, "added"), (present, "there already")):
+            if rows:
+                click.echo(f"{params_file}: {len(rows)} row{'s' * (len(rows) > 1)} {word}: {', '.join(r.dotted for r in rows)}")
+        for root in dict.fromkeys(str(r.values.get("root")) for r in chosen.rows if r.table == "datasets"):
+            if not Path(root).exists():
+                click.echo(f"warning: {root} is missing; data/raw/README.md says what to put there", err=True)
