@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.settings import DatasetSettings, Params
+from pipeline.errors import DataError
+from pipeline.settings import DatasetSettings, Params, implementation
 from stages import workspace
 from stages.run import Run, stage
 
@@ -14,6 +15,7 @@ from stages.run import Run, stage
     settings=Params.dataset,
     reads=lambda settings, row: [],
     writes=lambda settings, row: [workspace.shards_folder(row)],
+    flags={"download": "Fetch the raw files first, where torchvision can. Nothing is fetched without this."},
 )
 def prepare(run: Run, settings: DatasetSettings) -> None:
     """Read raw files, split them, and write WebDataset shards.
@@ -22,6 +24,11 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     """
     from pipeline.preparation import prepare_shards
 
+    if "download" in run.flags:
+        module = implementation("pipeline.sources", settings.source, f"datasets.{run.row}.source")
+        if not hasattr(module, "download"):
+            raise DataError(f"'{settings.source}' can't be downloaded by a program; data/raw/README.md says where to find it")
+        module.download(settings, Path(settings.root))
     report = prepare_shards(settings, workspace.shards_folder(run.row))
     run.metrics({f"{split}_examples": count for split, count in report.counts.items()})
     run.metrics({f"duplicates_{pair}": count for pair, count in report.duplicates.items()})

@@ -38,9 +38,11 @@ class Run:
         row: Name of the row.
         params: All tables.
         settings: The row's settings, for the record.
+        flags: Options of the command that were given.
     """
 
-    def __init__(self, stage: str, row: str, params: Params, settings: object) -> None:
+    def __init__(self, stage: str, row: str, params: Params, settings: object, flags: set[str] | None = None) -> None:
+        self.flags = flags or set()
         self.stage, self.row, self.params, self.settings = stage, row, params, settings
         self.first = os.environ.get("RANK", "0") == "0"
         self.scores: dict[str, float] = {}
@@ -164,6 +166,7 @@ def stage(
     writes: Callable[[Any, str], Iterable[Path]],
     settings: Callable[[Params, str], Settings],
     ranks: bool = False,
+    flags: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[Run, Settings], None]], click.Command]:
     """Makes a stage's function a command of `python -m stages`.
 
@@ -172,6 +175,7 @@ def stage(
         writes: What it writes besides metrics, figures and the run's file.
         settings: The typed settings of a row.
         ranks: Whether several processes may share the work (PROCESSES, torchrun).
+        flags: More options of the command, by name, with their help; those given stand in `Run.flags`.
     """
 
     def decorate(function: Callable[[Run, Settings], None]) -> click.Command:
@@ -181,7 +185,7 @@ def stage(
         @click.argument("row", metavar="NAME", shell_complete=_complete_rows(name))
         @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
         @click.option("--dry-run", is_flag=True, help="Print the resolved settings and what would be read and written.")
-        def command(row: str, params_file: str, dry_run: bool) -> None:
+        def command(row: str, params_file: str, dry_run: bool, **given: bool) -> None:
             with one_line_errors(f"{name} {row}"):
                 params = read_params(params_file)
                 chosen = settings(params, row)
@@ -194,7 +198,7 @@ def stage(
                         raise PipelineError(f"{path} is missing; run the stage that writes it, or `dvc repro`")
                 if ranks and _relaunch():
                     return
-                run = Run(name, row, params, chosen)
+                run = Run(name, row, params, chosen, {flag for flag, on in given.items() if on})
                 try:
                     function(run, chosen)
                     run.finish()
@@ -202,6 +206,8 @@ def stage(
                     run.fail()
                     raise
 
+        for flag, text in (flags or {}).items():
+            click.option(f"--{flag}", is_flag=True, help=text)(command)
         return command
 
     return decorate
