@@ -230,7 +230,8 @@ def add_rows(text: str, rows: Iterable[Row], where: str = "params.yaml") -> tupl
     if added:
         problems = list(Params(expected).problems())
         if problems:
-            raise SettingsError(f"nothing was added, since {where} would not pass `check`: {'; '.join(problems)}")
+            more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+            raise SettingsError(f"nothing was added, since {where} would not pass `check`: {problems[0]}{more}")
     return text, added, present
 
 
