@@ -50,9 +50,11 @@ def missing_data(params: Params) -> Iterator[str]:
         except PipelineError:
             continue  # said by Params.problems
         root = Path(settings.root)
-        if root.is_file() or (root.is_dir() and any(root.iterdir())):
+        roots = [root, *(root / below for below in getattr(settings, "roots", ()))]
+        lacking = [path for path in roots if not _holds_something(path)]
+        if not lacking:
             continue
-        remedy = f"{root} is {'empty' if root.exists() else 'missing'}; data/raw/README.md says what to put there"
+        remedy = f"{lacking[0]} is {'empty' if lacking[0].exists() else 'missing'}; data/raw/README.md says what to put there"
         try:
             # The source says best what it reads. With nothing there, it looks no further.
             implementation("pipeline.sources", settings.source, f"datasets.{name}.source").open_source(settings, root)
@@ -61,6 +63,10 @@ def missing_data(params: Params) -> Iterator[str]:
         except OSError:
             pass
         yield f"datasets.{name}.root: {remedy}"
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
 def pipeline_problems(params: Params) -> Iterator[str]:

@@ -52,6 +52,11 @@ class Row:
         """Table and name, as error messages give them."""
         return f"{self.table}.{self.name}"
 
+    def plain(self) -> dict[str, Any]:
+        """Its settings as plain values."""
+        values: dict[str, Any] = _plain(self.values)
+        return values
+
     def text(self) -> str:
         """The row as YAML, with its comments, from column 0."""
         return "".join(f"{line}\n" for line in self.comment) + _dump({self.name: self.values})
@@ -214,17 +219,17 @@ def add_rows(text: str, rows: Iterable[Row], where: str = "params.yaml") -> tupl
             raise SettingsError(f"{where}: {row.table}: expected a table, got {table!r}")
         if row.name not in table:
             added.append(row)
-        elif table[row.name] == _plain(row.values):
+        elif table[row.name] == row.plain():
             present.append(row)
         else:
-            others.append(f"{row.dotted} ({_difference(table[row.name], _plain(row.values))})")
+            others.append(f"{row.dotted} ({_difference(table[row.name], row.plain())})")
     if others:
-        raise SettingsError(f"{where} has these rows with other settings; rename them or take them out: {'; '.join(others)}")
+        raise SettingsError(f"{where} has these rows with other settings; rename them or take them out: {_some(others)}")
     expected = tables
     for table in dict.fromkeys(row.table for row in added):
         of_table = [row for row in added if row.table == table]
         text = _insert(text, table, of_table, where)
-        expected[table] = (expected.get(table) or {}) | {row.name: _plain(row.values) for row in of_table}
+        expected[table] = (expected.get(table) or {}) | {row.name: row.plain() for row in of_table}
     if _plain(_parse(text, where) or {}) != expected:
         raise SettingsError(f"{where} is written in a way that rows can't be added to; write its tables as block mappings")
     if added:
@@ -263,6 +268,10 @@ def _insert(text: str, table: str, rows: list[Row], where: str) -> str:
 
 def _indented(rows: Iterable[Row], indent: str) -> list[str]:
     return [line for row in rows for line in textwrap.indent(row.text(), indent).splitlines()]
+
+
+def _some(items: list[str], most: int = 3) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
 def _difference(there: object, here: object) -> str:
@@ -378,7 +387,9 @@ def add(name: str, seeds: int | None, quick: bool, params_file: str) -> None:
             write_text(path, after)
         for rows, word in ((added, "added"), (present, "there already")):
             if rows:
-                click.echo(f"{params_file}: {len(rows)} row{'s' * (len(rows) > 1)} {word}: {', '.join(r.dotted for r in rows)}")
+                click.echo(f"{params_file}: {len(rows)} row{'s' * (len(rows) > 1)} {word}")
+            for table in dict.fromkeys(row.table for row in rows):
+                click.echo(f"  {table}: {', '.join(row.name for row in rows if row.table == table)}")
         for root in dict.fromkeys(str(r.values.get("root")) for r in chosen.rows if r.table == "datasets"):
             if not Path(root).exists():
                 click.echo(f"warning: {root} is missing; data/raw/README.md says what to put there", err=True)
