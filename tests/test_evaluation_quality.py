@@ -272,7 +272,7 @@ def test_mmd_equals_a_naive_twin_in_any_tiles(monkeypatch):
         return np.mean([np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * h * h)) for h in widths], axis=0)
 
     within = [(kernel(v, v).sum() - len(v)) / (len(v) * (len(v) - 1)) for v in (x, y)]
-    assert two_sample.mmd_squared(x, y, widths) == pytest.approx(sum(within) - 2 * kernel(x, y).mean(), rel=1e-9)
+    assert two_sample.mmd_squared(x, y, widths) == pytest.approx(sum(within) - 2 * kernel(x, y).mean(), rel=1e-5)
 
 
 def test_mmd_of_gaussians_is_the_closed_form():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.errors import DataError
+from pipeline.evaluation.moments import Moments
 
 __all__ = [
     "Classifier",
@@ -23,6 +24,8 @@ __all__ = [
     "train_classifier",
     "vgg19_network",
 ]
+
+LEARNING_RATE = 3e-3  # of the classifier
 
 LabelledBlocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]  # a fresh pass over blocks of (images, labels)
 
@@ -107,6 +110,8 @@ def inception_network(weights: str | Path) -> FeatureNetwork:
 class Classifier(nn.Module):
     """A small convolutional classifier, whose last hidden layer gives 128 features.
 
+    Features are divided by their root mean square over the training images: KID isn't free of scale.
+
     Arguments:
         channels: Channels of an image.
         classes: Number of labels.
@@ -117,14 +122,16 @@ class Classifier(nn.Module):
         (torch.Size([2, 10]), torch.Size([2, 128]))
     """
 
+    scale: Tensor
+
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.hidden = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, stride=2, padding=1),
+            nn.Conv2d(channels, 32, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(32),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, padding=1),
+            nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(64),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),  # (n, 64, 4, 4) -> (n, 1024)
@@ -132,15 +139,16 @@ class Classifier(nn.Module):
             nn.ReLU(),
         )
         self.head = nn.Linear(128, classes)
+        self.register_buffer("scale", torch.ones(()))
 
     def features(self, images: Tensor) -> Tensor:
-        """The last hidden layer, with shape (n, 128), of images in 0..1 with shape (n, C, H, W)."""
-        features: Tensor = self.hidden(images - 0.5)
+        """The last hidden layer over `scale`, with shape (n, 128), of images in 0..1 with shape (n, C, H, W)."""
+        features: Tensor = self.hidden(images) / self.scale
         return features
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits with shape (n, classes)."""
-        logits: Tensor = self.head(self.features(images))
+        logits: Tensor = self.head(self.hidden(images))
         return logits
 
 
@@ -153,7 +161,7 @@ def _batches(blocks: LabelledBlocks, batch_size: int, generator: torch.Generator
         yield from zip(x.split(batch_size), y.split(batch_size), strict=True)
 
 
-def train_classifier(blocks: LabelledBlocks, classes: int, seed: int, epochs: int = 5, batch_size: int = 128) -> Classifier:
+def train_classifier(blocks: LabelledBlocks, classes: int, seed: int, epochs: int = 5, batch_size: int = 64) -> Classifier:
     """Trains the classifier on labelled images; the same seed gives the same weights.
 
     Arguments:
@@ -177,15 +185,20 @@ def train_classifier(blocks: LabelledBlocks, classes: int, seed: int, epochs: in
         torch.manual_seed(seed)
         network = Classifier(channels, classes)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=epochs * steps)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=epochs * steps)
     for _ in range(epochs):
         for x, y in _batches(blocks, batch_size, generator):
             optimizer.zero_grad()
             cross_entropy(network(x), y).backward()
             optimizer.step()
             schedule.step()
-    return network.eval().requires_grad_(False)
+    network.eval().requires_grad_(False)
+    squares = Moments()
+    for x, _ in _batches(blocks, 1024, generator):
+        squares.update(network.features(x).square().mean(1).numpy())
+    network.scale.fill_(max(squares.mean, 1e-12) ** 0.5)
+    return network
 
 
 def classifier_network(classifier: Classifier) -> FeatureNetwork:
