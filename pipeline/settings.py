@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,7 @@ __all__ = [
 T = TypeVar("T")
 
 ROW_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+LONGEST_NAME = 100  # rows name files and folders
 FORBIDDEN_KEYS = ("size", "nfiles")  # DVC's run cache drops these keys (treeverse/dvc issue 10296)
 TABLES = ("datasets", "controls", "autoencoders", "densities", "sampling", "evaluations")
 
@@ -72,10 +74,15 @@ def _describe(kind: Any) -> str:
     return words.get(kind, str(kind))
 
 
+def _shown(value: object) -> str:
+    """A value as it stands in messages: never long, whatever a file holds."""
+    return reprlib.repr(value)
+
+
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     """`value` as a value of the annotation `kind`, or a SettingsError that names `where`."""
     origin = typing.get_origin(kind)
-    refused = SettingsError(f"{where}: expected {_describe(kind)}, got {value!r}")
+    refused = SettingsError(f"{where}: expected {_describe(kind)}, got {_shown(value)}")
     if origin is Literal:
         if type(value) is str and value in typing.get_args(kind):
             return value
@@ -103,7 +110,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return build(typing.cast(type, kind), value, where)
     if kind is bool and type(value) is bool:
         return value
-    if kind is int and type(value) is int:
+    if kind is int and type(value) is int and abs(value) < 2**63:
         return value
     if kind is str and type(value) is str:
         return value
@@ -114,8 +121,10 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
                 value = float(value)
             except ValueError:
                 raise refused from None
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) is int and abs(value) < 2**63:
             return float(value)
+        if type(value) is float and math.isfinite(value):
+            return value
     raise refused
 
 
@@ -327,7 +336,7 @@ class ParzenSettings:
     validation_count: int = 0
 
     def __post_init__(self) -> None:
-        check_that(self.bandwidth_count >= 1, "bandwidth_count", "has to be at least 1")
+        check_that(1 <= self.bandwidth_count <= 1000, "bandwidth_count", "has to lie in 1..1000")
         check_that(self.bandwidth_start > 0, "bandwidth_start", "has to be positive")
         check_that(self.bandwidth_start <= self.bandwidth_stop, "bandwidth_stop", "has to be at least bandwidth_start")
         check_that(self.validation_count >= 0, "validation_count", "has to be 0 or more")
@@ -441,17 +450,17 @@ class Params:
                 raise SettingsError(f"{name}: unknown table; {hint}")
             if not isinstance(table, Mapping):
                 hint = f"; write '{name}: {{}}' where there are none" if table is None else ""
-                raise SettingsError(f"{name}: expected a table, got {'nothing' if table is None else repr(table)}{hint}")
+                raise SettingsError(f"{name}: expected a table, got {'nothing' if table is None else _shown(table)}{hint}")
             for key in _all_keys(table):
                 if key in FORBIDDEN_KEYS:
                     raise SettingsError(f"{name}: a key is named '{key}', which DVC's run cache ignores; rename it")
             if name == "sampling":
                 continue
             for row, values in table.items():
-                if not isinstance(row, str) or not ROW_NAME.fullmatch(row):
-                    raise SettingsError(f"{name}.{row}: a row's name is made of lower-case letters, digits and dashes")
+                if not isinstance(row, str) or not ROW_NAME.fullmatch(row) or len(row) > LONGEST_NAME:
+                    raise SettingsError(f"{name}.{row}: a row's name is made of up to 100 lower-case letters, digits and dashes")
                 if not isinstance(values, Mapping):
-                    raise SettingsError(f"{name}.{row}: expected a table of settings, got {values!r}")
+                    raise SettingsError(f"{name}.{row}: expected a table of settings, got {_shown(values)}")
         self.absent = [name for name in TABLES if name not in tables]
         self.tables: dict[str, dict[str, Any]] = {name: dict(tables.get(name, {})) for name in TABLES}
 
@@ -549,10 +558,16 @@ class Params:
 
 
 def _all_keys(table: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in table.items():
-        yield str(key)
-        if isinstance(value, Mapping):
-            yield from _all_keys(value)
+    """Keys at any depth, each mapping and list visited once, even where YAML's aliases repeat it or put it into itself."""
+    waiting: list[Any] = [table]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                yield from map(str, value)
+            waiting += value.values() if isinstance(value, Mapping) else value
 
 
 def read_params(path: str | Path = "params.yaml") -> Params:
@@ -569,7 +584,11 @@ def read_params(path: str | Path = "params.yaml") -> Params:
             tables = YAML(typ="safe", pure=True).load(file)
     except FileNotFoundError:
         raise SettingsError(f"{path} is missing; run the command from the project's folder") from None
-    except (YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        problem = " ".join(str(error).split())
+    except OSError as error:
+        raise SettingsError(f"{path} can't be read: {error.strerror}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} isn't valid YAML: it is nested too deeply") from None
+    except (YAMLError, UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
+        problem = " ".join(str(error).split())[:500]
         raise SettingsError(f"{path} isn't valid YAML: {problem}") from None
     return Params(tables if tables is not None else {})
