@@ -1,0 +1,265 @@
+"""The report as text: HTML that holds everything, and Markdown beside its pictures."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.settings import Params, flatten
+from stages.graph import Graph, StageState
+from stages.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
+from stages.published import BENCHMARKS, PUBLISHED
+from stages.scoreboard import against, duration, is_missing, plus_minus, read_metrics
+from stages.tracking import git_state
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jinja2 import Environment
+
+__all__ = ["description", "page_head", "render"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "webdataset", "dvc", "mlflow")
+
+
+# Where and when ------------------------------------------------------------------------------------------------------
+
+
+def page_head() -> dict[str, str]:
+    """Commit, date, machine and versions."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    state = git_state()
+    return {
+        "commit": state["commit"],
+        "dirty": state["dirty"],
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+    }
+
+
+def _processor() -> str:
+    """The processor's own name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or "unknown processor"
+
+
+# What is shown of each row -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A row with its pictures and all of its metrics (stage, key, value)."""
+
+    name: str
+    summary: str
+    pictures: list[Picture]
+    metrics: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A data set with its rows."""
+
+    name: str
+    summary: str
+    verdict: str
+    densities: list[_Block]
+    autoencoders: list[_Block]
+    combined: list[Picture]
+    controls: list[_Block]
+
+
+def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
+    lines = {line["row"]: line for line in board.to_dict("records")}
+    for dataset in params.rows("datasets"):
+        shape = params.dataset(dataset).shape
+        dimensions = shape[0] if len(shape) == 1 else None
+        combined = combined_pictures(dataset)
+        # One row's own plot would say again what the plot of all rows says.
+        skip = [name for name in ("open-dimensions",) if any(p.path.stem == f"{dataset}-{name}" for p in combined)]
+
+        def block(name: str, summary: str, *stages: str, dimensions: int | None = dimensions, skip: list[str] = skip) -> _Block:
+            shown = [picture for stage in stages for picture in pictures(stage, name, dimensions, skip)]
+            metrics = [(stage, key, _cell(value)) for stage in stages for key, value in read_metrics(stage, name).items()]
+            return _Block(name, summary, shown, metrics)
+
+        yield _Section(
+            name=dataset,
+            summary=_dataset_summary(params, dataset),
+            verdict=_verdict(board[board["dataset"] == dataset]),
+            densities=[
+                block(name, _density_summary(params, name, lines[name]), "sample", "evaluate", "fit")
+                for name in densities_of(params, dataset)
+            ],
+            autoencoders=[
+                block(name, _autoencoder_summary(params, name), "train", "extract") for name in autoencoders_of(params, dataset)
+            ],
+            combined=combined,
+            controls=[
+                block(name, "Parzen scores of images of the data set, taken as samples", "control")
+                for name in params.rows("controls")
+                if params.control(name).dataset == dataset
+            ],
+        )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _dataset_summary(params: Params, name: str) -> str:
+    counts, settings = read_metrics("prepare", name), params.dataset(name)
+    what = f"Images of {'×'.join(map(str, settings.shape))}"
+    if len(settings.shape) == 1:
+        what = f"Vectors of {settings.shape[0]} numbers" if settings.shape[0] else "Vectors"
+    uses = (("train", "to train"), ("valid", "to validate"), ("test", "to test"))
+    splits = ", ".join(f"{counts[f'{split}_examples']:,} {use}" for split, use in uses if f"{split}_examples" in counts)
+    return f"{what}: {splits} (source {settings.source})"
+
+
+def _autoencoder_summary(params: Params, name: str) -> str:
+    settings, metrics = params.autoencoder(name), read_metrics("train", name)
+    if settings.objective == "identity":
+        return "Vectors are their own codes"
+    words = [f"Objective {settings.objective}", f"{read_metrics('extract', name).get('dimensions')} numbers a code"]
+    incremental = getattr(settings, "incremental", None)
+    words += [f"incremental ({incremental.mode}, over {incremental.warm_up_epochs:g} epochs)"] if incremental else []
+    words += [f"{settings.epochs} epochs"] if hasattr(settings, "epochs") else []
+    words += [f"test MSE {plus_minus(metrics['test_mse'], metrics.get('test_mse_se'))}"] if "test_mse" in metrics else []
+    return ", ".join(words)
+
+
+def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
+    settings = params.density(name)
+    words = [f"{settings.family.upper()} of the codes of {settings.codes}"]
+    words += [] if is_missing(line["components"]) else [f"K = {line['components']}"]
+    words += [] if is_missing(line["density_parameters"]) else [f"{line['density_parameters']:,} parameters"]
+    score = f"{line['score']} {plus_minus(line['value'], line['error'])} nats"
+    return ", ".join([*words, "no likelihood" if is_missing(line["value"]) else score])
+
+
+def _verdict(part: pd.DataFrame) -> str:
+    """The outcome of a data set in a sentence; empty where nothing is scored."""
+    lines = [line for line in part.to_dict("records") if not is_missing(line["value"])]
+    models, controls = ([line for line in lines if line["kind"] == kind] for kind in ("model", "control"))
+    if not models:
+        return ""
+    best = models[0]
+    text = f"{best['row']}: {plus_minus(best['value'], best['error'])} nats ({best['score']})"
+    if not is_missing(best["against_control"]):
+        gap = f"{abs(best['control_difference']):.1f} nats"
+        words = {"better": f"{gap} above", "worse": f"{gap} below", "level": "level with"}[best["against_control"]]
+        text += f", {words} the best control ({controls[0]['row']})"
+    if not is_missing(best["gap_to_truth"]):
+        text += f", {best['gap_to_truth']:.3f} nats short of the true density"
+    if not is_missing(best["paper"]):
+        text += f"; the paper: {plus_minus(best['paper'], best['paper_error'])}"
+    return text + "."
+
+
+def _settings(params: Params) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
+    """(table, [(row, [(key, value)])]) with every default resolved."""
+    readers: dict[str, Any] = {
+        "datasets": params.dataset,
+        "controls": params.control,
+        "autoencoders": params.autoencoder,
+        "densities": params.density,
+        "evaluations": params.evaluation,
+    }
+
+    def flat(settings: Any) -> list[tuple[str, str]]:
+        return [(key, "null" if value is None else str(value)) for key, value in flatten(asdict(settings)).items()]
+
+    tables = [(table, [(row, flat(reader(row))) for row in params.rows(table)]) for table, reader in readers.items()]
+    return [*tables, ("sampling", [("", flat(params.sampling()))])]
+
+
+# Templates -----------------------------------------------------------------------------------------------------------
+
+
+def _markdown(value: Any) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(str(value).split()))
+
+
+def _environment(html: bool) -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=html,  # noqa: S701 (Markdown has an escape of its own)
+        finalize=None if html else _markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plus_minus": plus_minus, "duration": duration, "against": against}
+    environment.tests["missing"] = is_missing
+    return environment
+
+
+def _groups(board: pd.DataFrame) -> list[tuple[str, list[dict[Any, Any]]]]:
+    return [(name, board[board["dataset"] == name].to_dict("records")) for name in board["dataset"].drop_duplicates()]
+
+
+def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[StageState], head: Mapping[str, str]) -> str:
+    """The report as text: the same arguments and files give the same text.
+
+    Arguments:
+        template: Name of a file in `stages/templates`; `.html` is escaped as such, all else as Markdown.
+        params: All tables.
+        board: As made by `build_scoreboard`.
+        states: As made by `stage_states`.
+        head: As made by `page_head`.
+    """
+    seconds = [(state.seconds, state.how) for state in states if state.seconds is not None]
+    return (
+        _environment(template.endswith(".html"))
+        .get_template(template)
+        .render(
+            head=head,
+            total=duration(sum(s for s, _ in seconds)),
+            total_ran=duration(sum(s for s, how in seconds if how == "ran")),
+            known_how=any(state.how for state in states),
+            groups=_groups(board),
+            sections=list(_sections(params, board)),
+            states=states,
+            graph=Graph(params, states),
+            settings=_settings(params),
+            benchmarks=[(b, [p for p in PUBLISHED if p.benchmark == key]) for key, b in BENCHMARKS.items()],
+        )
+    )
+
+
+def description(board: pd.DataFrame, longest: int = 7_500) -> str:
+    """The scoreboard in Markdown for the run's page in MLflow, whose tags hold 8,000 characters at most."""
+    shown = board
+    while True:
+        left_out = len(board) - len(shown)
+        text = _environment(False).get_template("description.md").render(groups=_groups(shown), left_out=left_out)
+        if len(text) <= longest or shown.empty:
+            return text
+        shown = shown.iloc[:-1]

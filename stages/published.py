@@ -1,0 +1,175 @@
+"""Published scores, each with the data, the protocol and the number of samples that it was measured with.
+
+A score stands beside one of ours only where data set, split and, for the Parzen window, the number of samples agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.settings import flatten
+
+__all__ = ["BENCHMARKS", "PUBLISHED", "Benchmark", "Published", "benchmark_of", "best_published", "paper_value"]
+
+PAPER = "arXiv 1902.04294"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set, split and protocol under which scores compare.
+
+    Attributes:
+        title: What it is called.
+        protocol: How it is measured, in words.
+        score: `parzen` or `likelihood`.
+        dataset: Settings of a row of `datasets` that make it this benchmark.
+        samples: Number of samples n of the Parzen window; None where nothing is sampled.
+        errors: What stands after +-.
+    """
+
+    title: str
+    protocol: str
+    score: str
+    dataset: Mapping[str, Any]
+    samples: int | None
+    errors: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published score.
+
+    Attributes:
+        benchmark: Key of `BENCHMARKS`.
+        method: Name of the model.
+        value: Mean test log-likelihood, in nats.
+        error: What stands after +-; None where none was given.
+        source: Where it was published.
+        ours: Settings of an autoencoder (`autoencoder.`) and density (`density.`) that make a row this method of the paper;
+            empty for others' methods.
+    """
+
+    benchmark: str
+    method: str
+    value: float
+    error: float | None
+    source: str
+    ours: Mapping[str, Any] = field(default_factory=dict)
+
+
+_PARZEN = "Parzen window over 10,000 samples, bandwidth by grid search on validation images"
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "mnist": Benchmark("MNIST", _PARZEN, "parzen", {"source": "mnist"}, 10_000, "standard error"),
+    "tfd": Benchmark("Toronto Face Database", _PARZEN, "parzen", {"source": "tfd"}, 10_000, "standard error"),
+    "bsds300-rnade": Benchmark(
+        "BSDS300, split of RNADE", "mean log-likelihood of 1,000,000 test patches of 63 numbers", "likelihood",
+        {"source": "bsds300", "split": "rnade"}, None, "2 standard deviations over 5 trials where it is the paper's own",
+    ),
+    "bsds300-maf": Benchmark(
+        "BSDS300, split of MAF", "mean log-likelihood of 250,000 test patches of 63 numbers", "likelihood",
+        {"source": "bsds300", "split": "maf"}, None, "as published",
+    ),
+}  # fmt: skip
+
+_AE_LDE = {"autoencoder.objective": "ae", "autoencoder.incremental": None, "density.family": "lde"}
+_IAE_LDE = {"autoencoder.objective": "ae", "autoencoder.incremental.mode": "linear", "density.family": "lde"}
+_TABLE_1, _TABLE_2 = f"{PAPER}, Table 1", f"{PAPER}, Table 2"
+
+
+def _lde(components: int) -> dict[str, Any]:
+    return {"autoencoder.objective": "identity", "density.family": "lde", "density.components": components}
+
+
+PUBLISHED: tuple[Published, ...] = (
+    Published("mnist", "DBN", 138, 2, _TABLE_2),
+    Published("mnist", "Stacked CAE", 121, 1, _TABLE_2),
+    Published("mnist", "Deep GSN", 214, 1, _TABLE_2),
+    Published("mnist", "GAN", 225, 2, _TABLE_2),
+    Published("mnist", "GMMN + AE", 282, 2, _TABLE_2),
+    Published("mnist", "AAE", 340, 2, _TABLE_2),
+    Published("mnist", "eVAE", 337, 2, _TABLE_2),
+    Published("mnist", "AAE, an independent re-run", 345, 1.9, "PaddlePaddle, not reviewed"),
+    Published("mnist", "AE + LDE (K = 30)", 326, 2, _TABLE_2, _AE_LDE),
+    Published("mnist", "IAE + LDE (K = 30)", 326, 2, _TABLE_2, _IAE_LDE),
+    Published("tfd", "DBN", 1909, 66, _TABLE_2),
+    Published("tfd", "Stacked CAE", 2110, 50, _TABLE_2),
+    Published("tfd", "Deep GSN", 1890, 29, _TABLE_2),
+    Published("tfd", "GAN", 2057, 26, _TABLE_2),
+    Published("tfd", "GMMN + AE", 2204, 20, _TABLE_2),
+    Published("tfd", "AAE", 2252, 16, _TABLE_2),
+    Published("tfd", "eVAE", 2371, 20, _TABLE_2),
+    Published("tfd", "AE + LDE (K = 30)", 2476, 33, _TABLE_2, _AE_LDE),
+    Published("tfd", "IAE + LDE (K = 30)", 2507, 32, _TABLE_2, _IAE_LDE),
+    Published("bsds300-rnade", "LDE (K = 1)", 152.68, 0.52, _TABLE_1, _lde(1)),
+    Published("bsds300-rnade", "LDE (K = 10)", 157.75, 0.06, _TABLE_1, _lde(10)),
+    Published("bsds300-rnade", "LDE (K = 30)", 158.02, 0.06, _TABLE_1, _lde(30)),
+    Published("bsds300-rnade", "LDE (K = 100)", 157.03, 0.30, _TABLE_1, _lde(100)),
+    Published("bsds300-rnade", "EoRNADE", 157.0, None, "Uria et al. 2014"),
+    Published("bsds300-rnade", "deep RNADE (K = 10)", 155.2, None, _TABLE_1),
+    Published("bsds300-maf", "TAN", 159.80, 0.07, "Oliva et al., ICML 2018"),
+    Published("bsds300-maf", "NAF-DDSF (5)", 157.73, 0.04, _TABLE_1),
+    Published("bsds300-maf", "neural spline flow (RQ, coupling)", 157.54, 0.28, "Durkan et al. 2019"),
+    Published("bsds300-maf", "FFJORD", 157.40, None, "Grathwohl et al. 2019"),
+    Published("bsds300-maf", "B-NAF", 157.36, 0.03, "De Cao et al. 2019"),
+    Published("bsds300-maf", "MAF MoG (5)", 156.36, 0.28, _TABLE_1),
+    Published("bsds300-maf", "MAF (5)", 155.69, 0.28, "Papamakarios et al. 2017"),
+    Published("bsds300-maf", "MADE MoG", 153.71, 0.28, _TABLE_1),
+    Published("bsds300-maf", "Real NVP (10)", 153.28, 1.78, _TABLE_1),
+    Published("bsds300-maf", "MADE", 148.85, 0.28, "Papamakarios et al. 2017"),
+    Published("bsds300-maf", "one full-covariance Gaussian", 96.67, 0.25, "Papamakarios et al. 2017"),
+)
+
+
+def _agrees(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    missing = object()
+    return all(settings.get(key, missing) == value for key, value in wanted.items())
+
+
+def benchmark_of(dataset: Mapping[str, Any], score: str, samples: int | None) -> str | None:
+    """The benchmark that a score compares with.
+
+    Arguments:
+        dataset: Settings of the data set.
+        score: `parzen` or `likelihood`.
+        samples: Number of samples of the Parzen window.
+
+    Example:
+        >>> benchmark_of({"source": "mnist"}, "parzen", 10_000)
+        'mnist'
+        >>> benchmark_of({"source": "mnist"}, "parzen", 4_000) is None
+        True
+    """
+    for name, benchmark in BENCHMARKS.items():
+        same_samples = benchmark.samples is None or benchmark.samples == samples
+        if benchmark.score == score and same_samples and _agrees(dataset, benchmark.dataset):
+            return name
+    return None
+
+
+def paper_value(benchmark: str | None, autoencoder: Mapping[str, Any], density: Mapping[str, Any]) -> Published | None:
+    """The paper's own score of the method that a row's settings describe.
+
+    Arguments:
+        benchmark: Key of `BENCHMARKS`, or None.
+        autoencoder: Settings of the autoencoder.
+        density: Settings of the density.
+
+    Example:
+        >>> paper_value("tfd", {"objective": "ae", "incremental": {"mode": "linear"}}, {"family": "lde"}).value
+        2507
+    """
+    settings = flatten({"autoencoder": autoencoder, "density": density})
+    return next((p for p in PUBLISHED if p.benchmark == benchmark and p.ours and _agrees(settings, p.ours)), None)
+
+
+def best_published(benchmark: str | None) -> Published | None:
+    """The highest published score of a benchmark.
+
+    Example:
+        >>> best_published("bsds300-maf").method
+        'TAN'
+    """
+    return max((p for p in PUBLISHED if p.benchmark == benchmark), key=lambda p: p.value, default=None)

@@ -1,0 +1,126 @@
+"""metrics of all rows -> scoreboard, page, and the MLflow run of the pipeline as it stands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_file, atomic_folder, write_json, write_text
+from pipeline.settings import Params, read_params
+from stages.run import one_line_errors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stages.graph import StageState
+    from stages.tracking import Tracker
+
+REPORTS = Path("reports")
+SCOREBOARD = REPORTS / "scoreboard.csv"
+HEADLINE = REPORTS / "headline.json"
+MARKDOWN = REPORTS / "report.md"
+PAGE = REPORTS / "index.html"
+TEMPLATE_OF = {PAGE: "report.html", MARKDOWN: "report.md"}
+
+
+@click.command("report")
+@click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
+@click.option("--dry-run", is_flag=True, help="Print what would be read and written.")
+@click.option("--show", is_flag=True, help="Print the scoreboard of the last report and build nothing.")
+def report(params_file: str, dry_run: bool, show: bool) -> None:
+    """Set the scores of all rows side by side: table, page, and the MLflow run of the pipeline as it stands.
+
+    Only rows that the settings name are shown. Open reports/index.html in a browser.
+    """
+    with one_line_errors("report"):
+        if show:
+            _show()
+            return
+        params = read_params(params_file)
+        if dry_run:
+            _print_plan(params)
+            return
+        _report(params)
+
+
+def _report(params: Params) -> None:
+    from stages.graph import repro_started, stage_states
+    from stages.page import page_head, render
+    from stages.pictures import COMBINED, draw_combined
+    from stages.scoreboard import as_text, build_scoreboard, headline
+    from stages.tracking import Tracker
+
+    board = build_scoreboard(params)  # also checks that no metrics are missing, before anything is written
+    names = {"dvc.stage": os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
+    tags = {"stage": "report", **{key: value for key, value in names.items() if value}}
+    counts = {table: len(params.rows(table)) for table in ("datasets", "controls", "autoencoders", "densities")}
+    tracker = Tracker("pipeline", tags, counts | {"sampling.count": params.sampling().count})
+    try:
+        states, head = stage_states(params, repro_started()), page_head()
+        with atomic_folder(COMBINED) as folder:
+            draw_combined(params, folder)
+        texts = {path: render(template, params, board, states, head) for path, template in TEMPLATE_OF.items()}
+        for path, text in texts.items():
+            write_text(path, text)
+        with atomic_file(SCOREBOARD) as temporary:
+            board.to_csv(temporary, index=False, lineterminator="\n")
+        write_json(HEADLINE, headline(board))
+        _track(tracker, params, board, states)
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    tracker.finish()
+    print(f"report: open {PAGE} in a browser\n\n{as_text(board)}", flush=True)
+
+
+def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[StageState]) -> None:
+    """Headline metrics, files and description of the pipeline's run, and the stages' runs below it."""
+    from stages import workspace
+    from stages.page import description
+    from stages.pictures import COMBINED
+    from stages.scoreboard import headline, read_metrics
+
+    tracker.metrics({f"{row}.{name}": value for row, scores in headline(board).items() for name, value in scores.items()})
+    tracker.metrics({"stages_seconds": sum(state.seconds or 0.0 for state in states)})
+    for path in (PAGE, MARKDOWN, SCOREBOARD, HEADLINE):
+        tracker.artifact(path)
+    tracker.artifact(COMBINED, "figures")
+    for state in states:
+        if state.stage == "prepare" and state.digest:
+            tracker.dataset(state.row, state.digest, str(workspace.shards_folder(state.row)), "pipeline")
+    tracker.tag("mlflow.note.content", description(board))
+    children = []
+    for state in states:
+        metrics = {k: v for k, v in read_metrics(state.stage, state.row).items() if isinstance(v, (int, float))}
+        children.append({"stage": state.stage, "row": state.row, "run_id": state.run_id, "metrics": metrics})
+    tracker.pipeline(children)
+
+
+def _show() -> None:
+    import pandas as pd
+
+    from stages.scoreboard import as_text
+
+    if not SCOREBOARD.exists():
+        raise PipelineError(f"{SCOREBOARD} is missing; run `dvc repro report`")
+    try:
+        print(as_text(pd.read_csv(SCOREBOARD)))
+    except (ValueError, KeyError) as error:
+        raise PipelineError(f"{SCOREBOARD} can't be read ({error}); run `dvc repro -f -s report`") from None
+
+
+def _print_plan(params: Params) -> None:
+    from stages import workspace
+    from stages.pictures import COMBINED
+    from stages.scoreboard import stages_and_rows
+
+    click.echo("report")
+    for stage, row in stages_and_rows(params):
+        path = workspace.metrics_file(stage, row)
+        click.echo(f"  reads {path}" + ("" if path.exists() else " (missing)"))
+    for path in (PAGE, MARKDOWN, SCOREBOARD, HEADLINE, COMBINED):
+        click.echo(f"  writes {path}")

@@ -1,0 +1,321 @@
+"""Metrics of all rows that params.yaml names -> one table of scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import PipelineError
+from pipeline.files import read_json
+from pipeline.settings import Params
+from stages import workspace
+from stages.published import BENCHMARKS, benchmark_of, best_published, paper_value
+from stages.run import TABLE_OF_STAGE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "COLUMNS",
+    "as_text",
+    "build_scoreboard",
+    "duration",
+    "headline",
+    "plus_minus",
+    "read_metrics",
+    "read_run",
+    "stages_and_rows",
+]
+
+# Column of the scoreboard -> what it holds. Likelihoods are means over test points, in nats.
+COLUMNS: Mapping[str, str] = {
+    "row": "row of `densities`, or a control",
+    "kind": "`model`, or `control`: images of the data set taken as samples",
+    "dataset": "row of `datasets`",
+    "autoencoder": "row of `autoencoders`",
+    "objective": "objective of the autoencoder, with the mode of incremental learning where there is one",
+    "latent_dim": "numbers in a code",
+    "family": "family of the density",
+    "components": "components K of its mixtures",
+    "score": "what `value` is",
+    "value": "the score, in nats; higher is better",
+    "error": "its standard error over test points",
+    "group_error": "its standard error over the images that test patches come from",
+    "against_control": "`better`, `worse`, or `level`: within 2 standard errors of the best control",
+    "control_difference": "the score less the best control's",
+    "paper": "the paper's value for this method, where the protocol is the same",
+    "paper_error": "what stands after the paper's +-",
+    "best_published": "the highest published score under the same protocol",
+    "best_published_error": "what stands after its +-",
+    "best_published_method": "whose it is",
+    "protocol": "how the score is measured",
+    "samples": "number of samples n of the Parzen window",
+    "test_points": "test points scored",
+    "bandwidth": "chosen bandwidth h, in units of the pixel range 0..1",
+    "bandwidth_at_edge": "whether h is an end of the grid, so that a wider grid might score higher",
+    "test_mse": "mean squared error of reconstructed test images, in 0..1",
+    "gap_to_truth": "nats by which the density falls short of the true one",
+    "samples_in_dropped_box": "share of samples where the true density is 0",
+    "autoencoder_parameters": "numbers trained in the autoencoder",
+    "density_parameters": "numbers trained in the density",
+    "seconds": "of train, extract, fit, sample and evaluate together, or of control, each when it last ran",
+    "peak_memory_mib": "the most memory that any of these processes took",
+}
+
+COUNTS = ("latent_dim", "components", "samples", "test_points", "autoencoder_parameters", "density_parameters")
+PARZEN, LIKELIHOOD = "Parzen test log-likelihood", "test log-likelihood"
+CONTROLS = {"training_images": "training-images", "kmeans": "kmeans"}  # prefix of the metric -> end of the row's name
+CHAIN = ("train", "extract", "fit", "sample", "evaluate")
+
+
+def stages_and_rows(params: Params) -> Iterator[tuple[str, str]]:
+    """Every (stage, row) that the state of the pipeline is made of, in the order of the pipeline."""
+    for stage, table in TABLE_OF_STAGE.items():
+        for row in params.rows(table):
+            yield stage, row
+
+
+def read_metrics(stage: str, row: str) -> dict[str, Any]:
+    """The scores of a stage.
+
+    Raises:
+        PipelineError: Naming the stage to run, when they are missing or can't be read.
+    """
+    path = workspace.metrics_file(stage, row)
+    if not path.exists():
+        raise PipelineError(f"{path} is missing; run `dvc repro {stage}@{row}`, or `dvc repro` for all")
+    metrics = read_json(path)
+    if not isinstance(metrics, dict):
+        raise PipelineError(f"{path} holds no table of metrics; run `dvc repro -f {stage}@{row}`")
+    return metrics
+
+
+def read_run(stage: str, row: str) -> dict[str, Any]:
+    """Seconds, memory and tracked run of a stage; empty when they weren't kept."""
+    path = workspace.run_file(stage, row)
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def build_scoreboard(params: Params) -> pd.DataFrame:
+    """One line for each density and two for each control, sorted by value within a data set.
+
+    Arguments:
+        params: All tables. What they don't name isn't read.
+
+    Raises:
+        PipelineError: When a named row has no metrics; it names the stage to run.
+    """
+    import pandas as pd
+
+    for stage, row in stages_and_rows(params):
+        read_metrics(stage, row)
+    lines = [line for name in params.rows("controls") for line in _controls(params, name)]
+    lines += [_model(params, name) for name in params.rows("densities")]
+    for line in lines:
+        _compare(line, [other for other in lines if other["kind"] == "control"])
+    board = pd.DataFrame([{column: line.get(column) for column in COLUMNS} for line in lines], columns=list(COLUMNS))
+    order = {name: i for i, name in enumerate(params.rows("datasets"))}
+    board["_dataset"] = board["dataset"].map(order)
+    for column in COUNTS:
+        board[column] = board[column].astype("Int64")
+    board["value"] = board["value"].astype(float)
+    board = board.sort_values(["_dataset", "value"], ascending=[True, False], na_position="last", kind="stable")
+    return board.drop(columns="_dataset").reset_index(drop=True)
+
+
+def _model(params: Params, name: str) -> dict[str, Any]:
+    density = params.density(name)
+    autoencoder = params.autoencoder(density.codes)
+    dataset = params.dataset(density.dataset)
+    fitted, scored, trained = read_metrics("fit", name), read_metrics("evaluate", name), read_metrics("train", density.codes)
+    incremental = getattr(autoencoder, "incremental", None)
+    line: dict[str, Any] = {
+        "row": name,
+        "kind": "model",
+        "dataset": density.dataset,
+        "autoencoder": density.codes,
+        "objective": autoencoder.objective + (f", incremental ({incremental.mode})" if incremental else ""),
+        "latent_dim": read_metrics("extract", density.codes).get("dimensions"),
+        "family": density.family,
+        "components": getattr(density, "components", None),
+        "test_mse": trained.get("test_mse"),
+        "gap_to_truth": scored.get("gap_to_truth"),
+        "samples_in_dropped_box": scored.get("samples_in_dropped_box"),
+        "autoencoder_parameters": read_run("train", density.codes).get("parameters"),
+        "density_parameters": fitted.get("parameters"),
+    }
+    runs = [read_run(stage, density.codes if stage in ("train", "extract") else name) for stage in CHAIN]
+    line |= _cost(runs)
+    if "parzen_test_log_likelihood" in scored:
+        line |= _parzen(params, density.dataset, scored, "")
+    else:
+        images = len(dataset.shape) == 3
+        points = scored.get("test_scored")
+        what = "codes, comparable between densities of the same codes only" if images else "vectors"
+        line |= {
+            "score": LIKELIHOOD + (" of the codes" if images else ""),
+            "value": scored.get("test_log_likelihood"),
+            "error": scored.get("test_log_likelihood_se"),
+            "group_error": scored.get("test_log_likelihood_group_se"),
+            "test_points": points,
+            "protocol": f"mean log-density of {points:,} test {what}" if points is not None else "no likelihood: samples only",
+        }
+    score = "parzen" if line["score"] == PARZEN else "likelihood"
+    benchmark = benchmark_of(asdict(dataset), score, line.get("samples"))
+    paper, best = paper_value(benchmark, asdict(autoencoder), asdict(density)), best_published(benchmark)
+    if benchmark is not None:
+        line["protocol"] += f"; comparable to {BENCHMARKS[benchmark].title}"
+    if paper is not None:
+        line |= {"paper": paper.value, "paper_error": paper.error}
+    if best is not None:
+        line |= {"best_published": best.value, "best_published_error": best.error}
+        line |= {"best_published_method": f"{best.method} ({best.source})"}
+    return line
+
+
+def _controls(params: Params, name: str) -> Iterator[dict[str, Any]]:
+    dataset = params.control(name).dataset
+    scored = read_metrics("control", name)
+    for prefix, label in CONTROLS.items():
+        if f"{prefix}_parzen_test_log_likelihood" not in scored:
+            raise PipelineError(f"{workspace.metrics_file('control', name)} lacks scores; run `dvc repro -f control@{name}`")
+        line = {"row": f"{name}-{label}", "kind": "control", "dataset": dataset}
+        yield line | _cost([read_run("control", name)]) | _parzen(params, dataset, scored, f"{prefix}_")
+
+
+def _parzen(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    settings = params.evaluation(dataset).parzen
+    keys = ("samples", "valid_points", "test_points", "protocol")
+    samples, valid, test, name = (scored[f"{prefix}parzen_{key}"] for key in keys)
+    grid = ""
+    if settings is not None and settings.bandwidth_count > 1:
+        h = settings.bandwidths
+        grid = f"bandwidth from {h[0]:g}, {h[1]:g} .. {h[-1]:g} by {valid:,} validation images, "
+    return {
+        "score": PARZEN,
+        "value": scored[f"{prefix}parzen_test_log_likelihood"],
+        "error": scored[f"{prefix}parzen_test_se"],
+        "samples": samples,
+        "test_points": test,
+        "bandwidth": scored[f"{prefix}parzen_bandwidth"],
+        "bandwidth_at_edge": bool(scored[f"{prefix}parzen_bandwidth_at_edge"]),
+        "protocol": f"Parzen window over {samples:,} samples, {grid}mean over {test:,} test images ({name})",
+    }
+
+
+def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = [run["seconds"] for run in runs if "seconds" in run]
+    memory = [run["peak_memory_mib"] for run in runs if "peak_memory_mib" in run]
+    return {"seconds": round(sum(seconds), 3) if seconds else None, "peak_memory_mib": max(memory, default=None)}
+
+
+def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
+    """Sets a model's line beside the best control of the same data set and score."""
+    rivals = [c for c in controls if c["dataset"] == line["dataset"] and c["score"] == line["score"]]
+    if line["kind"] == "control" or not rivals or line["value"] is None:
+        return
+    best = max(rivals, key=lambda c: float(c["value"]))
+    difference = line["value"] - best["value"]
+    error = math.hypot(line["error"] or 0.0, best["error"] or 0.0)
+    word = "level" if abs(difference) <= 2 * error else "better" if difference > 0 else "worse"
+    line |= {"control_difference": difference, "against_control": word}
+
+
+def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """One to three numbers of each line, under their names in `reports/metrics`, for `dvc metrics show`."""
+    numbers: dict[str, dict[str, float]] = {}
+    for line in board.to_dict("records"):
+        name = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
+        chosen = {name: line["value"], "test_mse": line["test_mse"], "gap_to_truth": line["gap_to_truth"]}
+        if is_missing(line["value"]):
+            chosen["samples_in_dropped_box"] = line["samples_in_dropped_box"]
+        numbers[line["row"]] = {key: float(value) for key, value in chosen.items() if not is_missing(value)}
+    return numbers
+
+
+# In words ------------------------------------------------------------------------------------------------------------
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell is empty."""
+    return value is None or str(value) in ("nan", "<NA>", "None")
+
+
+def plus_minus(value: float | None, error: float | None = None) -> str:
+    """A score with as many decimals as its error bears.
+
+    Example:
+        >>> plus_minus(257.7335, 6.893), plus_minus(-3.32818, 0.00819), plus_minus(340, 2), plus_minus(None)
+        ('257.7 ± 6.9', '-3.3282 ± 0.0082', '340 ± 2', '')
+    """
+    if value is None or is_missing(value):
+        return ""
+    if error is None or is_missing(error) or error <= 0:
+        return f"{value:.5g}"
+    if float(error).is_integer() and float(value).is_integer():
+        return f"{value:.0f} ± {error:.0f}"
+    decimals = min(max(1 - math.floor(math.log10(error)), 0), 6)
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words.
+
+    Example:
+        >>> duration(0.52), duration(7.26), duration(356.2), duration(7384), duration(None)
+        ('0.5 s', '7.3 s', '5 min 56 s', '2 h 3 min', '')
+    """
+    if seconds is None or is_missing(seconds):
+        return ""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+ARROWS = {"better": "▲", "worse": "▼", "level": "≈"}
+
+
+def against(line: Mapping[str, Any]) -> str:
+    """How a line stands against the best control, by symbol, word and number."""
+    word = line["against_control"]
+    if is_missing(word):
+        return ""
+    return f"{ARROWS[word]} {word} ({line['control_difference']:+.1f})"
+
+
+def as_text(board: pd.DataFrame) -> str:
+    """The scoreboard as plain text, some 110 characters wide.
+
+    Arguments:
+        board: As made by `build_scoreboard`, or read from `reports/scoreboard.csv`.
+    """
+    heads = ("row", "score, nats (± SE)", "against best control", "paper", "n", "time")
+    blocks: list[str] = []
+    for dataset in board["dataset"].drop_duplicates():
+        part = board[board["dataset"] == dataset]
+        cells = [heads] + [
+            (
+                line["row"] + (" *" if line["kind"] == "control" else ""),
+                plus_minus(line["value"], line["error"]) or "-",
+                against(line),
+                plus_minus(line["paper"], line["paper_error"]) or "-",
+                "-" if is_missing(line["samples"]) else f"{line['samples']:,.0f}",
+                duration(line["seconds"]),
+            )
+            for line in part.to_dict("records")
+        ]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+        shown = [
+            "  ".join(c.ljust(w) if i in (0, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in cells
+        ]
+        title = f"{dataset}: {', '.join(part['score'].drop_duplicates())}"
+        blocks.append("\n".join([title, *(f"  {text.rstrip()}" for text in shown)]))
+    if (board["kind"] == "control").any():
+        blocks.append("* control: images of the data set taken as samples. Level: within 2 standard errors.")
+    return "\n\n".join(blocks)
