@@ -458,7 +458,7 @@ class Params:
                 continue
             for row, values in table.items():
                 if not isinstance(row, str) or not ROW_NAME.fullmatch(row) or len(row) > LONGEST_NAME:
-                    raise SettingsError(f"{name}.{row}: a row's name is made of up to 100 lower-case letters, digits and dashes")
+                    raise SettingsError(f"{name}.{row}: a row's name is made of a-z, 0-9 and dashes, at most {LONGEST_NAME}")
                 if not isinstance(values, Mapping):
                     raise SettingsError(f"{name}.{row}: expected a table of settings, got {_shown(values)}")
         self.absent = [name for name in TABLES if name not in tables]
