@@ -2,8 +2,8 @@
 
 Run with `python benchmarks/autoencoder.py [--experiments mnist celeba64-shoes] [--precisions float32 bfloat16]`. The bare loop
 is a plain `nn.Sequential` on float batches that lie in memory; `pipeline` reads uint8 shards from disk, checks their digests,
-shuffles, scales, and keeps its curve. All three run in turn, round after round, so that a machine that slows down slows all.
-Of each the fastest round counts, which other work on the machine disturbs least.
+shuffles, scales, and keeps its curve. All take turns, round after round, in every
+precision and memory format, so that a machine that slows down slows all; of each the fastest round counts.
 """
 
 from __future__ import annotations
@@ -140,21 +140,27 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     device = torch.device(options.device)
     for experiment in options.experiments:
         batch = EXPERIMENTS[experiment][-1]
-        for precision in options.precisions:
-            for channels_last in (False, True):
-                with tempfile.TemporaryDirectory() as folder:
-                    runs = contenders(experiment, precision, channels_last, options.steps, device, Path(folder))
-                    for run in runs.values():
-                        seconds(run, device)
-                    times = {name: [] for name in CONTENDERS}
-                    for _ in range(options.rounds):
-                        for name, run in runs.items():
-                            times[name].append(seconds(run, device))
-                row: dict[str, object] = {"experiment": experiment, "precision": precision, "channels_last": channels_last}
-                row["batch_size"] = batch
-                row |= {f"{n}_images_per_second": batch * options.steps / min(t) for n, t in times.items()}
-                row |= {f"{name}_to_bare": min(times["bare"]) / min(times[name]) for name in CONTENDERS[1:]}
-                yield row
+        with tempfile.TemporaryDirectory() as folder:
+            runs: dict[tuple[str, bool, str], Callable[[], None]] = {}
+            for precision, channels_last in itertools.product(options.precisions, (False, True)):
+                shards = Path(folder) / f"{precision}-{channels_last}"
+                shards.mkdir()
+                made = contenders(experiment, precision, channels_last, options.steps, device, shards)
+                runs |= {(precision, channels_last, name): run for name, run in made.items()}
+            for run in runs.values():
+                seconds(run, device)
+            times: dict[tuple[str, bool, str], list[float]] = {key: [] for key in runs}
+            for _ in range(options.rounds):
+                for key, run in runs.items():
+                    times[key].append(seconds(run, device))
+        fastest = {key: min(values) for key, values in times.items()}
+        for precision, channels_last in itertools.product(options.precisions, (False, True)):
+            ours = {name: fastest[precision, channels_last, name] for name in CONTENDERS}
+            row: dict[str, object] = {"experiment": experiment, "precision": precision, "channels_last": channels_last}
+            row["batch_size"] = batch
+            row |= {f"{name}_images_per_second": batch * options.steps / time for name, time in ours.items()}
+            row |= {f"{name}_to_bare": ours["bare"] / ours[name] for name in CONTENDERS[1:]}
+            yield row
 
 
 def main() -> None:
