@@ -152,7 +152,7 @@ def one_line_errors(name: str) -> Any:
         message = "out of memory: lower batch_size, shuffle_examples or shard_examples"
     else:
         return
-    click.echo(f"error: {name}: {message}", err=True)
+    click.echo(" ".join(f"error: {name}: {message}".split()), err=True)
     sys.exit(1)
 
 
