@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from pipeline.errors import PipelineError, SettingsError
+
 __all__ = ["Batches"]
 
 Arrays = dict[str, np.ndarray]
 
-CACHE_BYTES = 512 * 2**20  # parts are kept in memory up to this much in all, so that small data sets are read once
+CACHE_MIB = 512  # parts are kept in memory up to this much in all, so that small data sets are read once
 
 
 class Batches:
@@ -36,6 +38,11 @@ class Batches:
         rank, world: This process and the number of processes.
         workers: Loader processes that read ahead; they change nothing but the time. By default the environment's
             LOADER_WORKERS, or 0.
+        cache_mib: Memory for parts that are kept from epoch to epoch, in MiB; it changes nothing but the time. By default the
+            environment's CACHE_MIB, or 512.
+
+    Raises:
+        SettingsError: When a number of the environment isn't one.
 
     Example:
         >>> batches = Batches(lambda i: {"x": np.arange(4) + 4 * i}, [4, 4], batch_size=3, seed=0)
@@ -55,11 +62,13 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         workers: int | None = None,
+        cache_mib: int | None = None,
     ) -> None:
         total = sum(counts)
         self.load, self.counts, self.seed = load, list(counts), seed
         self.window, self.rank, self.world = window, rank, world
-        self.workers = int(os.environ.get("LOADER_WORKERS", "0")) if workers is None else workers
+        self.workers = _from_environment("LOADER_WORKERS", 0) if workers is None else workers
+        self._cache_bytes = (_from_environment("CACHE_MIB", CACHE_MIB) if cache_mib is None else cache_mib) * 2**20
         # A data set smaller than a batch is one batch.
         self.rank_batch = max(min(batch_size, total) // world, 1)
         self.batch_size = self.rank_batch * world
@@ -100,6 +109,7 @@ class Batches:
                 return
             left = permutation[stop:]
             rest = {k: v[left] for k, v in gathered.items()} if len(left) else {}
+            del gathered, pieces, part  # else they stay in memory beside the next window
 
     def _parts(self, order: np.ndarray, by_rows: bool, wanted: int) -> Iterator[Arrays]:
         seen = 0
@@ -136,11 +146,11 @@ class Batches:
         else:
             loader = map(self.load, missing)
         for i in map(int, order):
-            yield self._cache[i] if i in self._cache else self._keep(i, next(loader))
+            yield self._cache[i] if i in self._cache else self._keep(i, _next(loader))
 
     def _keep(self, i: int, part: Arrays) -> Arrays:
         length = sum(v.nbytes for v in part.values())
-        if self._cached_bytes + length <= CACHE_BYTES:
+        if self._cached_bytes + length <= self._cache_bytes:
             self._cache[i] = part
             self._cached_bytes += length
         return part
@@ -152,9 +162,31 @@ class _Parts:
     def __init__(self, load: Callable[[int], Arrays]) -> None:
         self.load = load
 
-    def __getitem__(self, i: int) -> Arrays:
-        return self.load(i)
+    def __getitem__(self, i: int) -> Arrays | PipelineError:
+        try:
+            return self.load(i)
+        except PipelineError as error:
+            return error  # raised in the loader process it would come back with its traceback in its message
 
 
 def _as_is(part: Any) -> Any:
     return part
+
+
+def _next(loader: Iterator[Any]) -> Arrays:
+    try:
+        part = next(loader)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise PipelineError("a loader process was killed, probably for memory: lower LOADER_WORKERS") from None
+    if isinstance(part, PipelineError):
+        raise part
+    return cast(Arrays, part)
+
+
+def _from_environment(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal() or len(value) > 9:
+        raise SettingsError(f"{name} is {value[:40]!r}: expected a number from 0 on")
+    return int(value)

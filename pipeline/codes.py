@@ -146,6 +146,15 @@ def write_index(folder: str | Path, index: CodeIndex) -> None:
     write_json(Path(folder) / "index.json", index.as_json())
 
 
+def _check_length(path: Path, part: CodePart) -> None:
+    try:
+        length = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}); run extract again") from None
+    if length != part.bytes:
+        raise DataError(f"{path} has {length} bytes instead of {part.bytes}: truncated or changed; run extract again")
+
+
 class CodeReader:
     """Reads a folder of codes.
 
@@ -166,12 +175,21 @@ class CodeReader:
             self.index = build(CodeIndex, values, str(path))
         except SettingsError as error:
             raise DataError(f"{error}; run extract again") from None
-        if self.index.dim < 1 or not len(self.index.mean) == len(self.index.std) == self.index.dim:
+        dim = self.index.dim
+        if dim < 1 or not len(self.index.mean) == len(self.index.std) == dim or min(self.index.std) < 0:
             raise DataError(f"{path}: dim, mean and std don't agree; run extract again")
         for split in SPLITS:
             for number, part in enumerate(self.index.parts(split)):
-                if part.name != f"{split}-{number:06d}.safetensors" or part.count < 1:
-                    raise DataError(f"{path}: '{part.name[:80]}' is no file of codes; run extract again")
+                if part.name != f"{split}-{number:06d}.safetensors":
+                    raise DataError(f"{path}: {part.name[:80]!r} is no file of codes; run extract again")
+                if part.count < 1 or part.bytes < 4 * dim * part.count:
+                    raise DataError(
+                        f"{path}: {part.name} can't hold {str(part.count)[:30]} codes in {str(part.bytes)[:30]} bytes; "
+                        "run extract again"
+                    )
+                _check_length(self.folder / part.name, part)
+            if not self.index.parts(split):
+                raise DataError(f"{path}: split {split} has no codes; run extract again")
         self._checked: set[str] = set()
 
     @property
@@ -195,10 +213,8 @@ class CodeReader:
 
         part = self.index.parts(split)[number]
         path = self.folder / part.name
+        _check_length(path, part)
         try:
-            length = path.stat().st_size
-            if length != part.bytes:
-                raise DataError(f"{path} has {length} bytes instead of {part.bytes}: truncated or changed; run extract again")
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path} can't be read ({error.strerror}); run extract again") from None
@@ -207,7 +223,7 @@ class CodeReader:
         self._checked.add(part.name)
         try:
             arrays = load(data)
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(f"{path} isn't a safetensors file ({error}); run extract again") from None
         codes = arrays.get("codes")
         if codes is None or codes.shape != (part.count, self.index.dim) or codes.dtype != np.float32:
@@ -217,7 +233,8 @@ class CodeReader:
             )
         if not np.isfinite(codes).all():
             raise DataError(f"{path} holds codes that aren't finite; run extract again")
-        if arrays.keys() - {"codes", "labels"} or ("labels" in arrays and arrays["labels"].shape != (part.count,)):
+        labels = arrays.get("labels", np.empty(part.count, np.int64))
+        if arrays.keys() - {"codes", "labels"} or labels.shape != (part.count,) or labels.dtype != np.int64:
             raise DataError(f"{path} holds unexpected arrays; run extract again")
         return arrays
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pipeline.codes import CodeIndex, CodePart, CodeReader, Moments, write_index
 from pipeline.errors import DataError
 from pipeline.files import sha256_file
 from pipeline.progress import Progress
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, shared_folder
 from pipeline.shards import SPLITS, ShardIndex, ShardReader, scale_pixels
 
 __all__ = ["extract_codes"]
@@ -47,14 +46,7 @@ def extract_codes(
         from pipeline.autoencoders.network import Encoder
 
         encoder = Encoder.load(autoencoder / "encoder.safetensors").to(ranks.device)
-    # One folder for all ranks, named by the first one's process.
-    owner = ranks.gather(os.getpid())[0]
-    temporary = folder.with_name(f".{folder.name}.{owner}.partial")
-    if ranks.first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    try:
+    with shared_folder(folder, ranks) as temporary:
         work = [(split, number) for split in SPLITS for number in range(len(reader.index.shards(split)))]
         mine = {}
         with Progress(len(work), f"encoding {folder.name}", unit="shards", quiet=not ranks.first) as progress:
@@ -76,12 +68,6 @@ def extract_codes(
             parts |= some
         if ranks.first:
             index = _write_index(temporary, reader, autoencoder, parts)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-        ranks.barrier()
-    finally:
-        if ranks.first:
-            shutil.rmtree(temporary, ignore_errors=True)
     return (index if ranks.first else CodeReader(folder).index), reader.index
 
 

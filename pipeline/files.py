@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,45 @@ from pipeline.errors import DataError
 __all__ = ["atomic_file", "atomic_folder", "read_json", "sha256_bytes", "sha256_file", "write_json", "write_text"]
 
 
+JSON_BYTES = 64 * 2**20  # no index is longer; a longer one would be read into memory for nothing
+
+
 def _temporary_name(path: Path) -> Path:
     # Same folder, so that the rename stays within one file system; a dot, so that no reader's glob finds it.
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what processes that were killed while they wrote `path` left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        pid = left.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except (ValueError, ProcessLookupError):
+            _remove(left)
+        except OSError:
+            continue  # it lives, and is another user's
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Errors of the system that a library has wrapped, such as a full disk, as the OSError that they are."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 @contextlib.contextmanager
@@ -38,10 +76,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = _temporary_name(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _system_errors(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -52,14 +92,20 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = path.with_name(f".{path.name}.replaced.{os.getpid()}.partial")
+    _remove_leftovers(path)
+    _remove(temporary)
     temporary.mkdir()
     try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        with _system_errors(path):
+            yield temporary
+            # Two renames: whoever is killed between them, or in the midst of a removal, leaves no half-filled folder behind.
+            if os.path.lexists(path):
+                os.replace(path, replaced)
+            os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+        _remove(replaced)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -81,6 +127,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     path = Path(path)
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(path)
+        if path.stat().st_size > JSON_BYTES:
+            raise DataError(f"{path} is longer than {JSON_BYTES >> 20} MiB; run the stage that writes it again")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} is missing; run the stage that writes it") from None

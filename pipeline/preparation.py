@@ -6,17 +6,20 @@ import collections
 import hashlib
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 from pipeline.files import atomic_folder
+from pipeline.processes import die_with_parent
 from pipeline.progress import Progress
 from pipeline.settings import DatasetSettings, implementation
 from pipeline.shards import SPLITS, ShardIndex, ShardWriter, write_index
@@ -164,6 +167,8 @@ def _read_all(source: Any, ranges: list[tuple[str, int, int]], processes: int) -
             while waiting:
                 done, future = waiting.popleft()
                 yield done, future.result()
+        except BrokenProcessPool:
+            raise PipelineError("a process that read raw files was killed, probably for memory: free some") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -174,6 +179,9 @@ _source: Any = None
 def _set_source(source: Any) -> None:
     global _source
     _source = source
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; one word about it is enough
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _read_range(part: tuple[str, int, int]) -> Any:

@@ -6,16 +6,25 @@ here costs nothing.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-__all__ = ["Ranks", "join"]
+from pipeline.errors import SettingsError
+from pipeline.files import atomic_folder
+
+__all__ = ["Ranks", "join", "shared_folder", "synchronise_batch_norm"]
+
+PATIENCE = datetime.timedelta(days=1)  # the first rank scores and writes alone, while the others wait
 
 
 @dataclass(frozen=True)
@@ -37,18 +46,21 @@ class Ranks:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all ranks of an array of float64."""
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean over all ranks of each number."""
+        return self._reduced(values, dist.ReduceOp.SUM, self.world)
+
+    def greatest(self, *values: float) -> list[float]:
+        """The greatest over all ranks of each number, so that all ranks decide alike."""
+        return self._reduced(list(values), dist.ReduceOp.MAX)
+
+    def _reduced(self, values: list[float], operation: Any, divisor: int = 1) -> list[float]:
         if self.world == 1:
             return values
-        tensor = torch.from_numpy(np.ascontiguousarray(values, np.float64).copy())
-        tensor = tensor.to(self.device) if dist.get_backend() == "nccl" else tensor
-        dist.all_reduce(tensor)
-        return tensor.cpu().numpy()
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return bool(self.sum(np.array([float(flag)]))[0] > 0)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor, operation)
+        reduced: list[float] = (tensor / divisor).tolist()
+        return reduced
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order, on every rank: plain types only."""
@@ -73,9 +85,15 @@ def join() -> Ranks:
     """Joins the group that `torchrun` set up, or stands alone.
 
     The device comes from the environment's DEVICE: `auto` (a GPU where there is one), `cpu`, `cuda`.
+
+    Raises:
+        SettingsError: When there is no such device.
     """
-    wanted = os.environ.get("DEVICE", "auto")
-    cuda = torch.cuda.is_available() if wanted == "auto" else wanted.startswith("cuda")
+    wanted = os.environ.get("DEVICE") or "auto"
+    if wanted not in ("auto", "cpu", "cuda") or (wanted == "cuda" and not torch.cuda.is_available()):
+        missing = "this PyTorch sees no GPU" if wanted == "cuda" else "expected auto, cpu or cuda"
+        raise SettingsError(f"DEVICE is {wanted[:40]!r}: {missing}")
+    cuda = wanted != "cpu" and torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -83,5 +101,67 @@ def join() -> Ranks:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     return Ranks(rank, world, device)
+
+
+@contextlib.contextmanager
+def shared_folder(path: str | Path, ranks: Ranks) -> Iterator[Path]:
+    """An `atomic_folder` that all ranks fill together; it stands in the place of `path` once all have left it."""
+    with contextlib.ExitStack() as stack:
+        temporary = str(stack.enter_context(atomic_folder(path))) if ranks.first else ""
+        yield Path(ranks.gather(temporary)[0])
+        ranks.barrier()
+    ranks.barrier()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over ranks whose gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _SynchronisedBatchNorm(nn.BatchNorm2d):
+    r"""Batch norm in training mode with mean and variance over the batches of all ranks, on any device.
+
+    .. math:: \mu = \frac{\sum_r \sum_i x_{ri}}{\sum_r n_r}, \qquad \sigma^2 = \frac{\sum_r \sum_i (x_{ri} - \mu)^2}{\sum_r n_r}
+
+    PyTorch's own works on GPUs alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised features, with the shape (B, C, H, W) of the features given."""
+        if not self.training:
+            return super().forward(x)
+        ones = x.new_full((1,), x.numel() / x.shape[1])
+        total = _SumOverRanks.apply(torch.cat([x.float().sum(dim=(0, 2, 3)), ones]))  # (C + 1,)
+        count = total[-1].detach()
+        mean = total[:-1] / count
+        deviation = x.float() - mean[:, None, None]
+        variance = _SumOverRanks.apply(deviation.square().sum(dim=(0, 2, 3))) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+                self.running_var.lerp_((variance * count / (count - 1).clamp(min=1)).to(self.running_var), momentum)
+        factor = torch.rsqrt(variance + self.eps) * self.weight
+        normalised: Tensor = deviation * factor[:, None, None] + self.bias[:, None, None]
+        return normalised.to(x.dtype)
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Makes every batch norm over images take its statistics over all ranks; names of weights stay as they are."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _SynchronisedBatchNorm

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from pipeline.autoencoders.network import Decoder
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.progress import Progress
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, shared_folder
 from pipeline.settings import SamplingSettings
 from pipeline.shards import Shard, ShardIndex, ShardWriter, write_index
 
@@ -57,13 +55,7 @@ def write_samples(
     """
     folder = Path(folder)
     sizes = list(_sizes(settings.count, settings.shard_examples))
-    owner = ranks.gather(os.getpid())[0]
-    temporary = folder.with_name(f".{folder.name}.{owner}.partial")
-    if ranks.first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    try:
+    with shared_folder(folder, ranks) as temporary:
         mine: dict[int, dict[str, object]] = {}
         with Progress(settings.count, f"sampling {folder.name}", unit="samples", quiet=not ranks.first) as progress:
             for number in ranks.share(len(sizes)):
@@ -93,12 +85,6 @@ def write_samples(
         )
         if ranks.first:
             write_index(temporary, index)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-        ranks.barrier()
-    finally:
-        if ranks.first:
-            shutil.rmtree(temporary, ignore_errors=True)
     return index
 
 

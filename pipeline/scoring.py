@@ -112,7 +112,7 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool) -> 
     scores |= {"test_log_likelihood_per_dimension": mean / codes.index.dim}
     if grouped:
         result = groups.groups()
-        scores |= {"test_log_likelihood_group_se": result.standard_error, "test_groups": result.count}
+        scores |= {"test_log_likelihood_group_se": result.standard_error, "test_groups": result.number}
     return scores
 
 

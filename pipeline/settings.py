@@ -221,6 +221,8 @@ class TrainingSettings:
         ema_decay: Decay of the exponential moving average of the weights that is kept in the end; 0 keeps the last weights.
         precision: `float32`, or `bfloat16` for mixed precision.
         checkpoint_minutes: Minutes between two checkpoints; one is also written whenever an epoch ends after it.
+        sync_batch_norm: Whether batch norm takes its statistics over all processes; alone it changes nothing.
+        shuffle_examples: Examples held in memory for shuffling, in a window of whole shards that is drawn from at random.
         seed: Seed of initial weights, order of examples and noise.
     """
 
@@ -236,6 +238,8 @@ class TrainingSettings:
     ema_decay: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_minutes: float = 1.0
+    sync_batch_norm: bool = False
+    shuffle_examples: int = 16_384
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -248,6 +252,7 @@ class TrainingSettings:
         check_that(self.gradient_clip >= 0, "gradient_clip", "has to be 0 or more")
         check_that(0 <= self.ema_decay < 1, "ema_decay", "has to lie in [0, 1)")
         check_that(self.checkpoint_minutes > 0, "checkpoint_minutes", "has to be positive")
+        check_that(self.shuffle_examples >= 1, "shuffle_examples", "has to be at least 1")
         check_that(self.seed >= 0, "seed", "has to be 0 or more")
 
 
@@ -276,7 +281,7 @@ class DensitySettings(TrainingSettings):
             `scalar` uses one mean and one scale for all, `none` nothing. The log-determinant is added back in every likelihood.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
             on the speed of the machine.
-        shuffle_examples: Codes held in memory for shuffling.
+        shuffle_examples: Codes held in memory for shuffling, in a window of whole files that is drawn from at random.
     """
 
     codes: str
@@ -290,7 +295,6 @@ class DensitySettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_that(self.max_minutes >= 0, "max_minutes", "has to be 0 or more")
-        check_that(self.shuffle_examples >= 1, "shuffle_examples", "has to be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

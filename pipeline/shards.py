@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import io
 import math
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,8 @@ SPLITS = ("train", "valid", "test")
 MEMBERS = ("examples", "labels", "codes")  # the arrays that a block may hold
 
 Arrays = dict[str, np.ndarray]
+
+_AGAIN = "run the stage that writes it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,15 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
+
+
+class _Member(NamedTuple):
+    """A member of a tar file: whether it's a plain file that lies within, and where."""
+
+    name: str
+    plain: bool
+    start: int
+    stop: int
 
 
 class ShardWriter:
@@ -187,20 +199,35 @@ def read_index(folder: str | Path) -> ShardIndex:
     path = Path(folder) / "index.json"
     values = read_json(path)
     if not isinstance(values, dict):
-        raise DataError(f"{path} isn't an index of shards; run prepare again")
+        raise DataError(f"{path} isn't an index of shards; {_AGAIN}")
     try:
         index = build(ShardIndex, values, str(path))
     except SettingsError as error:
-        raise DataError(f"{error}; run the stage that writes it again") from None
+        raise DataError(f"{error}; {_AGAIN}") from None
+    if len(index.shape) not in (1, 3) or (len(index.shape) == 3) != (index.kind == "images") or min(index.shape) < 1:
+        raise DataError(f"{path}: impossible shape {list(index.shape)[:8]} of {index.kind}; {_AGAIN}")
+    low, high = index.value_range if index.value_range and len(index.value_range) == 2 else (0.0, 1.0)
+    if (index.value_range is not None and len(index.value_range) != 2) or low >= high:
+        raise DataError(f"{path}: impossible value_range; {_AGAIN}")
+    example_bytes = math.prod(index.shape) * np.dtype(index.dtype).itemsize
     for split in (*SPLITS, "samples"):
         for number, shard in enumerate(index.shards(split)):
             if shard.name != f"{split}-{number:06d}.tar":
-                raise DataError(f"{path}: '{shard.name[:80]}' stands where {split}-{number:06d}.tar should; run prepare again")
-            if shard.count < 1 or shard.bytes < 1:
-                raise DataError(f"{path}: {shard.name} has no examples; run prepare again")
-    if not index.shape or any(side < 1 for side in index.shape):
-        raise DataError(f"{path}: impossible shape {list(index.shape)}; run prepare again")
+                raise DataError(f"{path}: {shard.name[:80]!r} stands where {split}-{number:06d}.tar should; {_AGAIN}")
+            if shard.count < 1 or shard.bytes < shard.count * example_bytes:
+                counts = f"{str(shard.count)[:30]} examples in {str(shard.bytes)[:30]} bytes"
+                raise DataError(f"{path}: {shard.name} can't hold {counts}; {_AGAIN}")
+            _check_length(Path(folder) / shard.name, shard)
     return index
+
+
+def _check_length(path: Path, shard: Shard) -> None:
+    try:
+        length = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from None
+    if length != shard.bytes:
+        raise DataError(f"{path} has {length} bytes instead of {shard.bytes}: truncated or changed; {_AGAIN}")
 
 
 class ShardReader:
@@ -227,58 +254,69 @@ class ShardReader:
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def blocks(self, split: str, numbers: Iterable[int] | None = None) -> Iterator[Arrays]:
-        """The blocks of a split in order, or of some of its shards."""
-        import webdataset
-        from webdataset import tariterators
+        """The blocks of a split in order, or of some of its shards.
 
+        Memory holds one shard.
+        """
         shards = self.index.shards(split)
         for number in range(len(shards)) if numbers is None else numbers:
             shard = shards[number]
             path = self.folder / shard.name
             data = self._checked_bytes(path, shard)
-            try:
-                # No handler and no decoder: an error is an error, and nothing but .npy without pickles is understood.
-                members = tariterators.tar_file_iterator(io.BytesIO(data), handler=webdataset.reraise_exception)
-                samples = tariterators.group_by_keys(
-                    ({**member, "__url__": str(path)} for member in members), handler=webdataset.reraise_exception
-                )
-                total = 0
-                for sample in samples:
-                    block = self._decode(sample, path)
-                    total += len(block["examples"])
-                    if total > shard.count:
-                        break
-                    yield block
-            except DataError:
-                raise
-            except Exception as error:
-                raise DataError(f"{path} isn't a readable shard ({type(error).__name__}: {error}); run prepare again") from None
+            total, names = 0, None
+            for block in self._blocks(path, data):
+                total += len(block["examples"])
+                names = names or block.keys()
+                if total > shard.count or block.keys() != names:
+                    break
+                yield block
             if total != shard.count:
-                raise DataError(f"{path} doesn't hold the {shard.count} examples that its index says; run prepare again")
+                raise DataError(f"{path} doesn't hold the {shard.count} examples that its index says; {_AGAIN}")
 
     def _checked_bytes(self, path: Path, shard: Shard) -> bytes:
+        _check_length(path, shard)
         try:
-            length = path.stat().st_size
-            if length != shard.bytes:
-                raise DataError(f"{path} has {length} bytes instead of {shard.bytes}: truncated or changed; run prepare again")
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path} can't be read ({error.strerror}); run prepare again") from None
+            raise DataError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from None
         if sha256_bytes(data) != shard.sha256:
-            raise DataError(f"{path} doesn't match the digest in its index; run prepare again")
+            raise DataError(f"{path} doesn't match the digest in its index; {_AGAIN}")
         return data
 
-    def _decode(self, sample: dict[str, Any], path: Path) -> Arrays:
+    def _blocks(self, path: Path, data: bytes) -> Iterator[Arrays]:
+        """The blocks of a shard. Only plain files with the names that `ShardWriter` gives are understood, only as arrays."""
         block: Arrays = {}
-        for member, data in sample.items():
-            if member.startswith("__"):
-                continue
-            name = member.removesuffix(".npy")
-            if name not in MEMBERS or not member.endswith(".npy"):
-                raise DataError(f"{path} holds an unexpected member '{member[:80]}'; run prepare again")
-            block[name] = self._array(name, data, path)
+        number = 0
+        for member in self._members(path, data):
+            key, _, ending = member.name.partition(".")
+            name = ending.removesuffix(".npy")
+            if not member.plain or name not in MEMBERS or not ending.endswith(".npy"):
+                raise DataError(f"{path} holds an unexpected member {member.name[:80]!r}; {_AGAIN}")
+            if block and key == f"{number + 1:06d}":
+                yield self._whole(block, path)
+                block, number = {}, number + 1
+            if key != f"{number:06d}" or name in block:
+                raise DataError(f"{path} holds {member.name[:80]!r} out of order; {_AGAIN}")
+            block[name] = self._array(name, data[member.start : member.stop], path)
+        if block:
+            yield self._whole(block, path)
+
+    @staticmethod
+    def _members(path: Path, data: bytes) -> Iterator[_Member]:
+        # By offsets, uncompressed: a compressed or sparse member could claim more memory than the file has bytes.
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+                for info in tar:
+                    plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse() and not info.pax_headers
+                    stop = info.offset_data + info.size
+                    yield _Member(info.name, plain and info.size >= 0 and stop <= len(data), info.offset_data, stop)
+        except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError, RecursionError) as error:
+            raise DataError(f"{path} isn't a readable shard ({type(error).__name__}: {error}); {_AGAIN}") from None
+
+    @staticmethod
+    def _whole(block: Arrays, path: Path) -> Arrays:
         if "examples" not in block or len({len(array) for array in block.values()}) != 1:
-            raise DataError(f"{path} holds a block whose arrays don't belong together; run prepare again")
+            raise DataError(f"{path} holds a block whose arrays don't belong together; {_AGAIN}")
         return block
 
     def _array(self, name: str, data: bytes, path: Path) -> np.ndarray:
@@ -288,17 +326,24 @@ class ShardReader:
             "codes": ("float32", None),
         }[name]
         stream = io.BytesIO(data)
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise DataError(f"{path}: {name} isn't a version 1 .npy array; run prepare again")
-        header_shape, fortran, header_dtype = np.lib.format.read_array_header_1_0(stream)
-        right = header_dtype == np.dtype(dtype) and not fortran and len(header_shape) >= 1
+        try:
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError("not version 1.0")
+            header_shape, fortran, header_dtype = np.lib.format.read_array_header_1_0(stream)
+        except Exception as error:  # NumPy parses the header as Python literals, and passes on whatever that raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise DataError(f"{path}: {name} isn't a plain .npy array ({reason}); {_AGAIN}") from None
+        right = header_dtype == np.dtype(dtype) and not fortran and len(header_shape) >= 1 and min(header_shape) >= 1
         right = right and (header_shape[1:] == shape if shape is not None else len(header_shape) == 2)
         # The declared size is checked against what is there before anything is allocated.
         right = right and math.prod(header_shape) * header_dtype.itemsize == len(data) - stream.tell()
         if not right:
-            raise DataError(f"{path}: {name} has type {header_dtype} and shape {header_shape}; run prepare again")
+            raise DataError(f"{path}: {name} has type {header_dtype} and shape {header_shape}; {_AGAIN}")
         # A copy of its own: torch warns of arrays that can't be written to.
-        return np.frombuffer(data, header_dtype, offset=stream.tell()).reshape(header_shape).copy()
+        array = np.frombuffer(data, header_dtype, offset=stream.tell()).reshape(header_shape).copy()
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise DataError(f"{path}: {name} aren't finite; {_AGAIN}")
+        return array
 
 
 def scale_pixels(examples: np.ndarray, value_range: tuple[float, ...] | None) -> np.ndarray:

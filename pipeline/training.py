@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from pipeline.batches import Batches
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.files import atomic_file
 from pipeline.progress import Progress
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, synchronise_batch_norm
 from pipeline.settings import TrainingSettings
 
 __all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "learning_rate", "train"]
@@ -156,8 +157,11 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Writes tensors and plain types, whole or not at all."""
+        # By way of memory: of a full disk PyTorch's own writer says no more than that something went wrong.
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
         with atomic_file(self.path) as temporary:
-            torch.save(dict(state), temporary)
+            temporary.write_bytes(buffer.getbuffer())
         for other in self.folder.glob("*.pt"):
             if other != self.path:
                 other.unlink(missing_ok=True)
@@ -271,6 +275,8 @@ def train(
         PipelineError: On SIGINT or SIGTERM, after a checkpoint was written.
     """
     device = ranks.device
+    if settings.sync_batch_norm and ranks.world > 1:
+        synchronise_batch_norm(model)
     optimizers = {
         phase: torch.optim.AdamW(
             list(model.phase_parameters(phase)),
@@ -319,6 +325,8 @@ def train(
         if ranks.first:
             print(f"{label}: going on from the checkpoint at step {start_step}", file=sys.stderr)
 
+    if len(set(ranks.gather(start_step))) > 1:
+        raise PipelineError(f"{label}: the processes find different checkpoints; put .checkpoints on a file system they share")
     wrapped: nn.Module = model
     if ranks.world > 1:
         from torch.nn.parallel import DistributedDataParallel
@@ -343,13 +351,16 @@ def train(
             checkpoint.save(state(index))
         ranks.barrier()
 
-    def leave_if_asked(received: list[int]) -> None:
-        if ranks.any(bool(received)):
+    def save_if_due() -> None:
+        nonlocal saved
+        due = time.monotonic() - saved >= settings.checkpoint_minutes * 60
+        number, wanted = (int(v) for v in ranks.greatest(received[0] if received else 0, due))
+        if number or wanted:
             save()
-            name = signal.Signals(received[0]).name if received else "a signal to another rank"
-            raise PipelineError(
-                f"{label}: stopped by {name} at step {index}; the checkpoint is written: run the same command to go on"
-            )
+            saved = time.monotonic()
+        if number:
+            kept = "the checkpoint is written: run the same command to go on" if checkpoint is not None else "nothing is kept"
+            raise PipelineError(f"{label}: stopped by {signal.Signals(number).name} at step {index}; {kept}")
 
     progress = Progress(total, label, unit="steps", initial=index, quiet=not ranks.first)
     with _signals() as received, progress:
@@ -363,8 +374,8 @@ def train(
                 torch.manual_seed(seed)  # dropout draws from the global generator
                 step = Step(index, index / steps_per_epoch, generator)
                 batch = prepare(arrays)
-                elapsed = (time.monotonic() - started + seconds_before) / 60
-                rate = learning_rate(settings, index, steps_per_epoch, elapsed / max_minutes if max_minutes else None)
+                share = ranks.greatest(record.seconds / 60 / max_minutes)[0] if max_minutes else None
+                rate = learning_rate(settings, index, steps_per_epoch, share)
                 shown = 0.0
                 for phase in model.phases:
                     optimizer = optimizers[phase]
@@ -391,7 +402,7 @@ def train(
                 if averaged is not None:
                     averaged.update(model, index)
                 if index % every == 0 or index == total:
-                    means = {name: value / summed for name, value in sums.items()}
+                    means = dict(zip(sums, ranks.mean([value / summed for value in sums.values()]), strict=True))
                     record.curve.append(
                         {"step": index, "epoch": index / steps_per_epoch, "learning_rate": rate}
                         | means
@@ -399,17 +410,13 @@ def train(
                     )
                     sums, summed = {}, 0
                 progress.advance(1, loss=shown)
-                now = time.monotonic()
-                record.seconds = now - started + seconds_before
-                if max_minutes and ranks.any(record.seconds / 60 >= max_minutes):
+                record.seconds = time.monotonic() - started + seconds_before
+                if max_minutes and ranks.greatest(record.seconds / 60)[0] >= max_minutes:
                     ended, record.ended_by = True, "max_minutes"
                     break
                 # At the end of an epoch the validation comes first, so that a resumed run has it too.
                 if index % steps_per_epoch:
-                    leave_if_asked(received)
-                    if ranks.any(now - saved >= settings.checkpoint_minutes * 60):
-                        save()
-                        saved = time.monotonic()
+                    save_if_due()
             if validate is not None and ((epoch + 1) % validate_epochs == 0 or epoch + 1 == settings.epochs or ended):
                 model.eval()
                 with averaged.swapped_in(model) if averaged is not None else contextlib.nullcontext():
@@ -420,16 +427,14 @@ def train(
                     if best is not None:
                         if not math.isfinite(values[best]):
                             raise TrainingError(
-                                f"{label}: {best} is {values[best]} after step {index}; lower learning_rate or set gradient_clip"
+                                f"{label}: {best} is {values[best]} after step {index}: "
+                                "lower learning_rate or set gradient_clip"
                             )
                         if not record.best or values[best] > record.best[best]:
                             record.best = row
                             best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
                 progress.note(**values)
-            leave_if_asked(received)
-            if ranks.any(time.monotonic() - saved >= settings.checkpoint_minutes * 60):
-                save()
-                saved = time.monotonic()
+            save_if_due()
     if best_weights is not None:
         model.load_state_dict(best_weights)
     elif averaged is not None:

@@ -63,5 +63,5 @@ def fit(run: Run, settings: DensitySettings) -> None:
         resumed_at=training.resumed_at,
     )
     if ranks.first:
-        checkpoint.remove()
+        run.when_finished(checkpoint.remove)
     ranks.barrier()

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +23,7 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.files import write_json, write_text
+from pipeline.processes import die_with_parent
 from pipeline.settings import Params, flatten, read_params
 from stages import workspace
 from stages.tracking import Tracker
@@ -28,6 +34,11 @@ if TYPE_CHECKING:
 __all__ = ["Run", "one_line_errors", "stage"]
 
 Settings = TypeVar("Settings")
+
+OUT_OF_MEMORY = "out of memory: lower batch_size, shuffle_examples or shard_examples"
+FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "a file is too large"}
+PEER_LOST = 3  # exit status of a process that couldn't go on for want of another
+PATIENCE_SECONDS = 10.0  # how long the other processes may take to end once one has failed
 
 
 class Run:
@@ -47,6 +58,7 @@ class Run:
         self.first = os.environ.get("RANK", "0") == "0"
         self.scores: dict[str, float] = {}
         self._details: dict[str, Any] = {}
+        self._when_finished: list[Callable[[], None]] = []
         self._started = time.monotonic()
         tags = {
             "stage": stage,
@@ -89,6 +101,10 @@ class Run:
         self._details.setdefault("inputs", {})[str(path)] = digest
         self.tracker.dataset(name, digest, str(path), context)
 
+    def when_finished(self, action: Callable[[], None]) -> None:
+        """Has something done once all is written, such as the removal of a checkpoint."""
+        self._when_finished.append(action)
+
     def finish(self) -> None:
         """Writes scores and details, and closes the tracked run."""
         if not self.first:
@@ -105,6 +121,8 @@ class Run:
         self.tracker.metrics({k: v for k, v in self._details.items() if isinstance(v, (int, float))})
         run_id = self.tracker.finish()
         write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, **self._details})
+        for action in self._when_finished:
+            action()
         print(f"{self.stage} {self.row}: {self._details['seconds']:.1f} s" + _headline(self.scores), flush=True)
 
     def fail(self) -> None:
@@ -136,28 +154,45 @@ def one_line_errors(name: str) -> Any:
     except PipelineError as error:
         message = " ".join(str(error).split())
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            message = (
-                f"no space left on the disk{_named(error)}: free some and run the command again; what stood before is intact"
-            )
-        elif error.errno == errno.EDQUOT:
-            message = f"disk quota exceeded{_named(error)}: free some and run the command again; what stood before is intact"
+        named = f" ({error.filename})" if error.filename else ""
+        if error.errno in FULL:
+            message = f"{FULL[error.errno]}{named}: free some and run the command again; what stood before is intact"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message = f"no permission{_named(error)}: {error.strerror}"
+            message = f"no permission{named}: {error.strerror}"
         else:
-            raise
+            message = f"the system says: {error.strerror or error}{named}"
     except KeyboardInterrupt:
         message = "interrupted; nothing was half-written: run the same command again"
     except MemoryError:
-        message = "out of memory: lower batch_size, shuffle_examples or shard_examples"
+        message = OUT_OF_MEMORY
+    except RuntimeError as error:
+        if re.search(r"gloo|NCCL", str(error)) and os.environ.get("WORLD_SIZE", "1") != "1":
+            sys.exit(PEER_LOST)  # another process has ended; it says why
+        if not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        message = OUT_OF_MEMORY
     else:
         return
     click.echo(" ".join(f"error: {name}: {message}".split()), err=True)
     sys.exit(1)
 
 
-def _named(error: OSError) -> str:
-    return f" ({error.filename})" if error.filename else ""
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that what is half done is cleared away."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stage(
@@ -186,7 +221,7 @@ def stage(
         @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
         @click.option("--dry-run", is_flag=True, help="Print the resolved settings and what would be read and written.")
         def command(row: str, params_file: str, dry_run: bool, **given: bool) -> None:
-            with one_line_errors(f"{name} {row}"):
+            with one_line_errors(f"{name} {row}"), _terminable():
                 params = read_params(params_file)
                 chosen = settings(params, row)
                 inputs, outputs = list(reads(chosen, row)), list(writes(chosen, row))
@@ -214,17 +249,76 @@ def stage(
 
 
 def _relaunch() -> bool:
-    """Starts PROCESSES processes under torchrun, unless this is one of them, and waits for them."""
+    """Starts PROCESSES processes that share the work, as torchrun would, unless this is one of them, and waits for them.
+
+    Unlike torchrun it starts at once, and leaves an error at the one line that says what is wrong.
+    """
     processes = os.environ.get("PROCESSES", "1")
     if "RANK" in os.environ or processes == "1":
         return False
-    if not processes.isdigit() or int(processes) < 1:
-        raise PipelineError(f"PROCESSES is '{processes}': expected a number from 1 on")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "stages"]
-    code = subprocess.run([*command, *sys.argv[1:]], check=False).returncode
-    if code:
-        sys.exit(code)
-    return True
+    if not processes.isdecimal() or not 1 <= int(processes) <= 1024:
+        raise PipelineError(f"PROCESSES is {processes[:40]!r}: expected a number from 1 to 1024")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(processes), 1)))
+    command = [sys.executable, "-m", "stages", *sys.argv[1:]]
+    with contextlib.ExitStack() as stack:
+        # The first speaks for all; what the others say is shown when one of them is the cause of a failure.
+        words = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(int(processes) - 1))]
+        peers: list[subprocess.Popen[bytes]] = []
+        with _forwarded(peers):
+            for rank, word in enumerate(words):
+                ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # In sessions of their own: a signal reaches them once, from here.
+                peer = subprocess.Popen(command, env=ranked, stderr=word, start_new_session=True, preexec_fn=die_with_parent)
+                peers.append(peer)
+            failed = _wait_for(peers)
+        if failed is None:
+            return True
+        if peers[0].returncode in (1, 2):  # it has said why
+            sys.exit(peers[0].returncode)
+        code, word = peers[failed].returncode, words[failed]
+        said = ""
+        if word is not None:
+            word.seek(0)
+            said = next((line for line in reversed(word.read().splitlines()) if line.strip()), "")
+        if code < 0:
+            said = f"process {failed} was killed by {signal.Signals(-code).name}"
+        raise PipelineError(re.sub(r"^error: \S+ \S+: ", "", said) or f"process {failed} failed")
+
+
+@contextlib.contextmanager
+def _forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Hands SIGINT and SIGTERM on."""
+
+    def forward(number: int, _frame: object) -> None:
+        for peer in peers:
+            with contextlib.suppress(ProcessLookupError):
+                peer.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_for(peers: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all; once one has failed, ends the others after a while, and gives its rank."""
+    failed: int | None = None
+    deadline = math.inf
+    while any(peer.poll() is None for peer in peers):
+        if failed is None:
+            failed = next((rank for rank, peer in enumerate(peers) if peer.returncode), None)
+            deadline = math.inf if failed is None else time.monotonic() + PATIENCE_SECONDS
+        if time.monotonic() > deadline:
+            for peer in peers:
+                peer.kill()
+        time.sleep(0.05)
+    return failed if failed is not None else next((rank for rank, peer in enumerate(peers) if peer.returncode), None)
 
 
 def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:

@@ -62,6 +62,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         reader.counts("train"),
         settings.batch_size,
         settings.seed,
+        window=settings.shuffle_examples,
         rank=ranks.rank,
         world=ranks.world,
     )
@@ -91,7 +92,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
             objective.decoder.save(temporary / "decoder.safetensors")
         run.curve(training.curve)
         _score(run, objective, reader, ranks)
-        checkpoint.remove()
+        run.when_finished(checkpoint.remove)
     run.details(
         steps=training.steps,
         examples_seen=training.examples,
