@@ -46,4 +46,4 @@ def cli(context: click.Context) -> None:
 
 
 if __name__ == "__main__":
-    cli(prog_name="python -m stages")
+    cli(prog_name="python -m stages", complete_var="_STAGES_COMPLETE")

@@ -64,7 +64,7 @@ def states(params: Params, lock_file: str | Path = "dvc.lock") -> dict[tuple[str
         lock_file: DVC's record of what ran.
 
     Returns:
-        States by stage and row.
+        States by stage and row; the report's row is "".
     """
     lock = _read_lock(Path(lock_file))
     writers = {out["path"]: (key, _digest(out)) for key, entry in lock.items() for out in entry.get("outs", [])}
@@ -90,7 +90,10 @@ def states(params: Params, lock_file: str | Path = "dvc.lock") -> dict[tuple[str
             return MISSING
         return DONE
 
-    return {(stage, row): state(f"{stage}@{row}") for stage, table in TABLE_OF_STAGE.items() for row in params.rows(table)}
+    found = {(stage, row): state(f"{stage}@{row}") for stage, table in TABLE_OF_STAGE.items() for row in params.rows(table)}
+    report = state("report")
+    # It depends on a folder that all others write into.
+    return found | {("report", ""): OUTDATED if report == DONE and set(found.values()) - {DONE, MISSING} else report}
 
 
 def _recorded(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
