@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.errors import DataError
 from pipeline.evaluation import parzen
@@ -48,6 +49,20 @@ def test_tiles_cover_all_pairs(monkeypatch):
     points, samples = images(40, 1), images(100, 2)
     got = parzen.log_likelihoods(split(points, 6), split(samples, 33), [0.2])
     np.testing.assert_allclose(got, naive(points, samples, [0.2]), atol=1e-3, rtol=0)
+
+
+def test_result_does_not_depend_on_threads(monkeypatch):
+    monkeypatch.setattr(parzen, "POINT_TILE", 7)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(parzen.log_likelihoods(split(images(40, 1), 40), split(images(100, 2), 30), [0.1, 0.2]))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(*found)
 
 
 def test_one_sample_is_a_gaussian_and_images_are_flattened():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.evaluation.controls import Blocks
 from pipeline.evaluation.moments import mean_and_error
 
 __all__ = ["Blocks", "ParzenScore", "ParzenSums", "log_likelihoods", "merge", "partial_sums", "score", "select_bandwidth"]
-
-Blocks = Callable[[], Iterable[np.ndarray]]  # gives a fresh pass over blocks of rows, each with shape (n, ...)
 
 POINT_BYTES = 256 * 2**20  # points held in memory; beyond that the samples are read once more for every so many points
 POINT_TILE, SAMPLE_TILE = 512, 2048  # a tile of distances fits in the cache of a core
@@ -85,12 +87,17 @@ def _chunks(blocks: Iterable[np.ndarray]) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
-def _add_tile(
+def _half_squares(rows: Tensor) -> Tensor:
+    """||x||^2 / 2 of each row, with shape (n,)."""
+    return rows.square().sum(1, dtype=torch.float64).div_(2).float()
+
+
+def _tile_log_sums(
     points: Tensor, points_half: Tensor, samples: Tensor, samples_half: Tensor, bandwidths: Sequence[float]
 ) -> NDArray[np.float64]:
     """One tile of log sum_j exp(-||x_i - s_j||^2 / (2 h^2)), with shape (H, n); norms are halves of squares."""
     # exponent = -||x - s||^2 / 2 = x.s - ||s||^2 / 2 - ||x||^2 / 2; rounding can make it positive where x = s.
-    exponent = torch.addmm(samples_half, points, samples.T, alpha=1.0, beta=-1.0)  # (n, m)
+    exponent = torch.addmm(samples_half, points, samples.T, beta=-1)  # (n, m)
     exponent.sub_(points_half[:, None]).clamp_(max=0)
     largest = exponent.amax(1)  # the nearest sample, whatever the bandwidth
     exponent.sub_(largest[:, None])
@@ -102,6 +109,41 @@ def _add_tile(
     precision = torch.tensor([1 / h**2 for h in bandwidths], dtype=torch.float64, device=points.device)
     log_sums: NDArray[np.float64] = (sums.log() + largest.double() * precision[:, None]).cpu().numpy()
     return log_sums
+
+
+def _add_block(
+    log_sums: NDArray[np.float64],
+    points: Tensor,
+    points_half: Tensor,
+    samples: Tensor,
+    samples_half: Tensor,
+    bandwidths: Sequence[float],
+    first: int,
+) -> None:
+    """Adds a block of samples to the tile of points that begins at `first`."""
+    p = slice(first, first + POINT_TILE)
+    for j in range(0, len(samples), SAMPLE_TILE):
+        s = slice(j, j + SAMPLE_TILE)
+        tile = _tile_log_sums(points[p], points_half[p], samples[s], samples_half[s], bandwidths)
+        np.logaddexp(log_sums[:, p], tile, out=log_sums[:, p])
+
+
+@contextlib.contextmanager
+def _mapper(device: str) -> Iterator[Callable[..., Iterable[object]]]:
+    """`map` over the cores, each with a tile of its own.
+
+    Threads within each of the many small operations would wait for one another: on a busy machine that is ten times as slow. It
+    also makes the result independent of the number of threads.
+    """
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    if threads == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool.map
+        finally:
+            torch.set_num_threads(threads)  # which new threads would inherit
 
 
 @torch.no_grad()
@@ -132,19 +174,16 @@ def partial_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], d
         # Distances don't change when all is shifted, and rounding errors shrink with the norms.
         centre = chunk.double().mean(0).float() if centre is None else centre
         chunk = chunk.sub_(centre).to(device)
-        half = chunk.square().sum(1, dtype=torch.float64).div_(2).float()
+        half = _half_squares(chunk)
         log_sums = np.full((len(bandwidths), len(chunk)), -np.inf)
         count = 0
-        for rows in _rows(samples(), "samples", dimensions):
-            count += len(rows)
-            rows = (rows - centre).to(device)
-            rows_half = rows.square().sum(1, dtype=torch.float64).div_(2).float()
-            for i in range(0, len(chunk), POINT_TILE):
-                p = slice(i, i + POINT_TILE)
-                for j in range(0, len(rows), SAMPLE_TILE):
-                    s = slice(j, j + SAMPLE_TILE)
-                    tile = _add_tile(chunk[p], half[p], rows[s], rows_half[s], bandwidths)
-                    np.logaddexp(log_sums[:, p], tile, out=log_sums[:, p])
+        with _mapper(device) as over:
+            for rows in _rows(samples(), "samples", dimensions):
+                count += len(rows)
+                block = (rows - centre).to(device)
+                add = functools.partial(_add_block, log_sums, chunk, half, block, _half_squares(block), bandwidths)
+                for _ in over(add, range(0, len(chunk), POINT_TILE)):
+                    pass
         parts.append(log_sums)
         counts.append(count)
     if not parts:
