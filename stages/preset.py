@@ -101,7 +101,7 @@ def load_preset(name: str) -> Preset:
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise SettingsError(f"no preset '{name}' in {FOLDER}/; {hint}known: {', '.join(names) or 'none'}")
     path = FOLDER / f"{name}.yaml"
-    text = path.read_text(encoding="utf-8")
+    text = _read(path)
     document = _parse(text, str(path))
     if not isinstance(document, dict) or set(document) - {"description", "tables", "quick"}:
         raise SettingsError(f"{path}: expected the keys description, tables and quick; see {FOLDER}/README.md")
@@ -292,13 +292,22 @@ def _yaml() -> Any:
     return yaml
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsError(f"{path.name} is missing; run the command from the project's folder") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} isn't valid YAML: {error}") from None
+
+
 def _parse(text: str, where: str) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
         return _yaml().load(text)
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{where} isn't valid YAML: {' '.join(str(error).split())}") from None
+    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise SettingsError(f"{where} isn't valid YAML: {' '.join(str(error).split())[:500]}") from None
 
 
 def _dump(value: object) -> str:
@@ -379,9 +388,7 @@ def add(name: str, seeds: int | None, quick: bool, params_file: str) -> None:
     with one_line_errors(f"preset add {name}"):
         chosen = load_preset(name)
         path = Path(params_file).resolve()
-        if not path.exists():
-            raise SettingsError(f"{params_file} is missing; run the command from the project's folder")
-        before = path.read_text(encoding="utf-8")
+        before = _read(path)
         after, added, present = add_rows(before, chosen.chosen(quick, seeds), params_file)
         if added:
             write_text(path, after)
