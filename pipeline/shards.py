@@ -206,9 +206,9 @@ def read_index(folder: str | Path) -> ShardIndex:
         raise DataError(f"{error}; {_AGAIN}") from None
     if len(index.shape) not in (1, 3) or (len(index.shape) == 3) != (index.kind == "images") or min(index.shape) < 1:
         raise DataError(f"{path}: impossible shape {list(index.shape)[:8]} of {index.kind}; {_AGAIN}")
-    low, high = index.value_range if index.value_range and len(index.value_range) == 2 else (0.0, 1.0)
-    if (index.value_range is not None and len(index.value_range) != 2) or low >= high:
-        raise DataError(f"{path}: impossible value_range; {_AGAIN}")
+    low, high = index.value_range if index.value_range and len(index.value_range) == 2 else (0.0, 0.0)
+    if (low >= high) if index.kind == "images" else index.value_range is not None:
+        raise DataError(f"{path}: impossible value_range of {index.kind}; {_AGAIN}")
     example_bytes = math.prod(index.shape) * np.dtype(index.dtype).itemsize
     for split in (*SPLITS, "samples"):
         for number, shard in enumerate(index.shards(split)):
@@ -265,10 +265,10 @@ class ShardReader:
             data = self._checked_bytes(path, shard)
             total, names = 0, None
             for block in self._blocks(path, data):
-                total += len(block["examples"])
                 names = names or block.keys()
-                if total > shard.count or block.keys() != names:
+                if block.keys() != names or total + len(block["examples"]) > shard.count:
                     break
+                total += len(block["examples"])
                 yield block
             if total != shard.count:
                 raise DataError(f"{path} doesn't hold the {shard.count} examples that its index says; {_AGAIN}")

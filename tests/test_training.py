@@ -1,0 +1,320 @@
+"""The training loop: schedule, averaging, NaN, resume to the bit, signals, and a golden curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline import training
+from pipeline.autoencoders import ae
+from pipeline.batches import Batches
+from pipeline.errors import PipelineError, TrainingError
+from pipeline.ranks import Ranks
+from pipeline.settings import TrainingSettings
+from pipeline.training import Checkpoint, Step, Trainable, Training, learning_rate, train
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+COUNTS = [13, 9, 20]
+DATA = np.random.default_rng(0).normal(size=(sum(COUNTS), 3)).astype(np.float32)
+
+
+class Toy(Trainable):
+    """Two phases, batch norm, dropout and noise: all that a resumed run could get wrong."""
+
+    phases = ("model", "second")
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
+            self.other = nn.Linear(3, 1)
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        return list((self.net if phase == "model" else self.other).parameters())
+
+    def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
+        x = batch["x"]
+        noisy = x + 0.1 * torch.randn(x.shape, generator=step.generator)
+        net = self.net if phase == "model" else self.other
+        loss = (net(noisy).squeeze(1) - x.sum(1)).square().mean()
+        return {"loss": loss, "size": x.abs().mean()}
+
+
+def batches(**arguments: Any) -> Batches:
+    starts = np.cumsum([0, *COUNTS])
+    return Batches(lambda i: {"x": DATA[starts[i] : starts[i + 1]]}, COUNTS, 8, seed=3, **{"window": 10, **arguments})
+
+
+SETTINGS = TrainingSettings(
+    epochs=4, batch_size=8, learning_rate=0.05, schedule="cosine", ema_decay=0.9, gradient_clip=1.0, weight_decay=0.01
+)
+
+
+def run(
+    checkpoint: Checkpoint | None = None,
+    settings: TrainingSettings = SETTINGS,
+    best: bool = True,
+    prepare: Callable[[dict[str, np.ndarray]], dict[str, Tensor]] | None = None,
+    model: Trainable | None = None,
+    loader: Batches | None = None,
+) -> tuple[Trainable, Training]:
+    model = model or Toy()
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        return {"score": -float(model("second", {"x": torch.from_numpy(DATA)}, Step(0, 0, torch.Generator()))["loss"])}
+
+    record = train(
+        model,
+        loader or batches(),
+        settings,
+        ALONE,
+        prepare=prepare or (lambda arrays: {"x": torch.from_numpy(arrays["x"])}),
+        checkpoint=checkpoint,
+        validate=validate,
+        best="score" if best else None,
+        extra=lambda step: {"twice": 2.0 * step.index},
+    )
+    return model, record
+
+
+def same(a: tuple[Trainable, Training], b: tuple[Trainable, Training]) -> None:
+    for (name, x), (_, y) in zip(a[0].state_dict().items(), b[0].state_dict().items(), strict=True):
+        assert torch.equal(x, y), name
+    for key in ("curve", "validations", "best", "steps", "examples"):
+        assert getattr(a[1], key) == getattr(b[1], key), key
+
+
+class Interrupt:
+    """Sends this process a signal at a step."""
+
+    def __init__(self, at: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.at, self.number, self.count = at, number, 0
+
+    def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        self.count += 1
+        if self.count == self.at:
+            os.kill(os.getpid(), self.number)
+        return {"x": torch.from_numpy(arrays["x"])}
+
+
+# Schedule and averaging -----------------------------------------------------------------------------------------------
+
+
+def test_schedules() -> None:
+    constant = TrainingSettings(epochs=10, learning_rate=0.1)
+    assert [learning_rate(constant, s, 5) for s in (0, 20, 49)] == [0.1, 0.1, 0.1]
+    steps = TrainingSettings(epochs=10, learning_rate=0.1, schedule="steps", milestones=(2, 4))
+    assert [learning_rate(steps, s, 5) for s in (0, 9, 10, 19, 20, 49)] == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+    cosine = TrainingSettings(epochs=10, learning_rate=0.1, schedule="cosine", warm_up=0.2)
+    rates = [learning_rate(cosine, s, 5) for s in range(50)]
+    assert all(a < b for a, b in itertools.pairwise(rates[1:11]))  # rises over 10 of 50 steps
+    assert math.isclose(max(rates), 0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert 0 < rates[-1] < 0.001
+    middle = 0.1 * 0.5 * (1 + math.cos(math.pi * 0.5))
+    assert any(math.isclose(r, middle, rel_tol=0.1) for r in rates)
+
+
+def test_averaged_weights_are_the_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(SETTINGS, epochs=1, schedule="constant")
+    seen: list[dict[str, Tensor]] = []
+    update = training._Averaged.update
+
+    def noted(self: Any, model: nn.Module, step: int) -> None:
+        seen.append({n: v.clone() for n, v in model.state_dict().items()})
+        update(self, model, step)
+
+    monkeypatch.setattr(training._Averaged, "update", noted)
+    model, _ = run(settings=settings, best=False)
+    average = {n: v.clone().double() for n, v in Toy().state_dict().items() if v.is_floating_point()}
+    for step, weights in enumerate(seen, start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = {n: decay * v + (1 - decay) * weights[n].double() for n, v in average.items()}
+    for name, value in average.items():
+        assert torch.allclose(model.state_dict()[name].double(), value, atol=1e-6), name
+
+
+def test_the_best_epoch_is_kept() -> None:
+    settings = dataclasses.replace(SETTINGS, learning_rate=3.0, ema_decay=0.0, schedule="constant", gradient_clip=0.0)
+    model, record = run(settings=settings)
+    scores = [row["score"] for row in record.validations]
+    assert record.best["score"] == max(scores) > scores[-1]
+    last, _ = run(settings=settings, best=False)
+    assert not torch.equal(last.state_dict()["other.weight"], model.state_dict()["other.weight"])
+
+
+def test_curve_rows_are_means_over_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CURVE_POINTS", 2)
+    _, record = run()
+    assert [row["step"] for row in record.curve] == [10, 20]
+    assert set(record.curve[0]) == {"step", "epoch", "learning_rate", "loss", "size", "second_loss", "second_size", "twice"}
+    monkeypatch.setattr(training, "CURVE_POINTS", 1000)
+    _, fine = run()
+    assert math.isclose(np.mean([row["loss"] for row in fine.curve[:10]]), record.curve[0]["loss"], rel_tol=1e-6)
+
+
+# Resume ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 6, 13, 20])  # 5 steps an epoch, 20 in all
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, at: int, number: signal.Signals) -> None:
+    whole = run()
+    checkpoint = Checkpoint(tmp_path, {"a": 1})
+    with pytest.raises(PipelineError, match=rf"{number.name} at step {at}; the checkpoint is written: run the same"):
+        run(checkpoint, prepare=Interrupt(at, number))
+    assert checkpoint.path.exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = run(checkpoint)
+    assert resumed[1].resumed_at == at
+    same(whole, resumed)
+
+
+@pytest.mark.parametrize("change", [{"ema_decay": 0.0}, {"schedule": "steps", "milestones": (1, 2)}, {"precision": "bfloat16"}])
+def test_resume_under_other_settings(tmp_path: Path, change: dict[str, Any]) -> None:
+    settings = dataclasses.replace(SETTINGS, **change)
+    whole = run(settings=settings, best=False)
+    checkpoint = Checkpoint(tmp_path, {})
+    for at in (3, 9):  # twice; the second time counted from the checkpoint
+        with pytest.raises(PipelineError, match="stopped by"):
+            run(checkpoint, settings, best=False, prepare=Interrupt(at))
+    resumed = run(checkpoint, settings, best=False)
+    assert resumed[1].resumed_at == 12
+    same(whole, resumed)
+
+
+def test_a_checkpoint_at_every_step_changes_nothing(tmp_path: Path) -> None:
+    frequent = dataclasses.replace(SETTINGS, checkpoint_minutes=1e-9)
+    same(run(), run(Checkpoint(tmp_path, {}), frequent))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_loader_workers_change_no_bit(workers: int) -> None:
+    same(run(loader=batches(workers=0)), run(loader=batches(workers=workers, cache_mib=0)))
+
+
+def test_a_checkpoint_of_another_run_is_not_picked_up(tmp_path: Path) -> None:
+    identity = {"settings": repr(SETTINGS), "data": "d1", "code": "c1", "world": 1}
+    with pytest.raises(PipelineError, match="stopped by"):
+        run(Checkpoint(tmp_path, identity), prepare=Interrupt(3))
+    for key, value in (("settings", "other"), ("data", "d2"), ("code", "c2"), ("world", 2)):
+        assert Checkpoint(tmp_path, identity | {key: value}).load() is None
+    assert Checkpoint(tmp_path, dict(reversed(identity.items()))).load() is not None
+    other = Checkpoint(tmp_path, identity | {"data": "d2"})
+    other.save({"step": 1})
+    assert [p.name for p in tmp_path.iterdir()] == [other.path.name]
+    other.remove()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("damage", [b"", b"nonsense", b"\x80\x04cos\nsystem\n(S'touch owned'\ntR."])
+def test_a_broken_checkpoint_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.path.write_bytes(damage)
+    same(run(), run(checkpoint))
+    assert capsys.readouterr().err.count("can't be read") == 1
+    assert not Path("owned").exists()
+
+
+def test_any_flipped_byte_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    with pytest.raises(PipelineError, match="stopped by"):
+        run(checkpoint, prepare=Interrupt(3))
+    data = bytearray(checkpoint.path.read_bytes())
+    whole = run()
+    for place in range(100, len(data), len(data) // 12):
+        checkpoint.path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        same(whole, run(checkpoint))
+
+
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    def twice(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"x": torch.from_numpy(arrays["x"])}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Checkpoint(tmp_path, {}), prepare=twice)
+
+
+def test_the_code_digest_follows_the_library() -> None:
+    assert len(training.code_digest()) == 64
+    assert training.code_digest() == training.code_digest()
+
+
+# NaN ------------------------------------------------------------------------------------------------------------------
+
+
+def test_nan_in_the_data_stops_with_step_and_cause_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    with pytest.raises(PipelineError, match="stopped by"):
+        run(checkpoint, prepare=Interrupt(7))
+    kept = checkpoint.path.read_bytes()
+
+    def broken(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        return {"x": torch.full((8, 3), math.nan)}
+
+    with pytest.raises(TrainingError, match=r"phase 'model' isn't finite at step 7: the data .*\(x\); check.*last good"):
+        run(checkpoint, prepare=broken)
+    assert checkpoint.path.read_bytes() == kept
+
+
+def test_nan_from_too_high_a_rate_names_it_and_is_never_saved(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e38, checkpoint_minutes=1e-9, schedule="constant", ema_decay=0.0)
+    checkpoint = Checkpoint(tmp_path, {})
+    with pytest.raises(TrainingError, match="learning rate is probably too high; lower learning_rate"):
+        run(checkpoint, settings, best=False)
+    state = checkpoint.load()
+    assert state is None or all(bool(torch.isfinite(v).all()) for v in state["model"].values())
+
+
+def test_nan_in_the_validation_stops() -> None:
+    with pytest.raises(TrainingError, match=r"score is nan after step 20"):
+        train(
+            Toy(), batches(), SETTINGS, ALONE, prepare=lambda a: {"x": torch.from_numpy(a["x"])},
+            validate=lambda: {"score": math.nan}, best="score", validate_epochs=4,
+        )  # fmt: skip
+
+
+def test_a_time_limit_ends_training_with_a_validation() -> None:
+    model = Toy()
+    record = train(
+        model, batches(), SETTINGS, ALONE, prepare=lambda a: {"x": torch.from_numpy(a["x"])},
+        validate=lambda: {"score": 1.0}, best="score", max_minutes=1e-9,
+    )  # fmt: skip
+    assert (record.ended_by, record.steps, len(record.validations)) == ("max_minutes", 1, 1)
+
+
+# Golden curve ---------------------------------------------------------------------------------------------------------
+
+GOLDEN = [0.173793, 0.165923, 0.156134, 0.142392, 0.124362, 0.104851, 0.0879579, 0.0727064]
+
+
+def test_golden_curve_of_a_tiny_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that moves this curve changes what every autoencoder learns: if it's meant, write the new figures here."""
+    monkeypatch.setattr(training, "CURVE_POINTS", 8)
+    settings = ae.Settings(
+        dataset="toy", objective="ae", latent_dim=3, blocks=1, base_channels=4, epochs=8, batch_size=16, learning_rate=0.01
+    )
+    grid = np.mgrid[0:8, 0:8].astype(np.float32)
+    centres = np.random.default_rng(0).uniform(1, 7, (64, 2, 1, 1)).astype(np.float32)
+    images = np.exp(-((grid - centres) ** 2).sum(1, keepdims=True) / 4)  # (64, 1, 8, 8)
+    model = ae.build(settings, (1, 8, 8), (0.0, 1.0))
+    loader = Batches(lambda i: {"x": images[32 * i : 32 * i + 32]}, [32, 32], 16, seed=0)
+    record = train(model, loader, settings, ALONE, prepare=lambda a: {"images": torch.from_numpy(a["x"])})
+    assert [row["loss"] for row in record.curve] == pytest.approx(GOLDEN, rel=1e-3)
