@@ -147,7 +147,7 @@ def test_gradients(name):
 @pytest.mark.parametrize("dim", [1, 2, 7, 16])
 def test_samples_equal_naive_ancestral_sampling(dim, name):
     density = make(dim, **VARIANTS[name])
-    density.chunk_examples = 5
+    density.sample_chunk_examples = 5
     samples = density.sample(12, torch.Generator().manual_seed(3))
     generator, expected = torch.Generator().manual_seed(3), []
     for n in (5, 5, 2):
@@ -177,8 +177,7 @@ def test_samples_follow_log_prob():
     torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.05 * samples.std(0).max().item())
     covariance = (weights[:, None] * (z - mean)).T @ (z - mean)
     torch.testing.assert_close(samples.T.cov(), covariance, rtol=0, atol=0.06 * covariance.diagonal().max().item())
-    # Two samples: ours, and the proposal's resampled by weight. A classifier that sees log-density and values tells them
-    # apart no better than by chance: energy distance against its spread under permutation.
+    # Two samples, ours and the proposal's resampled by weight: their energy distance lies within its spread under permutation.
     resampled = z[torch.multinomial(weights, 1000)]
     pooled = torch.cat([samples[:1000], resampled])
     distances = torch.cdist(pooled, pooled)

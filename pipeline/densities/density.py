@@ -44,13 +44,15 @@ class Density(nn.Module):
         family: Name of the family, as in params.yaml.
         has_log_prob: Whether the family has a likelihood.
         trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
-        chunk_examples: Codes scored or drawn at once, which bounds memory.
+        chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
+        sample_chunk_examples: Samples drawn at once.
     """
 
     family: str
     has_log_prob: ClassVar[bool] = True
     trained_by_gradient: ClassVar[bool] = True
     chunk_examples: int = 4096
+    sample_chunk_examples: int = 4096
 
     shift: Tensor
     scale: Tensor
@@ -73,7 +75,7 @@ class Density(nn.Module):
         )
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
-        """Standardised samples (n, D), for n up to `chunk_examples`."""
+        """Standardised samples (n, D), for n up to `sample_chunk_examples`."""
         raise NotImplementedError
 
     def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
@@ -143,7 +145,7 @@ class Density(nn.Module):
     def sample(self, n: int, generator: Generator | None = None) -> Tensor:
         """Samples in the units of the data, drawn in evaluation mode whatever the mode of the module.
 
-        They are drawn in chunks of `chunk_examples`, so that memory doesn't grow with n beyond the output.
+        They are drawn in chunks of `sample_chunk_examples`, so that memory doesn't grow with n beyond the output.
 
         Arguments:
             n: The number of samples.
@@ -156,8 +158,8 @@ class Density(nn.Module):
         training = self.training
         self.eval()
         try:
-            for start in range(0, n, self.chunk_examples):
-                stop = min(start + self.chunk_examples, n)
+            for start in range(0, n, self.sample_chunk_examples):
+                stop = min(start + self.sample_chunk_examples, n)
                 torch.addcmul(self.shift, self._sample(stop - start, generator), self.scale, out=samples[start:stop])
         finally:
             self.train(training)

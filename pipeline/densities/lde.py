@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pipeline.densities import mixtures
+from pipeline.densities.convolution import ACTIVATIONS, affine, causal_convolution, linear
 from pipeline.densities.density import Density, own_settings, standard_normal, uniform
 from pipeline.errors import SettingsError
 from pipeline.settings import DensitySettings, check_that
@@ -57,78 +57,6 @@ class Settings(DensitySettings):
         check_that(self.blocks == "plain" or self.width > 0, "width", f"has to be set for {self.blocks} blocks")
 
 
-class _Activation(NamedTuple):
-    """An activation whose derivative can be told from its output, so that it overwrites its input."""
-
-    forward: Callable[[Tensor], Tensor]  # in place
-    backward: Callable[[Tensor, Tensor], Tensor]  # from the gradient and the output
-    gain: float  # of the initial weights
-
-
-_SLOPE = 0.2
-_ACTIVATIONS = {
-    "leaky_relu": _Activation(
-        lambda x: F.leaky_relu_(x, _SLOPE),
-        lambda g, y: torch.ops.aten.leaky_relu_backward(g, y, _SLOPE, True),
-        math.sqrt(2 / 1.04),
-    ),
-    "relu": _Activation(torch.relu_, lambda g, y: torch.ops.aten.threshold_backward(g, y, 0.0), math.sqrt(2)),
-    "elu": _Activation(F.elu_, lambda g, y: torch.ops.aten.elu_backward(g, 1.0, 1.0, 1.0, True, y), 1.25),
-    "tanh": _Activation(torch.tanh_, lambda g, y: torch.ops.aten.tanh_backward(g, y), 5 / 3),
-}
-
-
-class _Convolution(torch.autograd.Function):
-    # Arguments: x (T, B, C), what stands before its start (C,), weight (2, C', C), bias (C'). As matrix products over
-    # contiguous slices, time first: the tap on the present takes x, the tap on the past takes x[:T - d], and the first d
-    # columns take the same vector from the padding.
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        padding: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        dilation: int,
-        activation: _Activation | None,
-    ) -> Tensor:
-        time, batch, channels = x.shape
-        split = min(dilation, time) * batch  # rows whose past is padding
-        past, present = weight
-        rows = x.reshape(-1, channels)
-        y = rows.new_empty(time * batch, weight.shape[1])
-        torch.addmm(torch.addmv(bias, past, padding), rows[:split], present.T, out=y[:split])
-        torch.addmm(bias, rows[split:], present.T, out=y[split:])
-        y[split:].addmm_(rows[: len(rows) - split], past.T)
-        if activation is not None:
-            activation.forward(y)
-        ctx.save_for_backward(rows, padding, weight, y if activation is not None else None)
-        ctx.shape, ctx.split, ctx.activation = x.shape, split, activation
-        return y.view(time, batch, len(bias))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, padding, weight, y = ctx.saved_tensors
-        split, (past, present) = ctx.split, weight
-        grad = grad.reshape(len(rows), weight.shape[1])
-        if ctx.activation is not None:
-            grad = ctx.activation.backward(grad, y)
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = grad @ present
-            to_x[: len(rows) - split].addmm_(grad[split:], past)
-            to_x = to_x.view(ctx.shape)
-        from_padding = grad[:split].sum(dim=0)
-        to_weight = torch.empty_like(weight)
-        torch.mm(grad[split:].T, rows[: len(rows) - split], out=to_weight[0])
-        to_weight[0].addr_(from_padding, padding)
-        torch.mm(grad.T, rows, out=to_weight[1])
-        to_bias = from_padding + grad[split:].sum(dim=0)
-        return to_x, past.T @ from_padding, to_weight, to_bias, None, None
-
-
 class _Layer(nn.Module):
     """A causal convolution with kernel 2, and what its block adds to it."""
 
@@ -137,7 +65,7 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.filters, self.dilation, self.blocks, self.dropout = filters, dilation, blocks, dropout
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         self.shortcut = blocks != "plain" and inputs == filters
         outputs = 2 * filters if blocks == "gated" else filters
         # weight[0] is the tap on the past, weight[1] on the present: each contiguous, unlike nn.Conv1d's (C', C, 2).
@@ -181,17 +109,17 @@ class _Layer(nn.Module):
         factor = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         return deviation * factor + self.norm.bias, padding_deviation * factor + self.norm.bias
 
-    def _finish(self, h: Tensor, x: Tensor, activated: bool = False, kept: Tensor | None = None) -> Tensor:
-        # From the convolution's outputs (*, C') and the block's inputs (*, C) to the block's outputs.
+    def finish(self, h: Tensor, x: Tensor, activated: bool = False, kept: Tensor | None = None) -> Tensor:
+        """The block's outputs, from its convolution's (*, C') and its inputs (*, C)."""
         if self.blocks == "gated":
             filtered, gate = h.chunk(2, dim=-1)
             h = torch.tanh(filtered) * torch.sigmoid(gate)
         elif not activated:
-            h = self.activation.forward(h)
+            h = self.activation.apply(h)
         if kept is not None:
             h = h * kept
         if self.mix is not None:
-            h = self.mix(h)
+            h = linear(h, self.mix.weight, self.mix.bias)
         return x + h if self.shortcut else h
 
     def forward(self, x: Tensor, padding: Tensor, padded: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
@@ -199,7 +127,7 @@ class _Layer(nn.Module):
         training_norm = self.norm is not None and self.training
         weight, bias = (self.weight, self.bias) if training_norm else self.affine()
         activated = not training_norm and self.blocks != "gated"
-        h: Tensor = _Convolution.apply(x, padding, weight, bias, self.dilation, self.activation if activated else None)
+        h: Tensor = causal_convolution(x, padding, weight, bias, self.dilation, self.activation if activated else None)
         h_padding = bias + weight.sum(dim=0) @ padding
         if training_norm:
             h, h_padding = self._normalised(h, h_padding, padded)
@@ -207,21 +135,37 @@ class _Layer(nn.Module):
         if self.dropout and self.training:  # of real positions: the vector at padded ones is shared by the whole batch
             shape = (len(x), x.shape[1], self.filters)
             kept = (uniform(shape, x, generator) >= self.dropout).to(x.dtype) / (1 - self.dropout)
-        return self._finish(h, x, activated, kept), self._finish(h_padding, padding)
+        return self.finish(h, x, activated, kept), self.finish(h_padding, padding)
 
-    def step(self, x: Tensor, past: Tensor | None, start: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Outputs at one position (n, C') in evaluation mode.
 
-        Arguments:
-            x: The layer's input at this position, with shape (n, C).
-            past: Its input `dilation` positions before, with the same shape; None for padding.
-            start: The bias together with the contribution of padding, with shape (C',).
-            weight: From `affine`.
-            bias: From `affine`.
-        """
-        if past is None:
-            return self._finish(torch.addmm(start, x, weight[1].T), x)
-        return self._finish(torch.addmm(bias, x, weight[1].T).addmm_(past, weight[0].T), x)
+class _Walk:
+    """A layer in evaluation mode that is given one position after another and keeps the inputs that it will need again.
+
+    Arguments:
+        layer: The layer.
+        padding: Its input at padded positions, with shape (C).
+    """
+
+    def __init__(self, layer: _Layer, padding: Tensor) -> None:
+        weight, self.bias = layer.affine()
+        past, self.present = weight
+        self.both = torch.cat([past, self.present], dim=1)  # (C', 2C)
+        self.start = torch.addmv(self.bias, past, padding)  # for positions whose past is padding
+        self.layer, self.ring, self.position = layer, list[Tensor](), 0
+        self.padding = layer.finish(torch.addmv(self.start, self.present, padding), padding)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's outputs (n, C') at the next position, from its inputs (n, C)."""
+        layer, place = self.layer, self.position % self.layer.dilation
+        self.position += 1
+        activation = None if layer.blocks == "gated" else layer.activation
+        if len(self.ring) < layer.dilation:
+            self.ring.append(x)
+            h = affine(x, self.present, self.start, activation)
+        else:
+            h = affine(torch.cat([self.ring[place], x], dim=1), self.both, self.bias, activation)
+            self.ring[place] = x
+        return layer.finish(h, x, activated=activation is not None)
 
 
 class LatentDensityEstimator(Density):
@@ -231,7 +175,7 @@ class LatentDensityEstimator(Density):
 
     The parameters of the i-th conditional come from features :math:`h_i` of :math:`z_{<i}`. They are made by
     :math:`L = \lceil \log_2 D \rceil` causal convolutions with kernel 2, dilations 1, 2, 4, .. and 16, 32, 64, .. filters, from
-    the values and a mask that is 1 on values and 0 on the padding before them. It is exact: nothing is added inside the logarithm.
+    the values and a mask that is 1 on values and 0 on the padding before them. It is exact: no floor inside the logarithm.
 
     On padding a layer computes the same vector at every position. It is computed once, which leaves out more than a quarter
     of the work. Drawing keeps what the convolutions have seen, so that all D dimensions cost about as much as one `log_prob`.
@@ -311,8 +255,11 @@ class LatentDensityEstimator(Density):
         with torch.no_grad():  # means spread like N(0, 1), which standardised codes resemble
             levels = (torch.arange(components) + 0.5) / components
             self.head.bias.copy_(torch.cat([torch.zeros(components), torch.special.ndtri(levels), torch.zeros(components)]))
-        # Features of some 2 MB a layer stay in the cache between two layers.
-        self.chunk_examples = max(16, 2**19 // (dim * channels[-1]))
+        # Few enough to stay in the cache between two layers (8 MB each); while drawing, as many as make good matrix products
+        # of one position at a time, with at most 256 MB of inputs kept.
+        self.chunk_examples = max(32, 2**21 // (dim * channels[-1]))
+        kept = sum(layer.dilation * inputs for layer, inputs in zip(self._layers(), channels, strict=False))
+        self.sample_chunk_examples = min(1024, max(32, 2**26 // max(kept, 1)))
 
     # Features of the conditionals: h_1 is one vector, since it sees padding only; the others go by time, D - 1 of them.
 
@@ -332,7 +279,7 @@ class LatentDensityEstimator(Density):
             yield layer
 
     def _outputs(self, h: Tensor) -> Tensor:
-        outputs = F.linear(h, self.head.weight, self.head.bias)
+        outputs = linear(h, self.head.weight, self.head.bias)
         if self.min_log_scale is None:
             return outputs
         logits, means, log_scales = mixtures.unpack(outputs)
@@ -371,27 +318,18 @@ class LatentDensityEstimator(Density):
     def _ancestral(self, uniforms: Tensor, normals: Tensor) -> Tensor:
         """Standardised samples (n, D) from noise of the same shape."""
         z = torch.empty_like(uniforms)
-        padding = z.new_zeros(2)
-        steps: list[tuple[_Layer, list[Tensor], Tensor, Tensor, Tensor]] = []  # with the ring of inputs that are still needed
+        padding, walks = z.new_zeros(2), list[_Walk]()
         for layer in self._layers():
-            weight, bias = layer.affine()
-            start = bias + weight[0] @ padding
-            steps.append((layer, [], start, weight, bias))
-            padding = layer._finish(start + weight[1] @ padding, padding)
+            walks.append(_Walk(layer, padding))
+            padding = walks[-1].padding
         outputs = self._outputs(padding).expand(len(z), -1)
         for i in range(self.dim):
             z[:, i] = mixtures.draw(outputs, uniforms[:, i], normals[:, i])
-            if i + 1 == self.dim:
-                break
-            x = torch.stack([z[:, i], torch.ones_like(z[:, i])], dim=1)
-            for layer, ring, start, weight, bias in steps:
-                past = ring[i % layer.dilation] if i >= layer.dilation else None
-                if past is None:
-                    ring.append(x)
-                else:
-                    ring[i % layer.dilation] = x
-                x = layer.step(x, past, start, weight, bias)
-            outputs = self._outputs(x)
+            if i + 1 < self.dim:
+                x = torch.stack([z[:, i], torch.ones_like(z[:, i])], dim=1)
+                for walk in walks:
+                    x = walk(x)
+                outputs = self._outputs(x)
         return z
 
 
