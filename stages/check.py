@@ -94,9 +94,13 @@ def pipeline_problems(params: Params) -> Iterator[str]:
         expected = f"python -m stages {stage}" + (" ${key}" if isinstance(entry, Mapping) and "foreach" in entry else "")
         if command != expected:
             yield f"{PIPELINE}: stages.{stage}.cmd: expected '{expected}', got '{command}'"
-        for dependency in body.get("deps", []) if isinstance(body, Mapping) else []:
+        dependencies = body.get("deps", []) if isinstance(body, Mapping) else []
+        if not isinstance(dependencies, list):
+            yield f"{PIPELINE}: stages.{stage}.deps: expected a list"
+            continue
+        for dependency in map(str, dependencies):
             # Code is there or it isn't; what a stage writes may still be to come.
-            if str(dependency).endswith(".py") and "$" not in str(dependency) and not Path(str(dependency)).exists():
+            if dependency.endswith(".py") and "$" not in dependency and not Path(dependency).exists():
                 yield f"{PIPELINE}: stages.{stage}.deps: {dependency} is missing"
 
 

@@ -1,0 +1,483 @@
+"""The command line: quick to answer, and clear about what it would do and what stands where."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+from ruamel.yaml import YAML
+
+from pipeline.settings import read_params
+from stages.__main__ import COMMANDS, cli
+from stages.overview import states
+from stages.run import TABLE_OF_STAGE
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = (
+    "torch",
+    "torchvision",
+    "mlflow",
+    "dvc",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "sklearn",
+    "zuko",
+    "webdataset",
+    "PIL",
+)
+
+PARAMS = """\
+datasets:
+  digits: {source: digits5k, root: pipeline/sources/digits5k.py}
+  grid: {source: grid, root: pipeline/sources/grid.py}
+controls:
+  digits: {dataset: digits}
+autoencoders:
+  digits-ae: {dataset: digits, objective: ae, latent_dim: 8, blocks: 1}
+  grid: {dataset: grid, objective: identity}
+densities:
+  digits-ae-lde: {codes: digits-ae, dataset: digits, family: lde}
+  grid-lde: {codes: grid, dataset: grid, family: lde, learning_rate: 1e-4, components: 5}
+sampling: {count: 50}
+evaluations:
+  digits: {parzen: {}}
+  grid: {}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with rows of its own, the pipeline's code, and nothing run yet."""
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    for name in ("pipeline", "stages", "dvc.yaml", "presets"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKING", "off")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+# Help ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy():
+    code = f"""
+import sys
+from click.testing import CliRunner
+from stages.__main__ import COMMANDS, cli
+for command in [[], ["preset", "list"], ["preset", "show"], ["preset", "add"], *([c] for c in COMMANDS)]:
+    result = CliRunner().invoke(cli, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage: " in result.output, (command, result.output)
+    assert not (loaded := [name for name in {HEAVY} if name in sys.modules]), (command, loaded)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_overview_imports_nothing_heavy():
+    command = [sys.executable, "-X", "importtime", "-m", "stages"]
+    done = subprocess.run(command, cwd=ROOT, check=True, timeout=60, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "stages.overview" in imported
+    assert not imported & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_does(command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    first = out.splitlines()[2].strip()
+    assert len(first) > 20
+    assert first in run("--help")[1] or first[:30] in run("--help")[1]
+
+
+def test_a_word_that_is_no_command():
+    code, _, err = run("trian", "digits")
+    assert code == 2
+    assert "No such command 'trian'" in err
+    assert run("train")[0] == 2
+
+
+@pytest.mark.parametrize(("words", "start", "expected"), [
+    ([], "ev", ["evaluate"]),
+    (["prepare"], "", ["digits", "grid"]),
+    (["fit"], "grid", ["grid-lde"]),
+    (["preset", "add"], "bsds", ["bsds300", "bsds300-cpu"]),
+    (["preset"], "", ["list", "show", "add"]),
+    (["fit"], "nothing", []),
+])  # fmt: skip
+def test_tab_completion(words, start, expected, project):
+    found = ShellComplete(cli, {}, "stages", "_STAGES_COMPLETE").get_completions(words, start)
+    assert sorted(item.value for item in found) == sorted(expected)
+
+
+def test_tab_completion_without_params(project):
+    (project / "params.yaml").write_text("{")
+    assert ShellComplete(cli, {}, "stages", "_STAGES_COMPLETE").get_completions(["prepare"], "") == []
+
+
+# Dry run ------------------------------------------------------------------------------------------------------------
+
+READS = {
+    ("prepare", "digits"): [],
+    ("control", "digits"): ["data/shards/digits"],
+    ("train", "digits-ae"): ["data/shards/digits"],
+    ("extract", "digits-ae"): ["data/shards/digits", "data/autoencoders/digits-ae"],
+    ("fit", "digits-ae-lde"): ["data/codes/digits-ae"],
+    ("sample", "digits-ae-lde"): ["data/densities/digits-ae-lde/density.safetensors", "data/codes/digits-ae"],
+    ("evaluate", "digits-ae-lde"): ["data/samples/digits-ae-lde", "data/codes/digits-ae", "data/shards/digits"],
+}
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*") if "__pycache__" not in str(path)}
+
+
+def test_each_stage_has_its_dry_run_here():
+    assert {stage for stage, _ in READS} == set(TABLE_OF_STAGE)
+
+
+@pytest.mark.parametrize(("stage", "row"), READS)
+def test_a_dry_run_says_what_would_be_read_and_written(stage, row, project):
+    before = everything(project)
+    code, out, err = run(stage, row, "--dry-run")
+    assert (code, err) == (0, "")
+    lines = [line.strip() for line in out.splitlines()]
+    assert lines[0] == f"{stage} {row}"
+    for path in READS[stage, row]:
+        assert f"reads {path} (missing)" in lines
+    assert f"writes reports/metrics/{stage}/{row}.json" in lines
+    assert f"writes reports/runs/{stage}/{row}.json" in lines
+    assert sum(": " in line for line in lines) >= 3  # the settings, those left out of params.yaml included
+    assert everything(project) == before
+
+
+def test_a_dry_run_resolves_defaults(project):
+    lines = [line.strip() for line in run("fit", "grid-lde", "--dry-run")[1].splitlines()]
+    assert {"learning_rate: 0.0001", "components: 5", "batch_size: 128", 'family: "lde"'} <= set(lines)
+
+
+@pytest.mark.parametrize(("stage", "row"), [pair for pair, paths in READS.items() if paths])
+def test_a_stage_without_its_input_says_which_one(stage, row, project):
+    code, out, err = run(stage, row)
+    assert (code, out) == (1, "")
+    assert err == f"error: {stage} {row}: {READS[stage, row][0]} is missing; run the stage that writes it, or `dvc repro`\n"
+    assert not (project / "reports").exists()
+
+
+# check --------------------------------------------------------------------------------------------------------------
+
+
+def with_pipeline(project: Path, edit) -> None:
+    document = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
+    document = edit(document) or document
+    (project / "dvc.yaml").unlink()
+    with (project / "dvc.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(document, file)
+
+
+def test_check_passes(project):
+    assert run("check") == (0, "params.yaml: 9 rows, no problem\n", "")
+
+
+STAGES = "dvc.yaml: stages"
+EDITS = [
+    (lambda d: d["stages"].pop("fit"), f"{STAGES}.fit: missing; it runs over the rows of densities"),
+    (lambda d: d["stages"].update(fit=None), f"{STAGES}.fit: missing"),
+    (
+        lambda d: d["stages"]["fit"].update(foreach="${sampling}"),
+        f"{STAGES}.fit.foreach: expected ${{densities}}, got '${{sampling}}'",
+    ),
+    (
+        lambda d: d["stages"]["fit"]["do"].update(cmd="fit.py"),
+        f"{STAGES}.fit.cmd: expected 'python -m stages fit ${{key}}', got 'fit.py'",
+    ),
+    (lambda d: d["stages"]["fit"]["do"]["deps"].append("stages/gone.py"), f"{STAGES}.fit.deps: stages/gone.py is missing"),
+    (lambda d: d["stages"]["fit"]["do"].update(deps=3), f"{STAGES}.fit.deps: expected a list"),
+    (lambda d: d.update(stages=3), f"{STAGES}: expected a table of stages"),
+    (lambda d: [1], f"{STAGES}: expected a table of stages"),
+]
+
+
+@pytest.mark.parametrize(("edit", "expected"), EDITS)
+def test_check_compares_with_the_pipeline(edit, expected, project):
+    with_pipeline(project, lambda d: value if isinstance(value := edit(d), list) else None)
+    code, _, err = run("check")
+    assert code == 1
+    assert any(expected in line for line in err.splitlines()), err
+    assert all(line.startswith("error: check: ") for line in err.splitlines())
+
+
+def test_check_without_a_pipeline(project):
+    (project / "dvc.yaml").unlink()
+    assert "error: check: dvc.yaml is missing; run the command from the project's folder\n" in run("check")[2]
+    (project / "dvc.yaml").write_text("stages: [")
+    assert "dvc.yaml isn't valid YAML" in run("check")[2]
+
+
+def test_check_says_what_to_put_where(project):
+    (project / "params.yaml").write_text(PARAMS.replace("  grid: {source: grid, root: pipeline/sources/grid.py}", """\
+  grid: {source: grid, root: pipeline/sources/grid.py}
+  mnist: {source: mnist, root: data/raw/mnist}
+  two: {source: union, root: data/raw, sources: [celeba, shoes], roots: [celeba, shoes]}
+  mine: {source: images, root: data/raw/mine}
+"""))  # fmt: skip
+    (project / "data/raw/mine").mkdir(parents=True)
+    code, _, err = run("check")
+    lines = err.splitlines()
+    assert (code, len(lines)) == (1, 3)
+    assert lines[0].startswith("error: check: datasets.mnist.root: ")
+    assert "data/raw/mnist" in lines[0]
+    assert lines[1].startswith("error: check: datasets.two.root: ")
+    assert "data/raw/celeba" in lines[1]
+    assert lines[2].startswith("error: check: datasets.mine.root: ")
+
+
+# Overview -----------------------------------------------------------------------------------------------------------
+
+
+def lock_of(project: Path) -> dict:
+    """A dvc.lock as DVC writes it after a run of everything, with digests made up."""
+    pipeline = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+    params = YAML(typ="safe", pure=True).load((project / "params.yaml").read_text())
+
+    def filled(text: str, key: str, item: dict) -> str:
+        for name, value in ({"key": key} | {f"item.{k}": v for k, v in item.items()}).items():
+            text = text.replace(f"${{{name}}}", str(value))
+        return text
+
+    def found(dotted: str) -> object:
+        value: object = params
+        for part in dotted.split("."):
+            value = value[part]
+        return value
+
+    def digest(path: str) -> dict:
+        return {"path": path, "hash": "md5", "md5": hashlib.md5(path.encode()).hexdigest(), "size": 3}
+
+    lock = {}
+    for stage, entry in pipeline.items():
+        rows = params[entry["foreach"][2:-1]] if "foreach" in entry else {"": {}}
+        body = entry.get("do", entry)
+        for key, item in rows.items():
+            outs = [filled(path, key, item) for path in body["outs"]]
+            lock[f"{stage}@{key}" if key else stage] = {
+                "cmd": filled(body["cmd"], key, item),
+                "deps": [digest(filled(path, key, item)) for path in body["deps"]],
+                "params": {"params.yaml": {name: found(name) for name in (filled(p, key, item) for p in body["params"])}},
+                "outs": [digest(path) for path in outs],
+            }
+            for path in outs:
+                (project / path).parent.mkdir(parents=True, exist_ok=True)
+                (project / path).write_text("x")
+    return lock
+
+
+def write_lock(project: Path, lock: dict) -> None:
+    with (project / "dvc.lock").open("w") as file:
+        YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": lock}, file)
+
+
+def by_state() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for (stage, row), state in states(read_params()).items():
+        found.setdefault(state, set()).add(f"{stage} {row}".strip())
+    return found
+
+
+GRID_CHAIN = {"fit grid-lde", "sample grid-lde", "evaluate grid-lde"}
+
+
+def test_the_states_of_rows(project):
+    everything = {f"{stage} {row}" for stage, table in TABLE_OF_STAGE.items() for row in read_params().rows(table)} | {"report"}
+    assert by_state() == {"not yet run": everything}
+    lock = lock_of(project)
+    write_lock(project, lock)
+    assert by_state() == {"done": everything}
+
+    # A row's settings: it and what comes after.
+    (project / "params.yaml").write_text(PARAMS.replace("components: 5", "components: 6"))
+    assert by_state() == {"settings changed": GRID_CHAIN | {"report"}, "done": everything - GRID_CHAIN - {"report"}}
+    (project / "params.yaml").write_text(PARAMS.replace("blocks: 1", "blocks: 1, seed: 3"))
+    found = by_state()
+    assert found["settings changed"] == {"train digits-ae", "extract digits-ae", "report"}
+    assert found["input changed"] == {"fit digits-ae-lde", "sample digits-ae-lde", "evaluate digits-ae-lde"}
+    (project / "params.yaml").write_text(PARAMS.replace("count: 50", "count: 60"))
+    found = by_state()
+    assert found["settings changed"] == {"sample digits-ae-lde", "sample grid-lde", "control digits", "report"}
+    assert found["input changed"] == {"evaluate digits-ae-lde", "evaluate grid-lde"}
+
+    # The same number written in another way.
+    (project / "params.yaml").write_text(PARAMS.replace("1e-4", "0.0001"))
+    assert by_state() == {"done": everything}
+
+    # A new row; one taken out.
+    (project / "params.yaml").write_text(
+        PARAMS.replace("sampling:", "  new: {codes: grid, dataset: grid, family: lde}\nsampling:")
+    )
+    found = by_state()
+    assert found["not yet run"] == {"fit new", "sample new", "evaluate new"}
+    assert found["settings changed"] == {"report"}
+    (project / "params.yaml").write_text("\n".join(line for line in PARAMS.splitlines() if "grid-lde" not in line))
+    assert by_state() == {"done": everything - GRID_CHAIN - {"report"}, "settings changed": {"report"}}
+
+    # An output that is gone is DVC's to bring back: nothing after it changes.
+    (project / "params.yaml").write_text(PARAMS)
+    (project / "data/codes/grid").unlink()
+    assert by_state() == {"output missing": {"extract grid"}, "done": everything - {"extract grid"}}
+
+    # A stage that has since written something else.
+    lock["prepare@grid"]["outs"][0]["md5"] = "0" * 32
+    write_lock(project, lock)
+    assert {"train grid", "extract grid", *GRID_CHAIN, "report"} <= by_state()["input changed"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "stages: 3\n", b"\xff\x00", "schema: '2.0'\n"])
+def test_a_lock_file_that_says_nothing(text, project):
+    (project / "dvc.lock").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert set(by_state()) == {"not yet run"}
+
+
+def test_without_a_command_stages_rows_and_states(project):
+    write_lock(project, lock_of(project))
+    (project / "params.yaml").write_text(PARAMS.replace("count: 50", "count: 60"))
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert all(any(line.startswith(f"{command} ") for line in lines) for command in COMMANDS)
+    assert "digits-ae train, extract: done" in lines
+    assert "grid-lde fit: done; sample: settings changed; evaluate: input changed" in lines
+    assert lines[-1].endswith("`dvc repro` runs what is left")
+    assert all(len(line) <= 128 for line in out.splitlines())
+
+
+def test_the_overview_of_broken_params(project):
+    (project / "params.yaml").write_text("densities: 3\n")
+    code, out, err = run()
+    assert code == 1
+    assert "prepare" in out
+    assert err.strip() == "error: densities: expected a table, got 3"
+
+
+# doctor -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def healthy(project):
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    somebody = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *somebody, "commit", "-q", "--allow-empty", "-m", "x"], cwd=project, check=True)
+    (project / ".dvc").mkdir()
+    return project
+
+
+def words(out: str) -> dict[str, str]:
+    """Word by what was looked at."""
+    return {
+        line[2:].split("  ")[0]: line[2:].split("  ", 1)[1].split()[0] for line in out.splitlines() if line.startswith("  ")
+    }
+
+
+def test_doctor_of_a_healthy_project(healthy):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, ""), out
+    found = words(out)
+    for what in (
+        "python",
+        "torch",
+        "dvc",
+        "mlflow",
+        "device",
+        "cores",
+        "params.yaml",
+        "git",
+        "tracking",
+        "digits",
+        "preset grid",
+    ):
+        assert found[what] in ("ok", "warn"), out
+    assert found["preset own-codes"] == "missing"  # no fault: nobody asked for it
+    assert set(found.values()) <= {"ok", "warn", "missing"}
+
+
+def test_doctor_names_faults(healthy, monkeypatch):
+    params = PARAMS.replace("root: pipeline/sources/grid.py", "root: data/raw/nowhere").replace("count: 50", "count: 0")
+    (healthy / "params.yaml").write_text(params)
+    monkeypatch.setenv("DEVICE", "cuda")
+    monkeypatch.setenv("PROCESSES", "many")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (healthy / ".dvc").rmdir()
+    code, out, err = run("doctor")
+    found = words(out)
+    assert code == 1
+    assert found["dvc"] == "fault"
+    assert {found[what] for what in ("device", "processes", "params.yaml", "grid")} == {"fault"}
+    assert err.startswith("error: doctor: ")
+    assert err.strip().endswith("faults, marked above")
+
+
+def test_doctor_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("doctor")
+    assert code == 1
+    assert "params.yaml is missing" in out
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_doctor_probes_the_tracking_server(scheme, healthy, monkeypatch):
+    monkeypatch.setenv("TRACKING", "on")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://me:secret@{address}/path")
+        _, out, _ = run("doctor")
+        assert f"ok       {scheme}://{address}/path answers" in out
+        assert "secret" not in out
+    code, out, _ = run("doctor")
+    assert code == 0  # stages go on without
+    assert f"{scheme}://{address}/path can't be reached" in out
+
+
+def test_doctor_looks_into_the_tracking_file(healthy, monkeypatch):
+    monkeypatch.setenv("TRACKING", "on")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "to be made by the first stage" in run("doctor")[1]
+    (healthy / "mlflow.db").write_text("this is no database, whatever its name says" * 100)
+    assert words(run("doctor")[1])["tracking"] == "warn"
+    for uri in ("sqlite:////no/such/folder/x.db", "http://", "http://host:port", "mysql://localhost:1/x", "databricks", "::"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        code, out, _ = run("doctor")
+        assert code == 0
+        assert words(out)["tracking"] == "warn", (uri, out)
+
+
+def test_doctor_without_space(healthy, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert words(out)["disk"] == "fault"
+
+
+def test_the_module_runs_as_a_program():
+    environment = {**os.environ, "_STAGES_COMPLETE": "bash_complete", "COMP_WORDS": "stages preset add mni", "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [sys.executable, "-m", "stages"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "plain,mnist\n"
