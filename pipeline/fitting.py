@@ -120,6 +120,7 @@ def fit_density(
         checkpoint=checkpoint,
         validate=validate if density.has_log_prob else None,
         best="valid_log_likelihood" if density.has_log_prob else None,
+        validate_steps=settings.validate_steps,
         max_minutes=settings.max_minutes,
     )
     return density, training

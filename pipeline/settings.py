@@ -252,6 +252,7 @@ class TrainingSettings:
         check_that(self.gradient_clip >= 0, "gradient_clip", "has to be 0 or more")
         check_that(0 <= self.ema_decay < 1, "ema_decay", "has to lie in [0, 1)")
         check_that(self.checkpoint_minutes > 0, "checkpoint_minutes", "has to be positive")
+        check_that(self.validate_steps >= 0, "validate_steps", "has to be 0 or more")
         check_that(self.shuffle_examples >= 1, "shuffle_examples", "has to be at least 1")
         check_that(self.seed >= 0, "seed", "has to be 0 or more")
 
@@ -290,6 +291,7 @@ class DensitySettings(TrainingSettings):
     learning_rate: float = 2e-4
     standardise: Literal["dimension", "scalar", "none"] = "dimension"
     max_minutes: float = 0.0
+    validate_steps: int = 0
     shuffle_examples: int = 1_000_000
 
     def __post_init__(self) -> None:

@@ -250,7 +250,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     validate: Callable[[], dict[str, float]] | None = None,
     best: str | None = None,
-    validate_epochs: int = 1,
+    validate_steps: int = 0,
     extra: Callable[[Step], dict[str, float]] | None = None,
     max_minutes: float = 0.0,
 ) -> Training:
@@ -266,7 +266,7 @@ def train(
         checkpoint: Where to save and look for the resume state.
         validate: Called at the end of an epoch in evaluation mode, on all ranks: numbers to keep in the curve.
         best: Key of `validate`'s numbers whose largest value says which weights are kept; none keeps the last.
-        validate_epochs: Epochs between two validations.
+        validate_steps: Steps between two more validations within an epoch; 0 for none.
         extra: More columns of the curve, from where training stands.
         max_minutes: Time after which training ends as if the epochs were over; 0 for none.
 
@@ -362,6 +362,27 @@ def train(
             kept = "the checkpoint is written: run the same command to go on" if checkpoint is not None else "nothing is kept"
             raise PipelineError(f"{label}: stopped by {signal.Signals(number).name} at step {index}; {kept}")
 
+    def validate_now() -> None:
+        nonlocal best_weights
+        if validate is None:
+            return
+        model.eval()
+        with averaged.swapped_in(model) if averaged is not None else contextlib.nullcontext():
+            values = validate()
+            record.seconds = time.monotonic() - started + seconds_before
+            row: dict[str, float] = {"step": index, "epoch": index / steps_per_epoch, **values}
+            record.validations.append(row)
+            if best is not None:
+                if not math.isfinite(values[best]):
+                    raise TrainingError(
+                        f"{label}: {best} is {values[best]} after step {index}: lower learning_rate or set gradient_clip"
+                    )
+                if not record.best or values[best] > record.best[best]:
+                    record.best = row
+                    best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        model.train()
+        progress.note(**values)
+
     progress = Progress(total, label, unit="steps", initial=index, quiet=not ranks.first)
     with _signals() as received, progress:
         for epoch in range(index // steps_per_epoch, settings.epochs):
@@ -416,24 +437,10 @@ def train(
                     break
                 # At the end of an epoch the validation comes first, so that a resumed run has it too.
                 if index % steps_per_epoch:
+                    if validate_steps and index % validate_steps == 0:
+                        validate_now()
                     save_if_due()
-            if validate is not None and ((epoch + 1) % validate_epochs == 0 or epoch + 1 == settings.epochs or ended):
-                model.eval()
-                with averaged.swapped_in(model) if averaged is not None else contextlib.nullcontext():
-                    values = validate()
-                    record.seconds = time.monotonic() - started + seconds_before
-                    row: dict[str, float] = {"step": index, "epoch": index / steps_per_epoch, **values}
-                    record.validations.append(row)
-                    if best is not None:
-                        if not math.isfinite(values[best]):
-                            raise TrainingError(
-                                f"{label}: {best} is {values[best]} after step {index}: "
-                                "lower learning_rate or set gradient_clip"
-                            )
-                        if not record.best or values[best] > record.best[best]:
-                            record.best = row
-                            best_weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                progress.note(**values)
+            validate_now()
             save_if_due()
     if best_weights is not None:
         model.load_state_dict(best_weights)
