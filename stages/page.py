@@ -262,4 +262,4 @@ def description(board: pd.DataFrame, longest: int = 7_500) -> str:
         text = _environment(False).get_template("description.md").render(groups=_groups(shown), left_out=left_out)
         if len(text) <= longest or shown.empty:
             return text
-        shown = shown.iloc[:-1]
+        shown = shown.iloc[: min(len(shown) - 1, len(shown) * longest // len(text))]

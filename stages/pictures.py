@@ -169,4 +169,6 @@ def _curves(stage: str, rows: Sequence[str], column: str, label: str, log_y: boo
                 steps[row], values[row] = table["step"].tolist(), table[column].tolist()
     if not values:
         return None
-    return curves(steps, values, "step", label, log_y=log_y and all(v > 0 for some in values.values() for v in some))
+    # A single line has no legend: name it in the title.
+    title = "" if len(values) > 1 else next(iter(values))
+    return curves(steps, values, "step", label, title, log_y=log_y and all(v > 0 for some in values.values() for v in some))

@@ -92,7 +92,7 @@ def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[S
     for state in states:
         if state.stage == "prepare" and state.digest:
             tracker.dataset(state.row, state.digest, str(workspace.shards_folder(state.row)), "pipeline")
-    tracker.tag("mlflow.note.content", description(board))
+    tracker.describe(description(board))
     children = []
     for state in states:
         metrics = {k: v for k, v in read_metrics(state.stage, state.row).items() if isinstance(v, (int, float))}

@@ -264,11 +264,13 @@ def duration(seconds: float | None) -> str:
     """Seconds in words.
 
     Example:
-        >>> duration(0.52), duration(7.26), duration(356.2), duration(7384), duration(None)
-        ('0.5 s', '7.3 s', '5 min 56 s', '2 h 3 min', '')
+        >>> duration(0.045), duration(7.26), duration(356.2), duration(7384), duration(None)
+        ('< 0.1 s', '7.3 s', '5 min 56 s', '2 h 3 min', '')
     """
     if seconds is None or is_missing(seconds):
         return ""
+    if seconds < 0.095:
+        return "< 0.1 s"
     if seconds < 59.5:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

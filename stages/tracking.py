@@ -115,6 +115,10 @@ class Tracker:
         """Sets a tag."""
         self._send(tag={"name": name, "value": value})
 
+    def describe(self, markdown: str) -> None:
+        """Describes the run in Markdown; `ARTIFACTS` in it becomes the address of the run's files in the UI."""
+        self._send(describe={"markdown": markdown})
+
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Makes this run the parent of the stages' runs; see `_Writer.pipeline`."""
         self._send(pipeline=children)
@@ -179,7 +183,9 @@ class _Writer:
             if tracking_uri().startswith("sqlite:"):
                 location = (main_checkout() / "mlartifacts").as_uri()
             with contextlib.suppress(MlflowException):  # another process may have made it meanwhile
-                return str(self.client.create_experiment(name, artifact_location=location))
+                # Without its kind the UI opens it as one of language models.
+                tags = {"mlflow.experimentKind": "custom_model_development"}
+                return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
         raise RuntimeError(f"experiment '{name}' can't be made")
 
     def start(self, name: str, tags: dict[str, str], params: dict[str, Any], pid: int) -> None:
@@ -227,6 +233,11 @@ class _Writer:
     def tag(self, name: str, value: str) -> None:
         """Sets a tag."""
         self.client.set_tag(self.run_id, name, value)
+
+    def describe(self, markdown: str) -> None:
+        """Sets the description, with the address of the run's files where it says `ARTIFACTS`."""
+        address = f"#/experiments/{self.client.get_run(self.run_id).info.experiment_id}/runs/{self.run_id}/artifacts"
+        self.client.set_tag(self.run_id, "mlflow.note.content", markdown.replace("ARTIFACTS", address))
 
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Hangs the stages that a state is made of below this run.
@@ -316,7 +327,7 @@ def main() -> None:
                     points = []
                 if message.get("end"):
                     break
-                for name in ("start", "dataset", "artifact", "tag", "model"):
+                for name in ("start", "dataset", "artifact", "tag", "describe", "model"):
                     if name in message:
                         if name == "start":
                             writer = _Writer()

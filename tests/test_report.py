@@ -1,0 +1,525 @@
+"""Scoreboard, page and the pipeline's run, on a small made-up workspace and in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from ruamel.yaml import YAML
+
+from pipeline.errors import PipelineError
+from pipeline.settings import read_params
+from stages.graph import Graph, stage_states
+from stages.page import description, render
+from stages.published import BENCHMARKS, PUBLISHED, benchmark_of, best_published, paper_value
+from stages.report import report
+from stages.scoreboard import COLUMNS, as_text, build_scoreboard, headline
+
+HOSTILE = "<script>alert('x')</script>|`\"><img src=http://evil.example/x.png>"
+
+
+def write(path: str, value: object) -> None:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def picture(path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (30, 20), "#357").save(path)
+
+
+def run_file(stage: str, row: str, finished: str = "2025-03-01T10:00:00+0000", **more: object) -> None:
+    write(
+        f"reports/runs/{stage}/{row}.json",
+        {"run_id": f"id-{stage}-{row}", "seconds": 2.5, "peak_memory_mib": 100.0, "finished": finished, **more},
+    )
+
+
+def parzen(value: float, prefix: str = "", samples: int = 4000, protocol: str = "gmmn") -> dict[str, object]:
+    scores = {
+        "test_log_likelihood": value, "test_se": 5.0, "valid_log_likelihood": value, "bandwidth": 0.18, "bandwidth_at_edge": 0,
+        "samples": samples, "valid_points": 500, "test_points": 500, "protocol": protocol,
+    }  # fmt: skip
+    return {f"{prefix}parzen_{key}": v for key, v in scores.items()}
+
+
+def make_workspace(protocol: str = "gmmn", extra_row: bool = False) -> None:
+    """Two autoencoders of digits with a density each, two controls, and the grid density, in the current folder."""
+    image = {"dataset": "digits", "objective": "ae", "latent_dim": 2, "blocks": 1}
+    tables = {
+        "datasets": {
+            "digits": {"source": "digits5k", "root": "digits5k.py"},
+            "grid": {"source": "grid", "root": HOSTILE},
+        },
+        "controls": {"digits": {"dataset": "digits"}},
+        "autoencoders": {
+            "digits-ae": image,
+            "digits-iae": image | {"incremental": {"mode": "linear", "warm_up_epochs": 1}},
+            "grid": {"dataset": "grid", "objective": "identity"},
+        },
+        "densities": {
+            "digits-ae-lde": {"codes": "digits-ae", "dataset": "digits", "family": "lde", "components": 30},
+            "digits-iae-lde": {"codes": "digits-iae", "dataset": "digits", "family": "lde", "components": 30},
+            "grid-lde": {"codes": "grid", "dataset": "grid", "family": "lde", "components": 10},
+        },
+        "sampling": {"count": 10_000},
+        "evaluations": {"digits": {"parzen": {"protocol": protocol}}, "grid": {}},
+    }
+    if extra_row:
+        tables["densities"]["digits-more"] = {"codes": "digits-ae", "dataset": "digits", "family": "gaussian"}
+    with open("params.yaml", "w") as file:
+        YAML().dump(tables, file)
+    for name in ("digits", "grid"):
+        write(f"reports/metrics/prepare/{name}.json", {"train_examples": 4000, "valid_examples": 500, "test_examples": 500})
+        run_file("prepare", name, digest="ab" * 32)
+    controls = parzen(224.0, "training_images_", 4000, protocol) | parzen(233.0, "kmeans_", 2000, protocol)
+    write("reports/metrics/control/digits.json", controls)
+    run_file("control", "digits")
+    for name, errors in (("digits-ae", [0.1, 0.02]), ("digits-iae", [0.08, 0.021]), ("grid", [])):
+        opened = {f"test_mse_first_{k}": e for k, e in enumerate(errors, start=1)}
+        write(f"reports/metrics/train/{name}.json", opened | ({"test_mse": errors[-1]} if errors else {}))
+        write(f"reports/metrics/extract/{name}.json", {"dimensions": 2})
+        write(f"reports/curves/train/{name}.tsv", "step\tloss\topen_dimensions\n1\t0.2\t1\n2\t0.1\t2\n")
+        run_file("train", name, finished="2025-03-01T12:00:00+0000", parameters=1000)
+        run_file("extract", name)
+    picture("reports/figures/train/digits-ae/reconstructions.png")
+    scores = {
+        "digits-ae-lde": parzen(257.7, protocol=protocol),
+        "digits-iae-lde": parzen(264.0, protocol=protocol),
+        "grid-lde": {"test_log_likelihood": -3.3, "test_log_likelihood_se": 0.008, "test_scored": 10_000, "gap_to_truth": 0.2},
+    } | ({"digits-more": parzen(227.0)} if extra_row else {})
+    for name, score in scores.items():
+        write(f"reports/metrics/fit/{name}.json", {"parameters": 100, "test_log_likelihood": -1.0})
+        write(f"reports/metrics/sample/{name}.json", {"samples": 10_000})
+        write(f"reports/metrics/evaluate/{name}.json", score)
+        write(f"reports/curves/fit/{name}.tsv", "step\tloss\tvalid_log_likelihood\n1\t2.0\t\n2\t1.5\t-3.0\n4\t1.4\t-2.5\n")
+        for stage in ("fit", "sample", "evaluate"):
+            run_file(stage, name)
+        picture(f"reports/figures/sample/{name}/samples.png")
+
+
+HEAD = {"commit": "0123456789abcdef", "dirty": "true", "date": "2025-03-01", "machine": "2 cores", "versions": "Python 3"}
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKING", "off")
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    make_workspace()
+    return tmp_path
+
+
+def command(*arguments: str):
+    return CliRunner().invoke(report, list(arguments))
+
+
+# Scoreboard ----------------------------------------------------------------------------------------------------------
+
+
+def test_scoreboard_holds_models_and_controls_in_order(workspace):
+    board = build_scoreboard(read_params())
+    assert list(board.columns) == list(COLUMNS)
+    assert board["row"].tolist() == ["digits-iae-lde", "digits-ae-lde", "digits-kmeans", "digits-training-images", "grid-lde"]
+    assert board["kind"].tolist() == ["model", "model", "control", "control", "model"]
+    iae = board.set_index("row").loc["digits-iae-lde"]
+    assert iae["objective"] == "ae, incremental (linear)"
+    assert (iae["samples"], iae["components"], iae["latent_dim"]) == (4000, 30, 2)
+    assert iae["seconds"] == 5 * 2.5
+    assert (iae["autoencoder_parameters"], iae["density_parameters"]) == (1000, 100)
+    assert iae["control_difference"] == pytest.approx(264.0 - 233.0)
+    assert "4,000 samples" in iae["protocol"]
+    assert "500 validation images" in iae["protocol"]
+
+
+def test_against_control_takes_errors_into_account(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_workspace(extra_row=True)
+    board = build_scoreboard(read_params()).set_index("row")
+    # Errors of 5 each: 2 sqrt(50) = 14.1 nats.
+    assert board.loc["digits-ae-lde", "against_control"] == "better"
+    assert board.loc["digits-more", "against_control"] == "level"
+    assert pd.isna(board.loc["grid-lde", "against_control"])
+    scores = json.loads(Path("reports/metrics/evaluate/digits-more.json").read_text())
+    write("reports/metrics/evaluate/digits-more.json", scores | {"parzen_test_log_likelihood": 200.0})
+    assert build_scoreboard(read_params()).set_index("row").loc["digits-more", "against_control"] == "worse"
+
+
+def test_a_removed_row_vanishes_though_its_files_stay(workspace):
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    del tables["densities"]["digits-ae-lde"]
+    YAML().dump(tables, Path("params.yaml"))
+    assert command().exit_code == 0
+    for name in ("scoreboard.csv", "headline.json", "report.md", "index.html"):
+        assert "digits-ae-lde" not in Path("reports", name).read_text(encoding="utf-8")
+
+
+def test_missing_metrics_name_the_stage_and_leave_the_last_report(workspace):
+    assert command().exit_code == 0
+    before = Path("reports/index.html").read_bytes()
+    Path("reports/metrics/evaluate/grid-lde.json").unlink()
+    with pytest.raises(PipelineError, match="evaluate@grid-lde"):
+        build_scoreboard(read_params())
+    result = command()
+    assert result.exit_code == 1
+    assert "evaluate/grid-lde.json is missing" in result.output
+    assert "Traceback" not in result.output
+    assert Path("reports/index.html").read_bytes() == before
+
+
+def test_headline_is_short_and_free_of_times(workspace):
+    numbers = headline(build_scoreboard(read_params()))
+    assert numbers["digits-ae-lde"] == {"parzen_test_log_likelihood": 257.7, "test_mse": 0.02}
+    assert numbers["grid-lde"] == {"test_log_likelihood": -3.3, "gap_to_truth": 0.2}
+    assert all(1 <= len(scores) <= 3 for scores in numbers.values())
+
+
+def test_a_density_without_likelihood_is_shown(workspace):
+    write("reports/metrics/evaluate/grid-lde.json", {"samples_in_dropped_box": 0.01})
+    board = build_scoreboard(read_params())
+    assert headline(board)["grid-lde"] == {"samples_in_dropped_box": 0.01}
+    assert command().exit_code == 0
+    assert "no likelihood" in Path("reports/index.html").read_text(encoding="utf-8")
+
+
+def test_text_survives_the_csv(workspace):
+    result = command()
+    assert result.exit_code == 0
+    board = build_scoreboard(read_params())
+    assert result.output.rstrip().endswith(as_text(board))
+    assert command("--show").output.rstrip() == as_text(board)
+    assert max(map(len, as_text(board).splitlines())) <= 120
+
+
+def test_show_without_a_report_says_what_to_run(workspace):
+    result = command("--show")
+    assert result.exit_code == 1
+    assert "dvc repro" in result.output
+
+
+def test_dry_run_writes_nothing(workspace):
+    result = command("--dry-run")
+    assert "reads reports/metrics/fit/grid-lde.json" in result.output
+    assert "writes reports/index.html" in result.output
+    assert not Path("reports/index.html").exists()
+
+
+# Published scores ----------------------------------------------------------------------------------------------------
+
+
+def test_published_scores_need_the_same_protocol():
+    assert benchmark_of({"source": "mnist"}, "parzen", 10_000) == "mnist"
+    assert benchmark_of({"source": "mnist"}, "parzen", 4_000) is None
+    assert benchmark_of({"source": "digits5k"}, "parzen", 10_000) is None
+    assert benchmark_of({"source": "bsds300", "split": "maf"}, "likelihood", None) == "bsds300-maf"
+    assert benchmark_of({"source": "patches"}, "likelihood", None) is None
+
+
+def test_paper_values_follow_the_method():
+    identity, plain = {"objective": "identity"}, {"objective": "ae", "incremental": None}
+    incremental = {"objective": "ae", "incremental": {"mode": "linear"}}
+    lde = {"family": "lde", "components": 30}
+    assert paper_value("tfd", plain, lde).value == 2476
+    assert paper_value("tfd", incremental, lde).value == 2507
+    assert paper_value("bsds300-rnade", identity, lde).value == 158.02
+    assert paper_value("bsds300-rnade", identity, {"family": "lde", "components": 7}) is None
+    assert paper_value("bsds300-maf", identity, lde) is None  # the paper's split is RNADE's
+    assert paper_value("tfd", plain, {"family": "gaussian"}) is None
+    assert paper_value(None, plain, lde) is None
+    assert best_published("bsds300-maf").value == 159.80
+    assert best_published(None) is None
+    assert {p.benchmark for p in PUBLISHED} == set(BENCHMARKS)
+
+
+# Page ----------------------------------------------------------------------------------------------------------------
+
+
+class Addresses(HTMLParser):
+    """Collects the attributes that make a browser fetch or go somewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "srcset", "data", "poster", "action", "background") or (name == "href" and tag != "a"):
+                self.fetched.append(value)
+            elif name == "href":
+                self.links.append(value)
+            elif name == "id":
+                self.ids.append(value)
+            assert not name.startswith("on"), (tag, name)
+
+
+def parse(text: str) -> Addresses:
+    parser = Addresses()
+    parser.feed(text)
+    return parser
+
+
+def test_page_holds_everything_in_itself(workspace):
+    assert command().exit_code == 0
+    text = Path("reports/index.html").read_text(encoding="utf-8")
+    page = parse(text)
+    assert page.fetched
+    assert all(address.startswith("data:") for address in page.fetched)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    assert "default-src 'none'" in text
+    assert not re.search(r"url\(|@import", text)
+    # Samples of three densities, a reconstruction, and plots of several rows together.
+    combined = sorted(path.stem for path in Path("reports/combined").glob("*.png"))
+    expected = ["open-dimensions", "opened-dimensions", "training-loss", "validation"]
+    assert combined == [f"digits-{name}" for name in expected] + ["grid-training-loss", "grid-validation"]
+    assert page.tags.count("img") == 4 + len(combined)
+
+
+def test_the_same_state_gives_the_same_page(workspace):
+    params = read_params()
+    board, states = build_scoreboard(params), stage_states(params, None)
+    for template in ("report.html", "report.md"):
+        texts = {render(template, params, board, states, HEAD) for _ in range(2)}
+        assert len(texts) == 1
+        assert "0123456789" in texts.pop()
+
+
+def test_hostile_words_are_escaped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKING", "off")
+    make_workspace(protocol=HOSTILE)
+    picture("reports/figures/sample/grid-lde/<img src=x onerror=alert(1)>.png")
+    assert command().exit_code == 0
+    page = parse(Path("reports/index.html").read_text(encoding="utf-8"))
+    assert page.tags.count("script") == 1
+    assert all(address.startswith("data:") for address in page.fetched)
+    markdown = Path("reports/report.md").read_text(encoding="utf-8")
+    assert not re.search(r"(?<!\\)<", markdown)
+    tables = [line for line in markdown.splitlines() if line.startswith("| digits |")]
+    assert tables
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 11 for line in tables)
+
+
+def test_markdown_links_lead_to_pictures(workspace):
+    assert command().exit_code == 0
+    text = Path("reports/report.md").read_text(encoding="utf-8")
+    links = [link.replace("\\", "") for link in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)]
+    assert len(links) == 10
+    assert all(Path("reports", link).is_file() for link in links)
+    assert "| digits | digits-iae-lde | 264 ± 5 | ▲ better (+31.0)" in text.replace("\\", "")
+
+
+def test_stages_tell_ran_from_cached(workspace):
+    params = read_params()
+    eleven = 1740826800.0  # 2025-03-01 11:00 UTC
+    states = {(s.stage, s.row): s for s in stage_states(params, eleven)}
+    assert states["train", "digits-ae"].how == "ran"
+    assert states["fit", "grid-lde"].how == "cached"
+    assert {s.how for s in stage_states(params, None)} == {""}
+    Path("reports/runs/fit/grid-lde.json").unlink()
+    assert {s.how for s in stage_states(params, eleven) if s.row == "grid-lde" and s.stage == "fit"} == {""}
+
+
+def test_graph_has_a_box_for_each_stage_and_none_overlap(workspace):
+    params = read_params()
+    states = stage_states(params, None)
+    graph = Graph(params, states)
+    assert len(graph.nodes) == len(states) + 1
+    places = {(node.x, node.y) for node in graph.nodes}
+    assert len(places) == len(graph.nodes)
+    assert all(abs(a[1] - b[1]) > graph.node_height for a in places for b in places if a[0] == b[0] and a != b)
+    assert all(x + graph.node_width <= graph.width and y + graph.node_height <= graph.height for x, y in places)
+
+
+def test_description_fits_a_tag(workspace):
+    board = build_scoreboard(read_params())
+    assert "digits-iae-lde" in description(board)
+    many = pd.concat([board] * 100, ignore_index=True)
+    text = description(many)
+    assert len(text) <= 7_500
+    assert "more lines" in text
+
+
+# Tracking ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for the tracker and keeps what it is sent."""
+
+    def __init__(self, name, tags, params, off=False):
+        Recorder.last = self
+        self.name, self.tags, self.params, self.calls = name, tags, params, []
+
+    def __getattr__(self, method):
+        return lambda *arguments: self.calls.append((method, *arguments))
+
+
+def test_pipeline_run_names_every_stage(workspace, monkeypatch):
+    monkeypatch.setattr("stages.tracking.Tracker", Recorder)
+    monkeypatch.setenv("DVC_EXP_NAME", "trial")
+    assert command().exit_code == 0
+    run = Recorder.last
+    assert run.name == "pipeline"
+    assert run.tags == {"stage": "report", "dvc.experiment": "trial"}
+    assert run.params["densities"] == 3
+    calls = {call[0]: call for call in run.calls}
+    assert run.calls[0][0] == "metrics"
+    assert run.calls[0][1]["digits-iae-lde.parzen_test_log_likelihood"] == 264.0
+    children = calls["pipeline"][1]
+    assert len(children) == 2 + 1 + 2 * 3 + 3 * 3
+    assert {"stage": "extract", "row": "grid", "run_id": "id-extract-grid", "metrics": {"dimensions": 2}} in children
+    assert all(isinstance(v, (int, float)) for child in children for v in child["metrics"].values())
+    assert run.calls[-1] == ("finish",)
+
+
+@pytest.mark.slow
+def test_pipeline_run_in_mlflow(workspace, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{workspace / 'mlflow.db'}"
+    monkeypatch.setenv("TRACKING", "on")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("DVC_ROOT", str(workspace))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    assert command().exit_code == 0
+    client = MlflowClient(uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (parent,) = [run for run in runs if run.info.run_name == "pipeline"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert parent.info.status == "FINISHED"
+    assert len(children) == len(runs) - 1 == 18
+    assert {run.data.tags["made_by_run_unknown_here"] for run in children} == {"true"}
+    assert f"runs/{parent.info.run_id}/artifacts/index.html" in parent.data.tags["mlflow.note.content"]
+    names = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert names >= {"index.html", "report.md", "scoreboard.csv"}
+
+
+# In a browser --------------------------------------------------------------------------------------------------------
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+class Browser:
+    """Headless Chromium, driven by WebDriver over plain HTTP."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process = subprocess.Popen([DRIVER, f"--port={self.port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            try:
+                self.call("GET", "/status")
+                break
+            except OSError:
+                time.sleep(0.05)
+        arguments = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}",
+        ]  # fmt: skip
+        options = {
+            "browserName": "chrome",
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+            "goog:chromeOptions": {"binary": CHROMIUM, "args": arguments},
+        }
+        self.path = "/session/" + self.call("POST", "/session", {"capabilities": {"alwaysMatch": options}})["sessionId"]
+
+    def call(self, method: str, path: str, body: object = None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, method=method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def devtools(self, name: str, **values: object):
+        return self.call("POST", f"{self.path}/goog/cdp/execute", {"cmd": name, "params": values})
+
+    def open(self, file: Path, width: int, dark: bool = False) -> None:
+        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.devtools("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("POST", f"{self.path}/url", {"url": file.as_uri()})
+
+    def js(self, script: str):
+        return self.call("POST", f"{self.path}/execute/sync", {"script": script, "args": []})
+
+    def click(self, css: str) -> None:
+        element = self.call("POST", f"{self.path}/element", {"using": "css selector", "value": css})
+        self.call("POST", f"{self.path}/element/{next(iter(element.values()))}/click", {})
+
+    def log(self, kind: str) -> list[dict]:
+        return self.call("POST", f"{self.path}/se/log", {"type": kind})
+
+    def close(self) -> None:
+        try:
+            self.call("DELETE", self.path)
+        finally:
+            self.process.terminate()
+            self.process.wait(timeout=20)
+
+
+@pytest.fixture
+def browser(tmp_path_factory):
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("chromium and chromedriver aren't installed")
+    opened = Browser(tmp_path_factory.mktemp("chromium"))
+    yield opened
+    opened.close()
+
+
+def test_page_in_a_browser(workspace, browser):
+    assert command().exit_code == 0
+    page = (workspace / "reports/index.html").resolve()
+
+    def rows() -> list[str]:
+        return browser.js("return [...document.querySelectorAll('#scores tbody th[scope=row]')].map(e => e.dataset.value)")
+
+    def sorted_by() -> list[str]:
+        heads = "[...document.querySelectorAll('#scores th[aria-sort]')]"
+        return browser.js(f"return {heads}.map(e => e.cellIndex + ' ' + e.getAttribute('aria-sort'))")
+
+    digits = ["digits-iae-lde", "digits-ae-lde", "digits-kmeans", "digits-training-images"]
+    browser.open(page, 1280)
+    assert browser.js("return [...document.images].map(i => i.complete && i.naturalWidth > 0)") == [True] * 10
+    assert rows() == [*digits, "grid-lde"]
+    assert sorted_by() == ["1 descending"]
+    browser.click("#scores thead th:nth-child(2) button")
+    assert rows() == [*digits[::-1], "grid-lde"]
+    assert sorted_by() == ["1 ascending"]
+    browser.click("#scores thead th:nth-child(1) button")
+    assert rows() == [*sorted(digits), "grid-lde"]
+    assert sorted_by() == ["0 ascending"]
+    browser.click("#scores thead th:nth-child(3) button")  # the controls have no such number and stay last
+    assert rows()[:2] == digits[:2]
+    assert sorted_by() == ["2 descending"]
+    browser.click("#scores thead th:nth-child(3) button")
+    assert rows()[:2] == digits[1::-1]
+    assert browser.js("return document.getElementById('sorted').textContent") == "Sorted by Against best control, ascending"
+
+    light = browser.js("return getComputedStyle(document.body).backgroundColor")
+    for width in (1280, 390):
+        for dark in (False, True):
+            browser.open(page, width, dark)
+            # Tables scroll inside their own box, the page itself doesn't.
+            assert browser.js("return document.documentElement.scrollWidth") <= width
+            assert (browser.js("return getComputedStyle(document.body).backgroundColor") != light) == dark
+    assert browser.log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert {url for url in asked if not url.startswith(("data:", "about:", "chrome:"))} == {page.as_uri()}
