@@ -252,7 +252,6 @@ class TrainingSettings:
         check_that(self.gradient_clip >= 0, "gradient_clip", "has to be 0 or more")
         check_that(0 <= self.ema_decay < 1, "ema_decay", "has to lie in [0, 1)")
         check_that(self.checkpoint_minutes > 0, "checkpoint_minutes", "has to be positive")
-        check_that(self.validate_steps >= 0, "validate_steps", "has to be 0 or more")
         check_that(self.shuffle_examples >= 1, "shuffle_examples", "has to be at least 1")
         check_that(self.seed >= 0, "seed", "has to be 0 or more")
 
@@ -282,6 +281,7 @@ class DensitySettings(TrainingSettings):
             `scalar` uses one mean and one scale for all, `none` nothing. The log-determinant is added back in every likelihood.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
             on the speed of the machine.
+        validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.
         shuffle_examples: Codes held in memory for shuffling, in a window of whole files that is drawn from at random.
     """
 
@@ -296,6 +296,7 @@ class DensitySettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_that(self.validate_steps >= 0, "validate_steps", "has to be 0 or more")
         check_that(self.max_minutes >= 0, "max_minutes", "has to be 0 or more")
 
 
