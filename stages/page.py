@@ -242,7 +242,7 @@ def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[
         .render(
             head=head,
             total=duration(sum(s for s, _ in seconds)),
-            total_ran=duration(sum(s for s, how in seconds if how == "ran")),
+            total_ran=duration(sum(s for s, how in seconds if how == "ran") or None),
             known_how=any(state.how for state in states),
             groups=_groups(board),
             sections=list(_sections(params, board)),

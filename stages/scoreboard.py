@@ -224,9 +224,9 @@ def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
 
 
 def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """One to three numbers of each line, under their names in `reports/metrics`, for `dvc metrics show`."""
+    """One to three numbers of each model, under their names in `reports/metrics`, for `dvc metrics show`, which gives each a column."""
     numbers: dict[str, dict[str, float]] = {}
-    for line in board.to_dict("records"):
+    for line in board[board["kind"] == "model"].to_dict("records"):
         name = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
         chosen = {name: line["value"], "test_mse": line["test_mse"], "gap_to_truth": line["gap_to_truth"]}
         if is_missing(line["value"]):

@@ -184,6 +184,7 @@ def test_headline_is_short_and_free_of_times(workspace):
     assert numbers["digits-ae-lde"] == {"parzen_test_log_likelihood": 257.7, "test_mse": 0.02}
     assert numbers["grid-lde"] == {"test_log_likelihood": -3.3, "gap_to_truth": 0.2}
     assert all(1 <= len(scores) <= 3 for scores in numbers.values())
+    assert set(numbers) == {"digits-ae-lde", "digits-iae-lde", "grid-lde"}
 
 
 def test_a_density_without_likelihood_is_shown(workspace):
