@@ -256,6 +256,45 @@ def test_file_round_trip(name, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "density.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fast_products_equal_plain_ones(name, monkeypatch):
+    """float32 by oneDNN with fused activations, against MKL without, and against float64."""
+    results = []
+    for kind in ("double", "plain", "fast"):
+        density = make(9, **VARIANTS[name])
+        z = codes(20, 9)
+        if kind != "double":
+            density, z = density.float(), z.float()
+        with monkeypatch.context() as patch:
+            if kind == "plain":
+                patch.setattr("pipeline.densities.convolution._onednn", None)
+            value = density.log_prob(z)
+            value.sum().backward()
+            samples = density.sample(5, torch.Generator().manual_seed(0)).double() if kind != "double" else None
+        results.append(([p.grad.double() for p in density.parameters()], value.double(), samples))
+    (exact, value, _), *others = results
+    for gradients, other, _ in others:
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-4)
+        for a, b in zip(gradients, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * (1 + b.abs().max().item()))
+    torch.testing.assert_close(results[1][2], results[2][2], rtol=1e-3, atol=1e-3)
+
+
+def test_mixed_precision_stays_near():
+    density = LatentDensityEstimator(8, 5)
+    z = codes(50, 8).float()
+    exact = density.loss(z)
+    exact.backward()
+    gradient = density.layers[1].weight.grad.clone()
+    density.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = density.loss(z)
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), abs=0.02)
+    rough.backward()
+    torch.testing.assert_close(density.layers[1].weight.grad, gradient, rtol=0, atol=0.05 * gradient.abs().max().item())
+
+
 def test_casts():
     density = make(6)
     z = codes(4, 6)

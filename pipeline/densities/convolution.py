@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled)
+    return _onednn is not None and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:
@@ -88,6 +88,13 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return a.T @ b
 
 
+def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in the type that mixed precision asks for, where it is on."""
+    device = tensors[0].device.type
+    asked = torch.is_autocast_enabled(device)
+    return (tensor.to(torch.get_autocast_dtype(device)) if asked else tensor for tensor in tensors)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -111,7 +118,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         tensor([[3.],
                 [3.]])
     """
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], len(bias))
 
 
@@ -178,5 +187,7 @@ def causal_convolution(
         >>> causal_convolution(x, torch.tensor([-1.0]), torch.ones(2, 1, 1), torch.zeros(1), dilation=2).flatten()
         tensor([0., 1., 4.])
     """
-    y: Tensor = _CausalConvolution.apply(x, padding, weight, bias, dilation, activation)
+    x, padding, weight, bias = _autocast(x, padding, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _CausalConvolution.apply(x, padding, weight, bias, dilation, activation)
     return y

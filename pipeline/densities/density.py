@@ -70,9 +70,7 @@ class Density(nn.Module):
 
     def _log_prob(self, z: Tensor) -> Tensor:
         """Log-density (B,) in nats of standardised codes (B, D)."""
-        raise PipelineError(
-            f"'{self.family}' has no likelihood, it can only be sampled from; ask for a Parzen score of its samples"
-        )
+        raise PipelineError(f"'{self.family}' has no likelihood; ask for a Parzen score of its samples instead")
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
         """Standardised samples (n, D), for n up to `sample_chunk_examples`."""

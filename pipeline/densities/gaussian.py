@@ -82,7 +82,8 @@ class Gaussian(Density):
         mean = first / count
         covariance = second / count - torch.outer(mean, mean) + self.ridge * torch.eye(self.dim)
         cholesky, failed = torch.linalg.cholesky_ex(covariance)
-        if failed or not torch.isfinite(cholesky).all():
+        # What is left of a dimension's variance given those before it: nothing but rounding, where it follows from them.
+        if failed or not (cholesky.diagonal().square() > 1e-12 * covariance.diagonal()).all():
             raise DataError(
                 f"{count} training codes of {self.dim} dimensions have a singular covariance; "
                 "set `ridge` (1e-6, say) or take more codes"

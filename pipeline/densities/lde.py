@@ -252,9 +252,7 @@ class LatentDensityEstimator(Density):
             for layer, (inputs, filters) in enumerate(itertools.pairwise(channels))
         )
         self.head = nn.Linear(channels[-1], 3 * components)
-        with torch.no_grad():  # means spread like N(0, 1), which standardised codes resemble
-            levels = (torch.arange(components) + 0.5) / components
-            self.head.bias.copy_(torch.cat([torch.zeros(components), torch.special.ndtri(levels), torch.zeros(components)]))
+        self.head.bias.data = mixtures.initial_bias(components)
         # Few enough to stay in the cache between two layers (8 MB each); while drawing, as many as make good matrix products
         # of one position at a time, with at most 256 MB of inputs kept.
         self.chunk_examples = max(32, 2**21 // (dim * channels[-1]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["draw", "log_likelihood", "unpack"]
+__all__ = ["draw", "initial_bias", "log_likelihood", "unpack"]
 
 BLOCK_NUMBERS = 2**16  # of outputs worked on at once: they stay in a core's cache
 
@@ -18,6 +18,12 @@ def unpack(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, means and log standard deviations, each with shape (*, K), of outputs with shape (*, 3K)."""
     logits, means, log_scales = outputs.chunk(3, dim=-1)
     return logits, means, log_scales
+
+
+def initial_bias(components: int) -> Tensor:
+    """Outputs (3K) of equal weights, means spread like N(0, 1), which standardised codes resemble, and scales of 1."""
+    levels = (torch.arange(components) + 0.5) / components
+    return torch.cat([torch.zeros(components), torch.special.ndtri(levels), torch.zeros(components)])
 
 
 class _LogLikelihood(torch.autograd.Function):
@@ -78,6 +84,7 @@ def log_likelihood(outputs: Tensor, x: Tensor) -> Tensor:
         >>> log_likelihood(torch.zeros(1, 6), torch.tensor([1.0]))
         tensor([-1.4189])
     """
+    outputs = outputs.to(x.dtype)  # mixed precision ends here
     value: Tensor = _LogLikelihood.apply(outputs.reshape(-1, outputs.shape[-1]), x.reshape(-1))
     return value.view(x.shape)
 

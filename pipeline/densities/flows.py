@@ -1,0 +1,128 @@
+"""Normalising flows, by zuko: MAF, Real NVP, NSF and NAF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Generator, Tensor
+
+from pipeline.densities.density import Density, own_settings, standard_normal
+from pipeline.errors import DataError
+from pipeline.settings import DensitySettings, check_that
+
+__all__ = ["NormalisingFlow", "Settings", "build"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings):
+    """A normalising flow: `maf`, `realnvp`, `nsf` or `naf`.
+
+    Attributes:
+        transforms: Transformations, one after another.
+        hidden: Units of the hidden layers of each transformation's network.
+        residual: Whether layers of equal width become residual blocks (not for `realnvp`).
+        bins: Bins of the splines (`nsf`).
+        coupling: Whether splines are coupled, which makes sampling fast, instead of autoregressive (`nsf`).
+        signal: Features that an autoregressive network passes to the monotonic one (`naf`).
+    """
+
+    transforms: int = 5
+    hidden: tuple[int, ...] = (256, 256)
+    residual: bool = False
+    bins: int = 8
+    coupling: bool = False
+    signal: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("maf", "naf", "nsf", "realnvp")
+        check_that(self.family in known, "family", f"has to be one of {', '.join(known)}")
+        check_that(self.transforms >= 1, "transforms", "has to be at least 1")
+        check_that(len(self.hidden) > 0 and min(self.hidden) >= 1, "hidden", "has to list numbers of at least 1")
+        check_that(self.bins >= 2, "bins", "has to be at least 2")
+        check_that(self.signal >= 1, "signal", "has to be at least 1")
+
+
+class NormalisingFlow(Density):
+    r"""A normalising flow, :math:`\log p(z) = \log \mathcal{N}(f(z); 0, I) + \log |\det \partial f / \partial z|`.
+
+    References:
+        | Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017)
+        | https://arxiv.org/abs/1705.07057
+        | Density estimation using Real NVP (Dinh et al., 2016)
+        | https://arxiv.org/abs/1605.08803
+        | Neural Spline Flows (Durkan et al., 2019)
+        | https://arxiv.org/abs/1906.04032
+        | Neural Autoregressive Flows (Huang et al., 2018)
+        | https://arxiv.org/abs/1804.00779
+
+    Arguments:
+        dim: The number of dimensions :math:`D`.
+        family: `maf`, `realnvp`, `nsf` or `naf`.
+        transforms: The number of transformations.
+        hidden: The numbers of units of the hidden layers.
+        residual: Whether layers of equal width become residual blocks.
+        bins: The number of bins of splines.
+        coupling: Whether splines are coupled instead of autoregressive.
+        signal: The number of features passed to a monotonic network.
+
+    Example:
+        >>> import torch
+        >>> NormalisingFlow(8, "nsf", transforms=2, hidden=[16]).log_prob(torch.zeros(3, 8)).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        family: str = "maf",
+        transforms: int = 5,
+        hidden: Sequence[int] = (256, 256),
+        residual: bool = False,
+        bins: int = 8,
+        coupling: bool = False,
+        signal: int = 16,
+    ) -> None:
+        from zuko import flows
+
+        super().__init__(
+            dim,
+            family=family,
+            transforms=transforms,
+            hidden=list(hidden),
+            residual=residual,
+            bins=bins,
+            coupling=coupling,
+            signal=signal,
+        )
+        self.family = family
+        common: dict[str, Any] = {"features": dim, "transforms": transforms, "hidden_features": tuple(hidden)}
+        if family == "realnvp":
+            if dim == 1:
+                raise DataError("'realnvp' couples dimensions, and these codes have only one; choose another family")
+            self.flow = flows.RealNVP(**common)
+        elif family == "nsf":
+            self.flow = flows.NSF(**common, residual=residual, bins=bins, passes=2 if coupling else None)
+        elif family == "naf":
+            self.flow = flows.NAF(**common, residual=residual, signal=signal)
+        else:
+            self.flow = flows.MAF(**common, residual=residual)
+        self.chunk_examples = self.sample_chunk_examples = 1024
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        value: Tensor = self.flow().log_prob(z)
+        return value
+
+    def _sample(self, n: int, generator: Generator | None) -> Tensor:
+        z: Tensor = self.flow().transform.inv(standard_normal((n, self.dim), self.shift, generator))
+        return z
+
+
+Model = NormalisingFlow
+
+
+def build(settings: Settings, dim: int) -> NormalisingFlow:
+    """The density that a row of `densities` describes."""
+    return NormalisingFlow(dim, family=settings.family, **own_settings(settings))

@@ -1,0 +1,141 @@
+"""Generative moment matching network: noise to codes, by maximum mean discrepancy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from pipeline.densities.density import Density, own_settings, uniform
+from pipeline.settings import DensitySettings, check_that
+
+__all__ = ["MomentMatchingNetwork", "Settings", "build", "squared_discrepancy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings):
+    """A generative moment matching network; it has no likelihood.
+
+    Attributes:
+        noise_dim: Dimensions of the uniform noise.
+        hidden: Units of the hidden layers.
+        bandwidths: Bandwidths of the Gaussian kernels, which are added up, in units of sqrt(D) standardised units.
+        output: `linear`, or `sigmoid` for codes in -10..10, of which -5..5 becomes 0.25..0.75 (with `standardise: none`).
+    """
+
+    batch_size: int = 1000  # the discrepancy is estimated within a batch
+    noise_dim: int = 10
+    hidden: tuple[int, ...] = (64, 256, 256, 784)
+    bandwidths: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    output: Literal["linear", "sigmoid"] = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.noise_dim >= 1, "noise_dim", "has to be at least 1")
+        check_that(all(h >= 1 for h in self.hidden), "hidden", "have to be at least 1")
+        check_that(len(self.bandwidths) > 0 and min(self.bandwidths) > 0, "bandwidths", "have to be positive numbers")
+
+
+def squared_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
+    r"""Squared maximum mean discrepancy of two samples, with the kernel :math:`k = \sum_h \exp(-\|x - y\|^2 / (2 h^2))`.
+
+    .. math:: \frac{1}{N^2} \sum_{i,j} k(x_i, x_j) - \frac{2}{NM} \sum_{i,j} k(x_i, y_j) + \frac{1}{M^2} \sum_{i,j} k(y_i, y_j)
+
+    References:
+        | Generative Moment Matching Networks (Li et al., 2015)
+        | https://arxiv.org/abs/1502.02761
+
+    Arguments:
+        x: A sample, with shape (N, D).
+        y: Another, with shape (M, D).
+        bandwidths: The bandwidths :math:`h`.
+
+    Returns:
+        The squared discrepancy, with shape (), 0 for equal samples.
+
+    Example:
+        >>> squared_discrepancy(torch.zeros(1, 1), torch.ones(1, 1), [1.0])
+        tensor(0.7869)
+    """
+    both = torch.cat([x, y])
+    signs = torch.cat([x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), -1 / len(y))])
+    squares = both.square().sum(dim=1)
+    distances = (squares[:, None] + squares - 2 * both @ both.T).clamp_min(0)
+    return sum((signs @ torch.exp(distances / (-2 * h * h)) @ signs for h in bandwidths), start=x.new_zeros(()))
+
+
+class MomentMatchingNetwork(Density):
+    r"""A generative moment matching network (GMMN), :math:`z = f(u)` with :math:`u` from :math:`\mathcal{U}(-1, 1)`.
+
+    It is trained on the root of the squared maximum mean discrepancy, and can only be sampled from.
+
+    References:
+        | Generative Moment Matching Networks (Li et al., 2015)
+        | https://arxiv.org/abs/1502.02761
+
+    Arguments:
+        dim: The number of dimensions :math:`D`.
+        noise_dim: The number of dimensions of the noise.
+        hidden: The numbers of units of the hidden layers.
+        bandwidths: The bandwidths of the kernels, in units of :math:`\sqrt{D}`.
+        output: `linear` or `sigmoid`.
+
+    Example:
+        >>> MomentMatchingNetwork(8).sample(3).shape
+        torch.Size([3, 8])
+        >>> MomentMatchingNetwork(8).log_prob(torch.zeros(1, 8))
+        Traceback (most recent call last):
+        ...
+        pipeline.errors.PipelineError: 'gmmn' has no likelihood; ask for a Parzen score of its samples instead
+    """
+
+    family = "gmmn"
+    has_log_prob = False
+
+    def __init__(
+        self,
+        dim: int,
+        noise_dim: int = 10,
+        hidden: Sequence[int] = (64, 256, 256, 784),
+        bandwidths: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0),
+        output: str = "linear",
+    ) -> None:
+        super().__init__(dim, noise_dim=noise_dim, hidden=list(hidden), bandwidths=list(bandwidths), output=output)
+        self.noise_dim, self.output = noise_dim, output
+        self.bandwidths = [h * math.sqrt(dim) for h in bandwidths]
+        self.network = nn.Sequential()
+        for inputs, outputs in itertools.pairwise((noise_dim, *hidden)):
+            self.network.extend([nn.Linear(inputs, outputs), nn.ReLU()])
+        self.network.append(nn.Linear((noise_dim, *hidden)[-1], dim))
+
+    def _generate(self, n: int, generator: Generator | None) -> Tensor:
+        codes: Tensor = self.network(2 * uniform((n, self.noise_dim), self.shift, generator) - 1)
+        return 20 * (torch.sigmoid(codes) - 0.5) if self.output == "sigmoid" else codes
+
+    def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+        """Root of the squared maximum mean discrepancy between the batch and as many samples, in standardised units.
+
+        Arguments:
+            z: The codes in the units of the data, with shape (B, D).
+            generator: Source of the samples' noise.
+        """
+        samples = self._generate(len(z), generator)
+        with torch.autocast(z.device.type, enabled=False):  # a small difference of large sums
+            value = squared_discrepancy(self._standardised(z), samples.to(z.dtype), self.bandwidths)
+        return value.clamp_min(1e-12).sqrt()
+
+    def _sample(self, n: int, generator: Generator | None) -> Tensor:
+        return self._generate(n, generator)
+
+
+Model = MomentMatchingNetwork
+
+
+def build(settings: Settings, dim: int) -> MomentMatchingNetwork:
+    """The density that a row of `densities` describes."""
+    return MomentMatchingNetwork(dim, **own_settings(settings))

@@ -1,0 +1,350 @@
+"""The protocol that all densities share, family by family."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pipeline.densities import ALIASES, Density, load_density, mixtures
+from pipeline.densities.flows import NormalisingFlow
+from pipeline.densities.gaussian import Gaussian
+from pipeline.densities.gmm import GaussianMixture
+from pipeline.densities.gmmn import MomentMatchingNetwork, squared_discrepancy
+from pipeline.densities.made_mog import MadeMog
+from pipeline.densities.prior import Prior
+from pipeline.densities.rnade import Rnade
+from pipeline.errors import DataError, PipelineError, SettingsError
+from pipeline.settings import Params, implementation
+
+SMALL = {
+    "lde": {"components": 3},
+    "gmmn": {"hidden": [16, 16]},
+    "gaussian": {},
+    "gmm": {"components": [1, 3]},
+    "rnade": {"components": 3, "hidden": 16},
+    "made-mog": {"components": 3, "hidden": [16, 16]},
+    "maf": {"transforms": 2, "hidden": [16]},
+    "realnvp": {"transforms": 2, "hidden": [16]},
+    "nsf": {"transforms": 2, "hidden": [16]},
+    "naf": {"transforms": 1, "hidden": [16], "signal": 4},
+    "prior": {},
+}
+AUTOREGRESSIVE = {
+    "rnade": lambda dim: Rnade(dim, components=3, hidden=16),
+    "made-mog": lambda dim: MadeMog(dim, components=3, hidden=[16, 16]),
+}
+
+
+def build(family: str, dim: int = 2, **settings) -> Density:
+    row = {"codes": "points", "dataset": "points", "family": family, **SMALL[family], **settings}
+    module = implementation("pipeline.densities", family, "family")
+    from pipeline.settings import build as build_settings
+
+    return module.build(build_settings(module.Settings, row, "densities.row"), dim)
+
+
+def banana(n: int, seed: int = 0) -> torch.Tensor:
+    """Points around a parabola, far from zero and in unequal units."""
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, n, generator=generator)
+    return torch.stack([20 + 5 * x, 0.3 * (x.square() + 0.3 * noise)], dim=1)
+
+
+def fit(density: Density, codes: torch.Tensor, steps: int = 150) -> list[float]:
+    if density.family != "prior":
+        density.standardise(codes.mean(0), codes.std(0))
+    if not density.trained_by_gradient:
+        density.estimate(lambda: codes.split(100), codes[:200], seed=0)
+        return []
+    optimizer = torch.optim.Adam(density.parameters(), 5e-3)
+    losses = []
+    for step in range(steps):
+        batch = codes[(100 * step) % len(codes) :][:100]
+        optimizer.zero_grad()
+        loss = density.loss(batch, torch.Generator().manual_seed(step))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    density.eval()
+    return losses
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_fits_scores_samples_saves_and_loads(family, tmp_path):
+    torch.manual_seed(0)
+    codes = banana(1000)
+    density = build(family)
+    losses = fit(density, codes)
+    assert not losses or np.mean(losses[-10:]) < 0.9 * np.mean(losses[:3])
+    density.save(tmp_path / "density.safetensors")
+    state = torch.get_rng_state()
+    loaded = load_density(tmp_path / "density.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(loaded) is type(density)
+    assert loaded.family == family
+    assert not loaded.training
+    assert loaded.parameter_count == density.parameter_count
+    draws = [d.sample(50, torch.Generator().manual_seed(1)) for d in (density, loaded)]
+    assert torch.equal(*draws)
+    assert draws[0].shape == (50, 2)
+    assert torch.isfinite(draws[0]).all()
+    if density.has_log_prob:
+        assert torch.equal(density(codes[:20]), loaded.log_prob(codes[:20]))
+    else:
+        with pytest.raises(PipelineError, match="'gmmn' has no likelihood; ask for a Parzen score"):
+            loaded.log_prob(codes)
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "density.safetensors").read_bytes()
+    if family != "prior":
+        # The fitted families know where the codes lie.
+        samples = loaded.sample(1000, torch.Generator().manual_seed(2))
+        assert ((samples.mean(0) - codes.mean(0)).abs() < 0.4 * codes.std(0)).all()
+
+
+@pytest.mark.parametrize("family", [f for f in SMALL if f not in ("gmmn", "realnvp")])
+def test_one_dimension(family):
+    torch.manual_seed(0)
+    density = build(family, dim=1)
+    fit(density, banana(200)[:, :1], steps=3)
+    grid = torch.linspace(-80, 120, 20001)[:, None]
+    with torch.no_grad():
+        assert torch.trapezoid(density.log_prob(grid).exp(), grid[:, 0]).item() == pytest.approx(1, abs=2e-3)
+    assert density.sample(5).shape == (5, 1)
+
+
+@pytest.mark.parametrize("family", [f for f in SMALL if f not in ("gmmn", "naf")])
+def test_density_integrates_to_one_and_samples_follow_it(family):
+    torch.manual_seed(0)
+    codes = banana(1000)
+    density = build(family).double()
+    if family == "prior":
+        codes = torch.randn(1000, 2)
+    fit(density, codes.double(), steps=30)
+    generator = torch.Generator().manual_seed(0)
+    samples = density.sample(20_000, generator)
+    # Importance weights from a wide Student t.
+    proposal = torch.distributions.StudentT(4, samples.mean(0), 1.5 * samples.std(0))
+    z = proposal.sample((60_000,))
+    with torch.no_grad():
+        weights = (density.log_prob(z) - proposal.log_prob(z).sum(1)).exp()
+    assert weights.mean().item() == pytest.approx(1, abs=0.04)
+    mean = weights @ z / weights.sum()
+    assert ((samples.mean(0) - mean).abs() < 0.05 * samples.std(0)).all()
+    std = (weights @ (z - mean).square() / weights.sum()).sqrt()
+    torch.testing.assert_close(samples.std(0), std, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("family", AUTOREGRESSIVE)
+def test_rivals_are_autoregressive(family):
+    torch.manual_seed(0)
+    for dim in (1, 2, 5, 9):
+        density = AUTOREGRESSIVE[family](dim).double()
+        z = torch.randn(4, dim, dtype=torch.float64)
+        gradients = torch.autograd.functional.jacobian(lambda z: _each(density, z).sum(0), z).abs().sum(1)  # noqa: B023
+        assert torch.equal(gradients > 0, torch.ones(dim, dim).tril().bool())
+
+
+def _each(density: Density, z: torch.Tensor) -> torch.Tensor:
+    """log p(z_i | z_<i), with shape (B, D): by the difference that cutting the tail off makes."""
+    recorded = []
+    original = mixtures.log_likelihood
+    mixtures.log_likelihood = lambda outputs, x: recorded.append(original(outputs, x)) or recorded[-1]
+    try:
+        density._log_prob(z)
+    finally:
+        mixtures.log_likelihood = original
+    return recorded[0] if recorded[0].shape == z.shape else recorded[0].T
+
+
+def test_mixtures_equal_torch_distributions():
+    torch.manual_seed(0)
+    outputs = torch.randn(7, 5, 12, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    logits, means, log_scales = mixtures.unpack(outputs)
+    expected = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(logits=logits), torch.distributions.Normal(means, log_scales.exp())
+    ).log_prob(x)
+    torch.testing.assert_close(mixtures.log_likelihood(outputs, x), expected)
+    assert torch.autograd.gradcheck(mixtures.log_likelihood, (outputs[:2], x[:2]))
+
+
+def test_mixture_draws_are_inverse_cumulative_weights():
+    outputs = torch.tensor([0.2, 0.5, 0.3]).log()
+    outputs = torch.cat([outputs, torch.tensor([-10.0, 0.0, 10.0]), torch.full((3,), -20.0)]).expand(10_000, 9)
+    levels = torch.linspace(0, 1, 10_001)[:-1]
+    draws = mixtures.draw(outputs, levels, torch.randn(10_000))
+    torch.testing.assert_close(
+        draws.round().unique(return_counts=True)[1] / 1e4, torch.tensor([0.2, 0.5, 0.3]), atol=2e-4, rtol=0
+    )
+    assert (draws.diff() > -1).all()  # ascending with the level
+
+
+def test_gaussian_is_the_closed_form():
+    codes = banana(500).double()
+    density = Gaussian(2).double()
+    density.standardise(codes.mean(0), codes.std(0))
+    density.estimate(lambda: codes.split(77), codes)
+    mean, covariance = codes.mean(0).numpy(), np.cov(codes.numpy().T, ddof=0)
+    expected = stats.multivariate_normal(mean, covariance).logpdf(codes.numpy())
+    np.testing.assert_allclose(density.log_prob(codes).numpy(), expected, rtol=1e-9)
+    # Mean log-likelihood at the maximum: -D/2 (1 + log 2 pi) - log det / 2.
+    best = -(1 + math.log(2 * math.pi)) - 0.5 * np.linalg.slogdet(covariance)[1]
+    assert density.log_prob(codes).mean().item() == pytest.approx(best)
+
+
+def test_singular_covariance_is_refused():
+    x = torch.randn(50, 1)
+    density = Gaussian(2)
+    with pytest.raises(DataError, match="singular covariance; set `ridge`"):
+        density.estimate(lambda: [torch.cat([x, x], dim=1)], torch.zeros(0, 2))
+    ridged = Gaussian(2, ridge=1e-3)
+    ridged.estimate(lambda: [torch.cat([x, x], dim=1)], torch.zeros(0, 2))
+    assert torch.isfinite(ridged.log_prob(torch.zeros(1, 2)))
+
+
+def test_gaussian_mixture_is_the_closed_form():
+    torch.manual_seed(0)
+    codes = banana(600).double()
+    density = GaussianMixture(2, components=[4]).double()
+    density.standardise(codes.mean(0), codes.std(0))
+    density.estimate(lambda: codes.split(100), codes)
+    precisions = density.whitening @ density.whitening.mT
+    total = torch.zeros(len(codes)).double()
+    standardised = (codes - codes.mean(0)) / codes.std(0)
+    for k in range(4):
+        covariance = torch.linalg.inv(precisions[k]).numpy()
+        pdf = stats.multivariate_normal(density.means[k].numpy(), covariance).pdf(standardised.numpy())
+        total += density.log_weights[k].exp() * torch.from_numpy(pdf)
+    torch.testing.assert_close(density.log_prob(codes), total.log() - codes.std(0).log().sum())
+
+
+def test_gaussian_mixture_chooses_by_validation():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[-10.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    codes = centres.repeat(100, 1) + torch.randn(300, 2, generator=generator)
+    density = GaussianMixture(2, components=[1, 3, 100])
+    density.estimate(lambda: [codes], codes[::3] + 0.5)
+    assert density.arguments["components"] == [3]
+    assert density.parameter_count == 3 * (1 + 2 + 3) - 1
+    few = GaussianMixture(2, components=[3], max_examples=60)
+    few.estimate(lambda: codes.split(7), codes, seed=1)
+    torch.testing.assert_close(few.means[few.means.sum(1).argsort()], centres, atol=1, rtol=0)
+    with pytest.raises(DataError, match="2 training codes are too few for a mixture of 3 Gaussians"):
+        GaussianMixture(2, components=[3]).estimate(lambda: [codes[:2]], codes)
+
+
+def test_priors():
+    z = banana(20).double()
+    expected = stats.multivariate_normal(np.zeros(2), np.eye(2)).logpdf(z.numpy())
+    np.testing.assert_allclose(Prior(2).double().log_prob(z).numpy(), expected)
+    both = [stats.multivariate_normal(np.full(2, m), np.eye(2)).pdf(z.numpy() - 3) for m in (-3, 3)]
+    np.testing.assert_allclose(Prior(2, "two-normals").double().log_prob(z - 3).numpy(), np.log(0.5 * sum(both)))
+    samples = Prior(3, "two-normals").sample(4000, torch.Generator().manual_seed(0))
+    sides = (samples > 0).sum(1)
+    assert ((sides == 0) | (sides == 3)).float().mean() > 0.98
+    with pytest.raises(PipelineError, match="fixed in the units of the codes"):
+        Prior(2).standardise(torch.zeros(2), torch.ones(2))
+    with pytest.raises(SettingsError, match="standardise: has to be 'none'"):
+        build("prior", standardise="scalar")
+
+
+def test_discrepancy_equals_its_sum():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3).double(), torch.randn(9, 3).double() + 1
+    k = lambda a, b: sum(torch.exp(-torch.cdist(a, b).square() / (2 * h * h)) for h in (0.5, 2.0))  # noqa: E731
+    expected = k(x, x).mean() - 2 * k(x, y).mean() + k(y, y).mean()
+    torch.testing.assert_close(squared_discrepancy(x, y, (0.5, 2.0)), expected)
+    assert squared_discrepancy(x, x, (0.5, 2.0)).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_gmmn_of_the_paper_and_its_sigmoid():
+    density = MomentMatchingNetwork(2)
+    widths = [m.out_features for m in density.network if isinstance(m, torch.nn.Linear)]
+    assert widths == [64, 256, 256, 784, 2]
+    assert density.network[0].in_features == 10
+    density = MomentMatchingNetwork(2, output="sigmoid")
+    density.network[-1].weight.data.zero_()
+    density.network[-1].bias.data = torch.logit(torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(density.sample(1), torch.tensor([[-5.0, 5.0]]))
+
+
+def test_chunks_change_nothing():
+    for family in ("gmm", "rnade", "maf", "gaussian"):
+        density = build(family, dim=3).eval()
+        z = torch.randn(10, 3)
+        with torch.no_grad():
+            whole = density.log_prob(z)
+            density.chunk_examples = 3
+            torch.testing.assert_close(density.log_prob(z), whole)
+    density.sample_chunk_examples = 4
+    assert density.sample(10).shape == (10, 3)
+    assert density.sample(0).shape == (0, 3)
+
+
+def test_sampling_restores_the_mode():
+    density = build("lde", normalisation="batch").train()
+    before = {k: v.clone() for k, v in density.state_dict().items()}
+    density.sample(5)
+    assert density.training
+    assert all(torch.equal(v, before[k]) for k, v in density.state_dict().items())
+
+
+def test_words_for_wrong_input(tmp_path):
+    density = build("gaussian", dim=3)
+    with pytest.raises(DataError, match=r"expected codes with shape \(B, 3\), got \(5, 2\)"):
+        density.log_prob(torch.zeros(5, 2))
+    with pytest.raises(DataError, match="dimension 1, 2"):
+        density.standardise(torch.zeros(3), torch.tensor([1.0, 0.0, math.nan]))
+    with pytest.raises(PipelineError, match="trained by gradient"):
+        build("lde").estimate(lambda: [torch.zeros(1, 2)], torch.zeros(1, 2))
+    with pytest.raises(PipelineError, match="at least 1 dimension"):
+        Gaussian(0)
+    with pytest.raises(DataError, match="only one; choose another family"):
+        NormalisingFlow(1, "realnvp")
+    with pytest.raises(DataError, match="missing; run the stage"):
+        load_density(tmp_path / "none.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(DataError, match="isn't a saved density"):
+        load_density(tmp_path / "torn.safetensors")
+    density.save(tmp_path / "density.safetensors")
+    with pytest.raises(DataError, match="family 'gaussian', which isn't a Rnade"):
+        Rnade.load(tmp_path / "density.safetensors")
+    whole = (tmp_path / "density.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(DataError, match=r"cut.safetensors isn't a saved density"):
+        load_density(tmp_path / "cut.safetensors")
+
+
+def test_settings_name_the_row():
+    def row(**values):
+        tables = {
+            "datasets": {"points": {"source": "grid", "root": "pipeline/sources/grid.py"}},
+            "autoencoders": {"points": {"dataset": "points", "objective": "identity"}},
+            "densities": {"points-d": {"codes": "points", "dataset": "points", **values}},
+        }
+        return Params(tables).density("points-d")
+
+    assert row(family="nsf").family == "nsf"
+    for values, message in [
+        ({"family": "lde", "components": 0}, "densities.points-d.components: has to be at least 1"),
+        ({"family": "lde", "blocks": "residual"}, "densities.points-d.width: has to be set for residual blocks"),
+        ({"family": "gmm", "components": [5, 2]}, "densities.points-d.components: have to ascend"),
+        ({"family": "maff"}, "did you mean 'maf'"),
+        ({"family": "flows"}, "densities.points-d.family"),
+        ({"family": "made-mog", "hidden": []}, "densities.points-d.hidden: has to list"),
+        ({"family": "rnade", "hiden": 3}, "did you mean 'hidden'"),
+    ]:
+        with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
+            row(**values)
+
+
+def test_package_imports_without_torch():
+    code = "import sys, pipeline.densities; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert set(ALIASES) < set(SMALL)
