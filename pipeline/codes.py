@@ -178,6 +178,8 @@ class CodeReader:
         dim = self.index.dim
         if dim < 1 or not len(self.index.mean) == len(self.index.std) == dim or min(self.index.std) < 0:
             raise DataError(f"{path}: dim, mean and std don't agree; run extract again")
+        if self.index.value_range is not None and len(self.index.value_range) != 2:
+            raise DataError(f"{path}: value_range isn't a pair; run extract again")
         for split in SPLITS:
             for number, part in enumerate(self.index.parts(split)):
                 if part.name != f"{split}-{number:06d}.safetensors":

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from pipeline.codes import CodeReader
 from pipeline.densities import Density
+from pipeline.errors import DataError
+from pipeline.evaluation.features import FeatureNetwork, extract_features
+from pipeline.evaluation.interpolation import InterpolationCurve, draw_pairs, log_likelihood_curve
 from pipeline.evaluation.moments import GroupedMoments, Moments
 from pipeline.evaluation.parzen import ParzenScore, ParzenSums, merge, partial_sums, select_bandwidth
 from pipeline.fitting import score_codes
 from pipeline.ranks import Ranks
-from pipeline.settings import ParzenSettings
+from pipeline.settings import InterpolationSettings, ParzenSettings, QualitySettings
 from pipeline.shards import ShardReader, scale_pixels
 
-__all__ = ["Parzen", "grid_scores", "parzen_samples", "parzen_score", "test_log_likelihood", "unit_blocks"]
+__all__ = [
+    "Parzen",
+    "feature_network",
+    "grid_scores",
+    "interpolation_curves",
+    "interpolation_pairs",
+    "parzen_samples",
+    "parzen_score",
+    "quality_scores",
+    "test_codes",
+    "test_log_likelihood",
+    "unit_blocks",
+]
 
 Blocks = Callable[[], Iterator[np.ndarray]]
+
+INTERPOLATED = 20_000  # test codes that pairs are drawn from, at most, the first of the split
+CURVE_WEIGHTS = tuple(i / 10 for i in range(11))
 
 
 def unit_blocks(reader: ShardReader, split: str, limit: int = 0) -> Blocks:
@@ -108,6 +128,8 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool) -> 
         if grouped:
             groups.update(values, block["labels"])
     mean, error, count = moments.result()
+    if not np.isfinite(mean):
+        raise DataError(f"the mean log-likelihood of the test codes is {mean}: the density has diverged; fit it again")
     scores: dict[str, float] = {"test_log_likelihood": mean, "test_log_likelihood_se": error, "test_scored": float(count)}
     scores |= {"test_log_likelihood_per_dimension": mean / codes.index.dim}
     if grouped:
@@ -134,3 +156,134 @@ def grid_scores(samples: Iterable[np.ndarray], test: Iterable[np.ndarray], half_
         inside += int(dropped_box(block).sum())
         total += len(block)
     return {"truth_test_log_likelihood": truth.mean, "samples_in_dropped_box": inside / total}
+
+
+# Quality of images in a feature space -------------------------------------------------------------------------------
+
+
+def feature_network(settings: QualitySettings, reader: ShardReader) -> FeatureNetwork:
+    """The network whose features images of a data set are compared by.
+
+    Arguments:
+        settings: Which network, and where its weights come from.
+        reader: Shards of the data set; the classifier is trained on its labelled training images.
+
+    Raises:
+        DataError: When there are no labels for the classifier, or no weights where they should be.
+    """
+    from pipeline.evaluation import features
+
+    if settings.network == "inception":
+        return features.inception_network(settings.weights or "")
+    if settings.network == "vgg19":
+        from pipeline.autoencoders.perceptual import vgg19_weights
+
+        return features.vgg19_network(vgg19_weights(settings.weights or ""))
+
+    def labelled() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        left = settings.classifier_examples
+        for block in reader.blocks("train"):
+            if "labels" not in block:
+                raise DataError("quality.network: the images have no labels to train the classifier on; use vgg19 or inception")
+            yield scale_pixels(block["examples"], (0.0, 1.0))[:left], block["labels"][:left]
+            left -= len(block["labels"])
+            if left <= 0:
+                return
+
+    classes = len(reader.index.label_names or ()) or 1 + max(int(labels.max()) for _, labels in labelled())
+    classifier = features.train_classifier(labelled, classes, settings.seed, settings.classifier_epochs)
+    return features.classifier_network(classifier)
+
+
+def quality_scores(
+    samples: Iterable[np.ndarray], reader: ShardReader, network: FeatureNetwork, settings: QualitySettings
+) -> dict[str, float]:
+    """KID, FID, precision, recall, density and coverage of samples against all test images.
+
+    Memory holds a block of images, and features.
+
+    Arguments:
+        samples: Blocks of samples in 0..1, each with shape (n, C, H, W).
+        reader: Shards of the data set.
+        network: As made by `feature_network`.
+        settings: The protocol.
+    """
+    from pipeline.evaluation.quality import score
+
+    real = extract_features(network, unit_blocks(reader, "test")())
+    drawn = extract_features(network, samples)
+    return score(network.name, real, drawn, settings.seed, settings.neighbours).metrics()
+
+
+# Interpolation of codes ---------------------------------------------------------------------------------------------
+
+
+def test_codes(codes: CodeReader) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+    """The first test codes with shape (N, D), and their labels with shape (N,) where there are at least two different ones."""
+    blocks = list(codes.blocks("test", INTERPOLATED))
+    values = np.concatenate([block["codes"] for block in blocks])
+    if not all("labels" in block for block in blocks):
+        return values, None
+    labels = np.concatenate([block["labels"] for block in blocks])
+    return values, labels if len(np.unique(labels)) > 1 else None
+
+
+def interpolation_curves(
+    density: Density,
+    codes: NDArray[np.float32],
+    labels: NDArray[np.int64] | None,
+    settings: InterpolationSettings,
+) -> dict[str, InterpolationCurve]:
+    """Log-likelihood of interpolated codes against the weight (Figure 10), for pairs of the `same` label and of `different` ones.
+
+    Arguments:
+        density: A density with likelihood.
+        codes: Test codes with shape (N, D).
+        labels: Their labels with shape (N,); without them there is one curve, `any`.
+        settings: Number and seed of the pairs.
+    """
+    device = density.shift.device
+
+    def log_prob(z: torch.Tensor) -> torch.Tensor:
+        return density.log_prob(z.to(device))
+
+    kinds = {"any": True} if labels is None else {"same": True, "different": False}
+    values = np.zeros(len(codes), np.int64) if labels is None else labels
+    return {
+        kind: log_likelihood_curve(codes, draw_pairs(values, settings.pairs, same, settings.seed), log_prob, CURVE_WEIGHTS)
+        for kind, same in kinds.items()
+    }
+
+
+def interpolation_pairs(
+    count: int, labels: NDArray[np.int64] | None, names: Sequence[str], seed: int, pairs: int = 2
+) -> list[tuple[str, NDArray[np.int64]]]:
+    """Pairs of test examples to show (Figure 7): within each of two labels and across, or of the same label and of different ones.
+
+    Arguments:
+        count: Number of test examples N.
+        labels: Their labels with shape (N,), or None.
+        names: Names of the labels.
+        seed: Seed of the draw.
+        pairs: Pairs of a kind.
+
+    Returns:
+        What each pair is, and its two indices.
+    """
+    if labels is None:
+        return [("any two", pair) for pair in draw_pairs(np.zeros(count), 2 * pairs, True, seed)]
+    present = np.unique(labels).tolist()
+    shown: list[tuple[str, NDArray[np.int64]]] = []
+    if len(present) == 2:
+        for label in present:
+            members = np.flatnonzero(labels == label)
+            if len(members) > 1:
+                name = f"within {names[label]}" if label < len(names) else f"within {label}"
+                shown += [(name, members[pair]) for pair in draw_pairs(np.zeros(len(members)), pairs, True, seed)]
+    else:
+        shown += [("same label", pair) for pair in draw_pairs(labels, pairs, True, seed)]
+    across = draw_pairs(labels, pairs, False, seed)
+    if len(present) == 2:
+        # The first domain at the left throughout.
+        across = np.stack([pair if labels[pair[0]] == present[0] else pair[::-1] for pair in across])
+    return [*shown, *(("across" if len(present) == 2 else "different labels", pair) for pair in across)]

@@ -209,6 +209,8 @@ def read_index(folder: str | Path) -> ShardIndex:
     low, high = index.value_range if index.value_range and len(index.value_range) == 2 else (0.0, 0.0)
     if (low >= high) if index.kind == "images" else index.value_range is not None:
         raise DataError(f"{path}: impossible value_range of {index.kind}; {_AGAIN}")
+    if not index.samples and not all(index.shards(split) for split in SPLITS):
+        raise DataError(f"{path}: a split has no shards; {_AGAIN}")
     example_bytes = math.prod(index.shape) * np.dtype(index.dtype).itemsize
     for split in (*SPLITS, "samples"):
         for number, shard in enumerate(index.shards(split)):
@@ -266,9 +268,10 @@ class ShardReader:
             total, names = 0, None
             for block in self._blocks(path, data):
                 names = names or block.keys()
-                if block.keys() != names or total + len(block["examples"]) > shard.count:
-                    break
                 total += len(block["examples"])
+                if block.keys() != names or total > shard.count:
+                    total = -1
+                    break
                 yield block
             if total != shard.count:
                 raise DataError(f"{path} doesn't hold the {shard.count} examples that its index says; {_AGAIN}")

@@ -71,8 +71,11 @@ class Run:
         self.tracker = Tracker(f"{stage} {row}", {k: v for k, v in tags.items() if v}, flat, off=not self.first)
 
     def metrics(self, values: Mapping[str, float | int | str | None]) -> None:
-        """Adds scores; written to `reports/metrics` at the end. No times or rates: they belong to `details`."""
-        self.scores |= dict(values)  # type: ignore[arg-type]
+        """Adds scores; written to `reports/metrics` at the end. No times or rates: they belong to `details`.
+
+        What isn't finite, such as the standard error of one value, becomes null.
+        """
+        self.scores |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # type: ignore[misc]
 
     def details(self, **values: object) -> None:
         """Adds what differs from run to run, such as seconds; written to `reports/runs` at the end."""

@@ -84,13 +84,15 @@ class _Half(nn.Module):
             kind = settings.pop("class")
             if kind != cls.__name__:
                 raise DataError(f"{path} holds {kind}, not {cls.__name__}; give the other file of the pair")
+            if not 0 <= settings["blocks"] <= 10:  # as in the settings; a million would take minutes to refuse
+                raise ValueError("impossible number of blocks")
             with torch.device("meta"):  # no weights are drawn, nor memory taken, before the shapes are known to agree
                 network = cls(**settings)
             network.load_state_dict(tensors, assign=True)
             network.to(memory_format=network._memory_format)
         except FileNotFoundError:
             raise DataError(f"{path} is missing; train the autoencoder first") from None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path} is no {cls.__name__.lower()} of this pipeline ({reason}); train it again") from None
         return network.eval()

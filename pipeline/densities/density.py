@@ -216,6 +216,10 @@ def load_density(path: str | os.PathLike[str]) -> Density:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file isn't a mapping)
         family, arguments = metadata["family"], metadata["arguments"]
         module = importlib.import_module(f"pipeline.densities.{ALIASES.get(family, family.replace('-', '_'))}")
+        with torch.device("meta"):  # shapes alone, so that a file which lies about them claims no memory
+            expected = {name: value.shape for name, value in module.Model(**arguments).state_dict().items()}
+        if expected != {name: value.shape for name, value in tensors.items()}:
+            raise ValueError("weights of other names or shapes than its arguments ask for")
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the global generator alone
             density: Density = module.Model(**arguments)
         density.to(tensors["scale"].dtype)
@@ -224,7 +228,7 @@ def load_density(path: str | os.PathLike[str]) -> Density:
         raise DataError(f"{path} is missing; run the stage that fits it") from None
     except (OSError, SafetensorError, ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{path} isn't a saved density ({' '.join(str(error).split())}); run the stage that fits it again"
+            f"{path} isn't a saved density ({' '.join(str(error).split())[:200]}); run the stage that fits it again"
         ) from None
     return density.eval()
 
