@@ -1,0 +1,122 @@
+"""A trained generator as a folder of its own, as a registered model, and behind HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import small
+import torch
+
+from pipeline.autoencoders.network import Decoder
+from pipeline.densities import LatentDensityEstimator, load_density
+from pipeline.sampling import draw
+from stages.serving import generate, log_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("generator")
+    torch.manual_seed(0)
+    LatentDensityEstimator(3, components=2).save(folder / "density.safetensors")
+    Decoder(channels=1, blocks=1, filter_side=2, latent_dim=3, base_channels=4).save(folder / "decoder.safetensors")
+    return folder / "density.safetensors", folder / "decoder.safetensors"
+
+
+def requests(*pairs: tuple[int, int]) -> pd.DataFrame:
+    return pd.DataFrame(pairs, columns=["count", "seed"])
+
+
+def test_a_request_gives_the_same_images_as_the_stage(generator: tuple[Path, Path]) -> None:
+    density, decoder = load_density(generator[0]), Decoder.load(generator[1])
+    answer = generate(density, decoder, requests((3, 7), (2, 8), (3, 7)))
+    assert answer["request"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert answer["shape"].tolist() == [[1, 8, 8]] * 8
+    images = np.array(answer["sample"].tolist(), np.float32).reshape(8, 1, 8, 8)
+    assert np.array_equal(images[:3], draw(density, decoder, 3, 7)[0])
+    assert np.array_equal(images[:3], images[5:])
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_without_a_decoder_the_codes_are_the_samples(generator: tuple[Path, Path]) -> None:
+    density = load_density(generator[0])
+    answer = generate(density, None, requests((4, 0)))
+    assert np.array_equal(np.array(answer["sample"].tolist(), np.float32), draw(density, None, 4, 0)[0])
+    assert answer["shape"].tolist() == [[3]] * 4
+
+
+@pytest.mark.parametrize("pairs", [[], [(0, 0)], [(-1, 0)], [(1, -1)], [(100_001, 0)], [(60_000, 0), (60_000, 1)]])
+def test_impossible_requests_are_refused(generator: tuple[Path, Path], pairs: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="count has to lie"):
+        generate(load_density(generator[0]), None, requests(*pairs))
+
+
+def test_export_makes_a_folder_that_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.write_raw(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for stage in small.STAGES:
+        if stage[1].startswith("points") and stage[0] not in ("sample", "evaluate"):
+            assert small.run(*stage).exit_code == 0
+    result = small.run("export", "points-lde")
+    assert (result.exit_code, result.stdout) == (0, "exported to data/exports/points-lde\n")
+    folder = Path("data/exports/points-lde")
+    assert sorted(p.name for p in folder.iterdir()) == ["density.safetensors", "generator.json"]
+    assert small.run("export", "points-lde").exit_code == 0
+    taken = small.run("export", "points-lde", "--to", "raw")
+    assert taken.exit_code == 1
+    assert taken.stderr == "error: export points-lde: raw exists and is no exported generator; name another folder\n"
+    assert small.run("export", "blobs-lde").exit_code == 1
+
+
+@pytest.mark.slow
+def test_a_registered_model_answers_over_http(
+    generator: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow.MlflowClient(uri, registry_uri=uri)
+    experiment = client.create_experiment("serving", artifact_location=(tmp_path / "artifacts").as_uri())
+    run = client.create_run(experiment)
+    log_model(run.info.run_id, "blobs", str(generator[0]), str(generator[1]))
+    assert [v.version for v in client.search_model_versions("name='blobs'")] in ([1], ["1"])
+    stored = [p for p in (tmp_path / "artifacts").rglob("*") if p.is_file()]
+    assert not [p for p in stored if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
+    assert {"density.safetensors", "decoder.safetensors", "serving.py"} <= {p.name for p in stored}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["models", "serve", "-m", "models:/blobs/1", "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    server = subprocess.Popen([sys.executable, "-m", "mlflow", *command, "--workers", "1"], cwd=ROOT, env=environment)
+    try:
+        body = json.dumps({"dataframe_split": {"columns": ["count", "seed"], "data": [[2, 5]]}}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    answer = json.load(response)["predictions"]
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, "the server has ended"
+                time.sleep(0.5)
+        images = np.array([row["sample"] for row in answer], np.float32).reshape(2, 1, 8, 8)
+        expected = draw(load_density(generator[0]), Decoder.load(generator[1]), 2, 5)[0]
+        assert np.allclose(images, expected, atol=1e-6)
+    finally:
+        server.terminate()
+        server.wait(30)
