@@ -20,10 +20,14 @@ from PIL import Image
 from pipeline.files import atomic_file
 
 __all__ = [
+    "codes_and_reconstructions",
+    "curve_panels",
     "curves",
     "density_panels",
     "image_grid",
+    "image_panels",
     "image_rows",
+    "interpolation_panels",
     "interpolations",
     "log_density_maps",
     "open_dimensions",
@@ -135,6 +139,7 @@ def _picture(
     title: str = "",
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
+    row_centres: Sequence[float] = (),
 ) -> Figure:
     """A canvas (H, W, 3) at a whole number of screen pixels each, with names beside rows and above columns of equal length.
 
@@ -146,6 +151,7 @@ def _picture(
         title: A line above.
         row_names: Names at the left, top to bottom.
         column_names: Names above, left to right; `title` stands above them.
+        row_centres: Where rows lie, as shares of the height from the top; at equal distances when left out.
     """
     scale = max(1, round(width / canvas.shape[1]))
     drawn_height, drawn_width = canvas.shape[0] * scale, canvas.shape[1] * scale
@@ -159,7 +165,8 @@ def _picture(
     if title:
         figure.text((left + drawn_width / 2) / total_width, 1 - 14 / total_height, title, ha="center", va="center", fontsize=10)
     for i, name in enumerate(row_names):
-        y = drawn_height * (1 - (i + 0.5) / len(row_names)) / total_height
+        centre = row_centres[i] if row_centres else (i + 0.5) / len(row_names)
+        y = drawn_height * (1 - centre) / total_height
         figure.text((left - 8) / total_width, y, name, ha="right", va="center", fontsize=9)
     for i, name in enumerate(column_names):
         x = (left + drawn_width * (i + 0.5) / len(column_names)) / total_width
@@ -230,6 +237,76 @@ def interpolations(
     ends = [np.asarray(image)[None] for image in (first, last)]
     shown = {name: np.concatenate([ends[0], np.asarray(images), ends[1]]) for name, images in rows.items()}
     return image_rows(shown, title, ["original", *(f"{w:.1f}" for w in weights), "original"])
+
+
+def interpolation_panels(
+    panels: Sequence[tuple[str, ArrayLike, ArrayLike, Mapping[str, ArrayLike]]], weights: Sequence[float], title: str = ""
+) -> Figure:
+    """Figure 7, for many pairs: interpolated images of each model in a row, between the two original images, pair after pair.
+
+    Arguments:
+        panels: For each pair, what it is; its originals at weight 0 and at 1, in 0..1, each with shape (C, H, W); and by model,
+            decoded images with shape (len(weights), C, H, W).
+        weights: Weights of the last image.
+        title: What they are.
+    """
+    with _style():
+        parts: list[NDArray[np.float64]] = []
+        names: list[str] = []
+        centres: list[float] = []
+        top = 0
+        for name, first, last, rows in panels:
+            if parts:
+                parts.append(np.ones((len(parts[0]) // 6, *parts[0].shape[1:])))
+                top += len(parts[-1])
+            ends = [np.asarray(image)[None] for image in (first, last)]
+            for model, images in rows.items():
+                pixels = _pixels(np.concatenate([ends[0], np.asarray(images), ends[1]]))
+                gap = _gap(pixels.shape[1])
+                canvas = _mosaic(pixels, len(pixels), gap)
+                canvas = np.concatenate([canvas, np.ones((gap, *canvas.shape[1:]))])
+                parts.append(canvas)
+                names.append(f"{name}: {model}" if name else model)
+                centres.append(top + pixels.shape[1] / 2)
+                top += len(canvas)
+        columns = ["original", *(f"{w:.1f}" for w in weights), "original"]
+        whole = np.concatenate(parts)
+        return _picture(whole, 640, title, names, columns, [c / len(whole) for c in centres])
+
+
+def image_panels(panels: Mapping[str, ArrayLike], columns: int = 6, across: int = 4, title: str = "") -> Figure:
+    """A square of images for each name, side by side, at most `across` in a row.
+
+    Arguments:
+        panels: By name, images in 0..1 with shape (n, C, H, W), the same H and W for all.
+        columns: Images in a row of a square.
+        across: Squares in a row.
+        title: What they are.
+    """
+    with _style():
+        squares = {}
+        for name, images in panels.items():
+            pixels = _pixels(images)
+            squares[name] = _mosaic(pixels, min(columns, len(pixels)), _gap(pixels.shape[1]))
+        height, width = (max(square.shape[axis] for square in squares.values()) for axis in (0, 1))
+        rows, across = _arrange(len(squares), across)
+        scale = max(1, round(min(380, 1500 / across) / width))
+        gap, names, top = 14, 24, 28 if title else 0  # screen pixels
+        total_width, total_height = across * (width * scale + gap) - gap, rows * (height * scale + names) + top
+        figure = Figure(figsize=(total_width / DPI, total_height / DPI))
+        if title:
+            figure.text(0.5, 1 - 14 / total_height, title, ha="center", va="center", fontsize=10)
+        for i, (name, square) in enumerate(squares.items()):
+            left = (i % across) * (width * scale + gap)
+            bottom = total_height - top - (i // across) * (height * scale + names) - names - square.shape[0] * scale
+            drawn = (square.shape[1] * scale, square.shape[0] * scale)
+            place = (left / total_width, bottom / total_height, drawn[0] / total_width, drawn[1] / total_height)
+            axes = figure.add_axes(place)
+            axes.imshow(square, interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+            y = (bottom + drawn[1] + names / 2) / total_height
+            figure.text((left + drawn[0] / 2) / total_width, y, name, ha="center", va="center", fontsize=9)
+        return figure
 
 
 def patches_beside_real(real: ArrayLike, samples: ArrayLike, columns: int = 10, title: str = "") -> Figure:
@@ -309,6 +386,43 @@ def curves(
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         if len(series) > 1:
             axes.legend()
+        return figure
+
+
+def curve_panels(
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], x: ArrayLike, x_label: str, y_label: str, columns: int = 3
+) -> Figure:
+    """Lines with bands by name, in a panel for each model with a scale of its own (Figure 10).
+
+    Arguments:
+        panels: By model, by series, (ordinates with shape (n,), edges of the band below and above with shape (2, n)).
+        x: Abscissas with shape (n,).
+        x_label: What x is.
+        y_label: What y is.
+        columns: Panels in a row at most.
+    """
+    with _style():
+        rows, columns = _arrange(len(panels), columns)
+        figure = _new(columns * 3.1 + 0.3, rows * 2.6 + 0.5)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        handles: dict[str, Any] = {}
+        for i, (axes, (name, series)) in enumerate(zip(grid.ravel(), panels.items(), strict=False)):
+            lines = {kind: values for kind, (values, _) in series.items()}
+            bands = {}
+            for kind, (values, edges) in series.items():
+                y, (low, high) = np.asarray(values, dtype=np.float64), np.asarray(edges, dtype=np.float64)
+                bands[kind] = np.stack([y - low, high - y])
+            _plot(axes, x, lines, bands)
+            handles |= {line.get_label(): line for line in axes.get_lines()}
+            axes.set_title(name)
+            if i + columns >= len(panels):
+                axes.set_xlabel(x_label)
+            if i % columns == 0:
+                axes.set_ylabel(y_label)
+        for axes in grid.ravel()[len(panels) :]:
+            axes.set_axis_off()
+        if len(handles) > 1:
+            figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
         return figure
 
 
@@ -447,6 +561,40 @@ def scatter_panels(
             axes.set_axis_off()
         if legend:
             figure.legend(handles=legend, loc="outside right center", markerscale=3, handletextpad=0.1)
+        return figure
+
+
+def codes_and_reconstructions(
+    panels: Mapping[str, tuple[ArrayLike, ArrayLike | None, ArrayLike, ArrayLike]], columns: int = 5
+) -> Figure:
+    """Figure 2: codes in the plane, coloured by label, with test images and their reconstructions below, for each name.
+
+    Arguments:
+        panels: By title, codes with shape (n, 2), their labels with shape (n,) or None, images in 0..1 and reconstructions,
+            both with shape (m, C, H, W).
+        columns: Panels in a row at most.
+    """
+    with _style():
+        rows, columns = _arrange(len(panels), columns)
+        side = 4.4 if columns == 1 else 2.6
+        figure = _new(columns * side + 0.9, rows * side * 1.35)
+        grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[1, 0.32] * rows)
+        legend: dict[str, Any] = {}
+        for i, (name, (points, labels, inputs, outputs)) in enumerate(panels.items()):
+            above, below = grid[2 * (i // columns), i % columns], grid[2 * (i // columns) + 1, i % columns]
+            drawn = _scatter(above, np.asarray(points, dtype=np.float64), None if labels is None else np.asarray(labels))
+            legend |= {handle.get_label(): handle for handle in drawn} if labels is not None else {}
+            above.set(title=name, xlabel="z1", ylabel="z2" if i % columns == 0 else "")
+            shown = min(len(np.asarray(inputs)), 8)
+            pixels = _pixels(np.concatenate([np.asarray(inputs)[:shown], np.asarray(outputs)[:shown]]))
+            below.imshow(_mosaic(pixels, shown, _gap(pixels.shape[1])), interpolation="nearest")
+        for axes in grid[1::2].ravel():
+            axes.set_axis_off()
+        for i in range(len(panels), rows * columns):
+            grid[2 * (i // columns), i % columns].set_axis_off()
+        if legend:
+            names = sorted(legend, key=lambda n: (len(n), n))
+            figure.legend([legend[n] for n in names], names, loc="outside right center", markerscale=3, handletextpad=0.1)
         return figure
 
 

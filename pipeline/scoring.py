@@ -27,10 +27,10 @@ __all__ = [
     "grid_scores",
     "interpolation_curves",
     "interpolation_pairs",
+    "labelled_codes",
     "parzen_samples",
     "parzen_score",
     "quality_scores",
-    "test_codes",
     "test_log_likelihood",
     "unit_blocks",
 ]
@@ -218,7 +218,7 @@ def quality_scores(
 # Interpolation of codes ---------------------------------------------------------------------------------------------
 
 
-def test_codes(codes: CodeReader) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+def labelled_codes(codes: CodeReader) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
     """The first test codes with shape (N, D), and their labels with shape (N,) where there are at least two different ones."""
     blocks = list(codes.blocks("test", INTERPOLATED))
     values = np.concatenate([block["codes"] for block in blocks])
@@ -234,7 +234,7 @@ def interpolation_curves(
     labels: NDArray[np.int64] | None,
     settings: InterpolationSettings,
 ) -> dict[str, InterpolationCurve]:
-    """Log-likelihood of interpolated codes against the weight (Figure 10), for pairs of the `same` label and of `different` ones.
+    """Log-likelihood of interpolated codes against the weight (Figure 10), for pairs of the `same` and of `different` labels.
 
     Arguments:
         density: A density with likelihood.
@@ -258,7 +258,7 @@ def interpolation_curves(
 def interpolation_pairs(
     count: int, labels: NDArray[np.int64] | None, names: Sequence[str], seed: int, pairs: int = 2
 ) -> list[tuple[str, NDArray[np.int64]]]:
-    """Pairs of test examples to show (Figure 7): within each of two labels and across, or of the same label and of different ones.
+    """Pairs of test examples to show (Figure 7): within each of two labels and across, or of the same and different labels.
 
     Arguments:
         count: Number of test examples N.

@@ -30,8 +30,10 @@ __all__ = [
     "DatasetSettings",
     "DensitySettings",
     "EvaluationSettings",
+    "InterpolationSettings",
     "Params",
     "ParzenSettings",
+    "QualitySettings",
     "SamplingSettings",
     "TrainingSettings",
     "build",
@@ -361,19 +363,79 @@ class ParzenSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QualitySettings:
+    """How samples of images are compared with test images in the features of a network.
+
+    Attributes:
+        network: `classifier`: a small one, trained on the labelled training images; `vgg19`: up to relu3_1; `inception`: that
+            of published scores. Scores of two networks don't compare.
+        weights: Where the weights come from: a file, or `imagenet` for torchvision's official VGG19, downloaded once; null for
+            the classifier.
+        samples: Samples compared, at most, the first drawn.
+        neighbours: k of precision and recall.
+        classifier_examples: Training images that the classifier is trained on, at most, the first of the split.
+        classifier_epochs: Passes over them.
+        seed: Seed of the classifier and of the subsets of KID.
+    """
+
+    network: Literal["classifier", "vgg19", "inception"]
+    weights: str | None = None
+    samples: int = 10_000
+    neighbours: int = 3
+    classifier_examples: int = 10_000
+    classifier_epochs: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_that(
+            (self.network == "classifier") == (self.weights is None),
+            "weights",
+            "the classifier is trained here: leave it out"
+            if self.network == "classifier"
+            else f"missing; {self.network} needs a file with its weights" + (", or 'imagenet'" * (self.network == "vgg19")),
+        )
+        check_that(self.samples >= 20, "samples", "has to be at least 20")
+        check_that(1 <= self.neighbours <= 100, "neighbours", "has to lie in 1..100")
+        check_that(self.classifier_examples >= 1, "classifier_examples", "has to be at least 1")
+        check_that(self.classifier_epochs >= 1, "classifier_epochs", "has to be at least 1")
+        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolationSettings:
+    """How interpolated test codes are scored (Figure 10) and shown (Figure 7).
+
+    Attributes:
+        pairs: Pairs of test codes of the same label, and as many of different labels.
+        seed: Seed of the draw of pairs.
+    """
+
+    pairs: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_that(2 <= self.pairs <= 1_000_000, "pairs", "has to lie in 2..1000000")
+        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """A row of `evaluations`, named like its data set.
 
     Attributes:
         parzen: Protocol of the Parzen score; null for none.
+        quality: Comparison of samples with test images in a feature space; null for none.
+        interpolation: Scores and images of interpolated test codes; null for none.
     """
 
     parzen: ParzenSettings | None = None
+    quality: QualitySettings | None = None
+    interpolation: InterpolationSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlSettings:
-    """A row of `controls`: Parzen scores of a data set's own images taken as samples.
+    """A row of `controls`: what a data set's own images score where samples and reconstructions of a model do.
 
     Attributes:
         dataset: Row of `datasets`, of images.
@@ -383,6 +445,8 @@ class ControlSettings:
             own.
         kmeans_batch_size: Images in a step of mini-batch k-means.
         kmeans_epochs: Passes over the training images.
+        pca_components: Numbers of a code up to which principal components are reconstructed from, beside the autoencoders'
+            open dimensions; 0 for none.
     """
 
     dataset: str
@@ -390,12 +454,14 @@ class ControlSettings:
     kmeans_centroids: int = 0
     kmeans_batch_size: int = 4096
     kmeans_epochs: int = 10
+    pca_components: int = 0
 
     def __post_init__(self) -> None:
         check_that(self.seed >= 0, "seed", "has to be 0 or more")
         check_that(self.kmeans_centroids >= 0, "kmeans_centroids", "has to be 0 or more")
         check_that(self.kmeans_batch_size >= 1, "kmeans_batch_size", "has to be at least 1")
         check_that(self.kmeans_epochs >= 1, "kmeans_epochs", "has to be at least 1")
+        check_that(0 <= self.pca_components <= 4096, "pca_components", "has to lie in 0..4096")
 
 
 # params.yaml as a whole ---------------------------------------------------------------------------------------------
@@ -560,7 +626,8 @@ class Params:
 
     def _check_control(self, name: str) -> None:
         settings = self.control(name)
-        if self.evaluation(settings.dataset, f"controls.{name}.dataset").parzen is None:
+        evaluation = self.evaluation(settings.dataset, f"controls.{name}.dataset")
+        if evaluation.parzen is None and evaluation.quality is None and settings.pca_components == 0:
             raise SettingsError(f"controls.{name}.dataset: evaluations.{settings.dataset}.parzen is missing")
 
 

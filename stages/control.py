@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pipeline.settings import ControlSettings, Params, ParzenSettings
+from pipeline.settings import ControlSettings, EvaluationSettings, Params
 from stages import workspace
 from stages.run import Run, stage
+
+if TYPE_CHECKING:
+    from pipeline.shards import ShardReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,14 +18,14 @@ class Settings:
     """The control's row, the protocol of its data set and the number of samples."""
 
     control: ControlSettings
-    parzen: ParzenSettings
+    evaluation: EvaluationSettings
     count: int
 
 
 def _settings(params: Params, row: str) -> Settings:
     control = params.control(row)
-    parzen = params.evaluation(control.dataset, f"controls.{row}.dataset").parzen
-    return Settings(control=control, parzen=parzen or ParzenSettings(), count=params.sampling().count)
+    evaluation = params.evaluation(control.dataset, f"controls.{row}.dataset")
+    return Settings(control=control, evaluation=evaluation, count=params.sampling().count)
 
 
 @stage(
@@ -33,7 +37,8 @@ def control(run: Run, settings: Settings) -> None:
     """Score training images and k-means centroids as if they were samples.
 
     NAME is a row of `controls`. The Parzen score is gameable (Theis et al. 2016): centroids beat true samples. So both stand
-    beside the models, under the same protocol and with as many samples.
+    beside the models, under the same protocol and with as many samples. Where the settings say so, training images are also
+    scored in the feature space, and principal components of the images stand beside the autoencoders' open dimensions.
     """
     from pipeline import figures
     from pipeline.evaluation.controls import kmeans_centroids, training_samples
@@ -44,17 +49,46 @@ def control(run: Run, settings: Settings) -> None:
     ranks = join()
     reader = ShardReader(workspace.shards_folder(settings.control.dataset))
     run.read(settings.control.dataset, reader.index.digest, reader.folder, "control")
+    parzen = settings.evaluation.parzen
     count = parzen_samples(settings.count, reader)
     train = unit_blocks(reader, "train")
     images = training_samples(train, count, settings.control.seed)
-    centroids = kmeans_centroids(
-        train,
-        min(settings.control.kmeans_centroids or count, count),
-        settings.control.seed,
-        settings.control.kmeans_batch_size,
-        settings.control.kmeans_epochs,
-    )
-    for name, samples in (("training_images", lambda: iter(images())), ("kmeans", lambda: iter([centroids]))):
-        run.metrics(parzen_score(samples, reader, settings.parzen, ranks).metrics(f"{name}_"))
     run.figure(figures.image_grid(next(iter(images()))[:100], columns=10), "training-images")
-    run.figure(figures.image_grid(centroids[:100], columns=10), "kmeans-centroids")
+    if parzen is not None:
+        centroids = kmeans_centroids(
+            train,
+            min(settings.control.kmeans_centroids or count, count),
+            settings.control.seed,
+            settings.control.kmeans_batch_size,
+            settings.control.kmeans_epochs,
+        )
+        run.figure(figures.image_grid(centroids[:100], columns=10), "kmeans-centroids")
+        for name, samples in (("training_images", lambda: iter(images())), ("kmeans", lambda: iter([centroids]))):
+            run.metrics(parzen_score(samples, reader, parzen, ranks).metrics(f"{name}_"))
+    if settings.evaluation.quality is not None:
+        _quality(run, settings, reader)
+    if settings.control.pca_components:
+        _principal_components(run, settings.control.pca_components, reader)
+
+
+def _quality(run: Run, settings: Settings, reader: ShardReader) -> None:
+    """Training images against test images in the feature space: what samples that can't be told from real ones would score."""
+    from pipeline.evaluation.controls import training_samples
+    from pipeline.scoring import feature_network, quality_scores, unit_blocks
+
+    quality = settings.evaluation.quality
+    assert quality is not None
+    count = min(settings.count, quality.samples)
+    images = training_samples(unit_blocks(reader, "train"), count, settings.control.seed)
+    scores = quality_scores(images(), reader, feature_network(quality, reader), quality)
+    run.metrics({f"training_images_{key}": value for key, value in scores.items()})
+
+
+def _principal_components(run: Run, components: int, reader: ShardReader) -> None:
+    """Test error of the first k principal components: the best that linear maps can do."""
+    from pipeline.evaluation.reconstruction import PrincipalComponents, opened
+    from pipeline.scoring import unit_blocks
+
+    pca = PrincipalComponents(components).fit(unit_blocks(reader, "train"))
+    errors = pca.errors(unit_blocks(reader, "test")(), opened(components))
+    run.metrics({f"pca_test_mse_first_{k}": float(mse) for k, mse in zip(errors.ks, errors.mse, strict=True)})

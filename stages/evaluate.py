@@ -7,15 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.settings import DatasetSettings, DensitySettings, EvaluationSettings, Params
+from pipeline.settings import (
+    DatasetSettings,
+    DensitySettings,
+    EvaluationSettings,
+    InterpolationSettings,
+    Params,
+    QualitySettings,
+)
 from stages import workspace
 from stages.run import Run, stage
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from pipeline.codes import CodeReader
     from pipeline.densities import Density
     from pipeline.shards import ShardReader
+
+SHOWN = 10  # samples beside their nearest training images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +60,9 @@ def _settings(params: Params, row: str) -> Settings:
 def evaluate(run: Run, settings: Settings) -> None:
     """Score samples and density under the protocol of their data set.
 
-    NAME is a row of `densities`. Images: Parzen-window log-likelihood. Vectors: test log-likelihood; for the grid density also
-    the gap to the truth and the share of samples that fall into the dropped box.
+    NAME is a row of `densities`. Images: Parzen-window log-likelihood; where the settings say so, quality in a feature space
+    and interpolated codes. Vectors: test log-likelihood; for the grid density also the gap to the truth and the share of
+    samples that fall into the dropped box.
     """
     import numpy as np
 
@@ -86,6 +97,12 @@ def evaluate(run: Run, settings: Settings) -> None:
         figure = figures.parzen_curves(result.score.bandwidths, {run.row: result.score.valid_curve}, result.protocol)
         run.figure(figure, "parzen-bandwidth")
 
+    if reader.index.kind == "images" and ranks.first:
+        if settings.evaluation.quality is not None:
+            _quality(run, settings.evaluation.quality, reader, samples)
+        if settings.evaluation.interpolation is not None:
+            _interpolation(run, settings.evaluation.interpolation, density, codes, reader)
+
     if settings.dataset.source == "grid":
         half_length = float(getattr(settings.dataset, "half_length", 5.0))
         scores = grid_scores(_first(samples, "samples"), _first(reader, "test"), half_length)
@@ -101,6 +118,76 @@ def evaluate(run: Run, settings: Settings) -> None:
         real = next(reader.blocks("test"))["examples"][:50]
         drawn_vectors = next(samples.blocks("samples"))["examples"][:50]
         run.figure(figures.patches_beside_real(restore(real), restore(drawn_vectors)), "patches-beside-real")
+    ranks.barrier()
+
+
+def _quality(run: Run, settings: QualitySettings, reader: ShardReader, samples: ShardReader) -> None:
+    """Scores of the samples in a feature space, and the training images nearest to the first of them."""
+    import numpy as np
+
+    from pipeline import figures
+    from pipeline.evaluation.quality import nearest
+    from pipeline.scoring import feature_network, quality_scores, unit_blocks
+
+    network = feature_network(settings, reader)
+    run.metrics(quality_scores(_first(samples, "samples", settings.samples), reader, network, settings))
+    first = np.concatenate(list(_first(samples, "samples", SHOWN)))
+    found, distances = nearest(first, unit_blocks(reader, "train")())
+    run.metrics({"nearest_training_rmse": float(distances.mean())})
+    names = [f"{distance:.3f}" for distance in distances]
+    run.figure(figures.image_rows({"sample": first, "nearest": found}, column_names=names), "nearest-training-images")
+
+
+def _interpolation(run: Run, settings: InterpolationSettings, density: Density, codes: CodeReader, reader: ShardReader) -> None:
+    """Figures 7 and 10: images and log-likelihood of interpolated test codes, as metrics, pictures and arrays."""
+    import numpy as np
+    import torch
+
+    from pipeline import figures
+    from pipeline.autoencoders.network import Decoder
+    from pipeline.evaluation.interpolation import WEIGHTS, interpolated_images
+    from pipeline.scoring import CURVE_WEIGHTS, interpolation_curves, interpolation_pairs, labelled_codes
+    from pipeline.shards import scale_pixels
+    from stages.arrays import as_bytes, save_arrays
+
+    values, labels = labelled_codes(codes)
+    arrays: dict[str, np.ndarray] = {"curve_weights": np.array(CURVE_WEIGHTS)}
+    if density.has_log_prob:
+        curves = interpolation_curves(density, values, labels, settings)
+        for kind, curve in curves.items():
+            run.metrics({f"interpolation_{kind}_{a:g}": float(m) for a, m in zip(curve.weights, curve.mean, strict=True)})
+            fall = {"fall": curve.fall.mean, "fall_se": curve.fall.standard_error, "pairs": curve.pairs}
+            run.metrics({f"interpolation_{kind}_{key}": value for key, value in fall.items()})
+            arrays |= {f"{kind}_{edge}": getattr(curve, edge) for edge in ("mean", "lower", "upper")}
+        panel = {kind: (curve.mean, np.stack([curve.lower, curve.upper])) for kind, curve in curves.items()}
+        labelled = {f"{kind} label" if labels is not None else "any two": line for kind, line in panel.items()}
+        figure = figures.curve_panels(
+            {run.row: labelled}, CURVE_WEIGHTS, "weight a of the second code", "log-likelihood of the code (nats)"
+        )
+        run.figure(figure, "interpolation-log-likelihood")
+    if codes.decoder_path is not None:
+        decoder = Decoder.load(codes.decoder_path, density.shift.device)
+        low, high = decoder.value_range
+
+        def decode(z: torch.Tensor) -> torch.Tensor:
+            images: torch.Tensor = decoder(z.to(density.shift.device))
+            return ((images - low) / (high - low)).clamp(0, 1)
+
+        pairs = interpolation_pairs(len(values), labels, reader.index.label_names or (), settings.seed)
+        between = torch.from_numpy(np.stack([values[pair] for _, pair in pairs]))  # (P, 2, D)
+        images = [interpolated_images(first, last, decode) for first, last in between]
+        wanted = {int(i): np.empty(0) for _, pair in pairs for i in pair}
+        start = 0
+        for block in reader.blocks("test"):
+            for i in wanted:
+                if start <= i < start + len(block["examples"]):
+                    wanted[i] = scale_pixels(block["examples"][i - start], (0.0, 1.0))
+            start += len(block["examples"])
+        ends = [np.stack([wanted[int(i)] for i in pair]) for _, pair in pairs]
+        arrays |= {"weights": np.array(WEIGHTS), "images": as_bytes(np.stack(images)), "originals": as_bytes(np.stack(ends))}
+        panels = [("", e[0], e[1], {name: shown}) for (name, _), e, shown in zip(pairs, ends, images, strict=True)]
+        run.figure(figures.interpolation_panels(panels, WEIGHTS), "interpolations")
+        save_arrays(run, "interpolation", arrays, [name for name, _ in pairs])
 
 
 def _first(reader: ShardReader, split: str, count: int = sys.maxsize) -> Iterator[np.ndarray]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["description", "page_head", "render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+SHOWN_TOGETHER = ("open-dimensions", "reconstructions", "codes", "interpolations", "interpolation-log-likelihood")
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "webdataset", "dvc", "mlflow")
 
 
@@ -94,7 +95,7 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
         dimensions = shape[0] if len(shape) == 1 else None
         combined = combined_pictures(dataset)
         # One row's own plot would say again what the plot of all rows says.
-        skip = [name for name in ("open-dimensions",) if any(p.path.stem == f"{dataset}-{name}" for p in combined)]
+        skip = [name for name in SHOWN_TOGETHER if any(p.path.stem == f"{dataset}-{name}" for p in combined)]
 
         def block(name: str, summary: str, *stages: str, dimensions: int | None = dimensions, skip: list[str] = skip) -> _Block:
             shown = [picture for stage in stages for picture in pictures(stage, name, dimensions, skip)]

@@ -7,12 +7,13 @@ import functools
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.settings import Params
 from stages import workspace
+from stages.arrays import Arrays, load_arrays
 from stages.scoreboard import read_metrics
 
 if TYPE_CHECKING:
@@ -131,24 +132,142 @@ def combined_pictures(dataset: str) -> list[Picture]:
 
 def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
     autoencoders, densities = autoencoders_of(params, dataset), densities_of(params, dataset)
+    controls = [name for name in params.rows("controls") if params.control(name).dataset == dataset]
     incremental = any(getattr(params.autoencoder(name), "incremental", None) for name in autoencoders)
+    variational = _by_kl_weight(params, autoencoders)
     return {
-        "open-dimensions": _open_dimensions(autoencoders),
+        "samples": _samples(densities),
+        "reconstructions": _reconstructions(autoencoders),
+        "codes": _codes(variational),
+        "trade-off": _trade_off(variational),
+        "open-dimensions": _open_dimensions(autoencoders, controls),
+        "interpolations": _interpolations(params, densities),
+        "interpolation-log-likelihood": _interpolation_curves(densities),
         "training-loss": _curves("train", autoencoders, "loss", "training loss", log_y=True),
         "opened-dimensions": _curves("train", autoencoders if incremental else [], "open_dimensions", "open dimensions"),
         "validation": _curves("fit", densities, "valid_log_likelihood", "validation log-likelihood (nats)"),
     }
 
 
-def _open_dimensions(rows: Sequence[str]) -> Figure | None:
+def _samples(rows: Sequence[str]) -> Figure | None:
+    """Figures 1, 8, 11 and 12: the first samples of each row."""
+    from pipeline.figures import image_panels
+
+    found = {row: load_arrays("sample", row, "samples") for row in rows}
+    panels = {row: arrays.values["samples"] / 255 for row, arrays in found.items() if arrays is not None}
+    few = any(len(images) <= 9 for images in panels.values())
+    return image_panels(panels, columns=3 if few else 6) if len(panels) > 1 else None
+
+
+def _reconstructions(rows: Sequence[str]) -> Figure | None:
+    """Figure 6: the first test images, and what each autoencoder makes of them."""
+    from pipeline.figures import reconstructions
+
+    found = {row: load_arrays("train", row, "reconstructions") for row in rows}
+    shown = {row: arrays.values for row, arrays in found.items() if arrays is not None}
+    if len(shown) < 2:
+        return None
+    inputs = next(iter(shown.values()))["inputs"]
+    return reconstructions(inputs / 255, {row: values["reconstructions"] / 255 for row, values in shown.items()})
+
+
+def _by_kl_weight(params: Params, rows: Sequence[str]) -> dict[str, float]:
+    """The largest group of VAEs that differ in the weight of their divergence (and in the seed) alone, by ascending weight."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in rows:
+        settings = asdict(params.autoencoder(row))
+        weight = settings.pop("kl_weight", None)
+        if weight is not None:
+            groups.setdefault(str(settings | {"seed": 0}), {})[row] = weight
+    largest = max(groups.values(), key=lambda group: len(set(group.values())), default={})
+    return dict(sorted(largest.items(), key=lambda item: item[1])) if len(set(largest.values())) > 1 else {}
+
+
+def _codes(rows: Mapping[str, float]) -> Figure | None:
+    """Figure 2: codes of two numbers and reconstructions, by the weight of the divergence; the first trial of each."""
+    from pipeline.figures import codes_and_reconstructions
+
+    panels = {}
+    for row, weight in rows.items():
+        arrays = load_arrays("train", row, "reconstructions")
+        if arrays is not None and "codes" in arrays.values and f"KL weight {weight:g}" not in panels:
+            values = arrays.values
+            images = values["inputs"] / 255, values["reconstructions"] / 255
+            panels[f"KL weight {weight:g}"] = values["codes"], values.get("labels"), *images
+    return codes_and_reconstructions(panels) if len(panels) > 1 else None
+
+
+def _trade_off(rows: Mapping[str, float]) -> Figure | None:
+    """Figure 13: reconstruction error and divergence on test images, means over trials of one weight."""
+    from pipeline.figures import trade_off
+
+    scores: dict[float, list[tuple[float, float]]] = {}
+    for row, weight in rows.items():
+        metrics = read_metrics("train", row)
+        if "test_kl" in metrics:
+            scores.setdefault(weight, []).append((metrics["test_squared_error"], metrics["test_kl"]))
+    if len(scores) < 2:
+        return None
+    means = [[sum(values) / len(values) for values in zip(*trials, strict=True)] for trials in scores.values()]
+    return trade_off(list(scores), [error for error, _ in means], [kl for _, kl in means])
+
+
+def _interpolations(params: Params, rows: Sequence[str]) -> Figure | None:
+    """Figure 7: images between test images, by autoencoder, however many densities it has."""
+    from pipeline.figures import interpolation_panels
+
+    found: dict[str, Arrays] = {}
+    for row in rows:
+        codes = params.density(row).codes
+        arrays = load_arrays("evaluate", row, "interpolation")
+        if arrays is not None and "images" in arrays.values:
+            found.setdefault(codes, arrays)
+    if len(found) < 2:
+        return None
+    first = next(iter(found.values()))
+    ends = first.values["originals"] / 255
+    panels = [
+        (name, ends[i, 0], ends[i, 1], {codes: arrays.values["images"][i] / 255 for codes, arrays in found.items()})
+        for i, name in enumerate(first.names)
+    ]
+    return interpolation_panels(panels, first.values["weights"].tolist())
+
+
+def _interpolation_curves(rows: Sequence[str]) -> Figure | None:
+    """Figure 10: log-likelihood between test codes of the same label (or domain) and of different ones."""
+    import numpy as np
+
+    from pipeline.figures import curve_panels
+
+    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    weights: Sequence[float] = ()
+    for row in rows:
+        arrays = load_arrays("evaluate", row, "interpolation")
+        values = arrays.values if arrays is not None else {}
+        kinds = {"same": "same label", "different": "different labels", "any": "any two"}
+        lines = {
+            label: (values[f"{kind}_mean"], np.stack([values[f"{kind}_lower"], values[f"{kind}_upper"]]))
+            for kind, label in kinds.items()
+            if f"{kind}_mean" in values
+        }
+        if lines:
+            panels[row], weights = lines, values["curve_weights"].tolist()
+    if len(panels) < 2:
+        return None
+    return curve_panels(panels, weights, "weight a of the second code", "log-likelihood of the code (nats)")
+
+
+def _open_dimensions(rows: Sequence[str], controls: Sequence[str]) -> Figure | None:
+    """Test error against the number of open dimensions: each autoencoder's, and principal components."""
     from pipeline.figures import open_dimensions
 
     series: dict[str, tuple[list[int], list[float]]] = {}
-    for row in rows:
-        prefix = "test_mse_first_"
-        errors = {int(key.removeprefix(prefix)): v for key, v in read_metrics("train", row).items() if key.startswith(prefix)}
+    sources = [("train", row, "test_mse_first_", row) for row in rows]
+    sources += [("control", row, "pca_test_mse_first_", "principal components") for row in controls]
+    for stage, row, prefix, name in sources:
+        errors = {int(key.removeprefix(prefix)): v for key, v in read_metrics(stage, row).items() if key.startswith(prefix)}
         if errors:
-            series[row] = sorted(errors), [errors[k] for k in sorted(errors)]
+            series[name] = sorted(errors), [errors[k] for k in sorted(errors)]
     return open_dimensions(series) if series else None
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.settings import DensitySettings, SamplingSettings
 from stages import workspace
 from stages.run import Run, stage
 
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from pipeline.autoencoders.network import Decoder
+
 SHOWN = 100  # samples in the figure, the first in the order drawn
+SIDE_BY_SIDE = 36  # samples that `report` sets beside those of other rows
+LARGE_PIXELS = 128  # images from this side on: fewer of them
+TRUNCATED = 10  # samples decoded from their first numbers alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
     from pipeline.ranks import join
     from pipeline.sampling import write_samples
     from pipeline.shards import ShardReader
+    from stages.arrays import as_bytes, save_arrays
 
     ranks = join()
     codes = CodeReader(workspace.codes_folder(settings.density.codes))
@@ -48,11 +59,36 @@ def sample(run: Run, settings: SampleSettings) -> None:
     run.metrics({"samples": index.count("samples")})
     run.details(digest=index.digest, processes=ranks.world)
     if ranks.first:
-        first = next(ShardReader(workspace.samples_folder(run.row)).blocks("samples"))["examples"][:SHOWN]
+        block = next(ShardReader(workspace.samples_folder(run.row)).blocks("samples"))
+        first = block["examples"][:SHOWN]
         if index.kind == "images":
             run.figure(figures.image_grid(first, columns=10), "samples")
+            few = 9 if index.shape[1] >= LARGE_PIXELS else SIDE_BY_SIDE
+            save_arrays(run, "samples", {"samples": as_bytes(first[:few])})
+            assert decoder is not None
+            if density.dim > 1:
+                run.figure(_truncated(block["codes"][:TRUNCATED], decoder), "truncated")
         elif density.dim == 63:
             run.figure(figures.image_grid(0.5 + restore(first), columns=10), "samples")
         else:
             run.figure(figures.density_panels(next(codes.blocks("train"))["codes"], {run.row: first}), "samples")
     ranks.barrier()
+
+
+def _truncated(codes: np.ndarray, decoder: Decoder) -> Figure:
+    """The first samples decoded from the first k numbers of their codes, the others being zero, for some k."""
+    import numpy as np
+    import torch
+
+    from pipeline import figures
+
+    dim = codes.shape[1]
+    ks = range(1, dim + 1) if dim <= 10 else sorted({round(float(k)) for k in np.geomspace(1, dim, 8)})
+    low, high = decoder.value_range
+    rows = {}
+    for k in ks:
+        kept = torch.from_numpy(np.where(np.arange(dim) < k, codes, 0).astype(np.float32))
+        with torch.no_grad():
+            images = (decoder(kept.to(next(decoder.parameters()).device)) - low) / (high - low)
+        rows[f"first {k}" if k < dim else f"all {k}"] = images.clamp(0, 1).cpu().numpy()
+    return figures.image_rows(rows)

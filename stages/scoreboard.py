@@ -55,6 +55,14 @@ COLUMNS: Mapping[str, str] = {
     "test_points": "test points scored",
     "bandwidth": "chosen bandwidth h, in units of the pixel range 0..1",
     "bandwidth_at_edge": "whether h is an end of the grid, so that a wider grid might score higher",
+    "quality_network": "network in whose features samples are compared with test images; columns of two networks don't compare",
+    "kid": "kernel distance of samples and test images; lower is better, 0 where they agree",
+    "kid_error": "its standard error over subsets",
+    "fid": "Frechet distance of samples and test images; lower is better, and it depends on their numbers",
+    "precision": "share of samples that lie among test images",
+    "precision_error": "its standard error over samples",
+    "recall": "share of test images that lie among samples",
+    "recall_error": "its standard error over test images",
     "test_mse": "mean squared error of reconstructed test images, in 0..1",
     "gap_to_truth": "nats by which the density falls short of the true one",
     "samples_in_dropped_box": "share of samples where the true density is 0",
@@ -162,6 +170,7 @@ def _model(params: Params, name: str) -> dict[str, Any]:
             "test_points": points,
             "protocol": f"mean log-density of {points:,} test {what}" if points is not None else "no likelihood: samples only",
         }
+    line |= _quality(params, density.dataset, scored, "")
     score = "parzen" if line["score"] == PARZEN else "likelihood"
     benchmark = benchmark_of(asdict(dataset), score, line.get("samples"))
     paper, best = paper_value(benchmark, asdict(autoencoder), asdict(density)), best_published(benchmark)
@@ -178,11 +187,14 @@ def _model(params: Params, name: str) -> dict[str, Any]:
 def _controls(params: Params, name: str) -> Iterator[dict[str, Any]]:
     dataset = params.control(name).dataset
     scored = read_metrics("control", name)
+    if params.evaluation(dataset).parzen is None:
+        return
     for prefix, label in CONTROLS.items():
         if f"{prefix}_parzen_test_log_likelihood" not in scored:
             raise PipelineError(f"{workspace.metrics_file('control', name)} lacks scores; run `dvc repro -f control@{name}`")
         line = {"row": f"{name}-{label}", "kind": "control", "dataset": dataset}
-        yield line | _cost([read_run("control", name)]) | _parzen(params, dataset, scored, f"{prefix}_")
+        line |= _cost([read_run("control", name)]) | _quality(params, dataset, scored, f"{prefix}_")
+        yield line | _parzen(params, dataset, scored, f"{prefix}_")
 
 
 def _parzen(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -203,6 +215,17 @@ def _parzen(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str
         "bandwidth_at_edge": bool(scored[f"{prefix}parzen_bandwidth_at_edge"]),
         "protocol": f"Parzen window over {samples:,} samples, {grid}mean over {test:,} test images ({name})",
     }
+
+
+def _quality(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Quality in a feature space; empty where it isn't scored, as for centroids."""
+    settings = params.evaluation(dataset).quality
+    if settings is None or f"{prefix}{settings.network}_kid" not in scored:
+        return {}
+    keys = {"kid": "kid", "kid_error": "kid_se", "fid": "fid", "precision": "precision", "precision_error": "precision_se"}
+    keys |= {"recall": "recall", "recall_error": "recall_se"}
+    found = {column: scored.get(f"{prefix}{settings.network}_{key}") for column, key in keys.items()}
+    return {"quality_network": settings.network, **found}
 
 
 def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.shards import ShardReader
 
 SHOWN = 10  # test images in the figure of reconstructions
+SCATTERED = 5000  # test codes in the figure of a code of two numbers
 
 
 @stage(
@@ -107,12 +108,16 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
 
 
 def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
-    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, and the figures of both."""
+    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, a VAE's divergence, and figures."""
+    import numpy as np
     import torch
 
     from pipeline import figures
-    from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors
+    from pipeline.autoencoders.vae import VariationalObjective, kl_divergence
+    from pipeline.evaluation.moments import Moments
+    from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
     from pipeline.shards import scale_pixels
+    from stages.arrays import as_bytes, save_arrays
 
     value_range = reader.index.value_range or (0.0, 1.0)
     low, high = value_range
@@ -125,23 +130,46 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     def decode(codes: torch.Tensor) -> torch.Tensor:
         return ((objective.decode(codes) - low) / (high - low)).cpu()
 
+    @torch.no_grad()
+    def divergence(images: torch.Tensor) -> torch.Tensor:
+        assert isinstance(objective, VariationalObjective)
+        moments = objective.encoder.moments((low + (high - low) * images).to(ranks.device))
+        return kl_divergence(*moments).sum(1).cpu()
+
     shown: tuple[Any, Any] | None = None
+    codes: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     for split in ("train", "valid", "test"):
-        score = ReconstructionScore()
+        score, kl = ReconstructionScore(), Moments()
         for block in reader.blocks(split):
             images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))
-            reconstructions = decode(encode(images))
+            encoded = encode(images)
+            reconstructions = decode(encoded)
             score.update(images.numpy(), reconstructions.numpy())
-            if split == "test" and shown is None:
-                shown = images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy()
+            if isinstance(objective, VariationalObjective):
+                kl.update(divergence(images).numpy())
+            if split == "test":
+                shown = shown or (images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy())
+                if objective.latent_dim == 2:
+                    codes.append(encoded.cpu().numpy())
+                    labels += [block["labels"]] if "labels" in block else []
         run.metrics(score.metrics(split))
-    ks = range(1, (objective.latent_dim or 0) + 1)
+        if kl.count:
+            run.metrics({f"{split}_kl": kl.mean, f"{split}_kl_se": kl.result().standard_error})
+    ks = opened(objective.latent_dim or 0)
     unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in reader.blocks("test"))
-    opened = open_dimension_errors(unit_blocks, encode, decode, ks)
-    run.metrics({f"test_mse_first_{k}": float(mse) for k, mse in zip(ks, opened.mse, strict=True)})
-    if shown is not None:
-        run.figure(figures.reconstructions(shown[0], {"reconstruction": shown[1]}), "reconstructions")
-    run.figure(figures.open_dimensions({run.row: (list(ks), opened.mse.tolist())}), "open-dimensions")
+    errors = open_dimension_errors(unit_blocks, encode, decode, ks)
+    run.metrics({f"test_mse_first_{k}": float(mse) for k, mse in zip(ks, errors.mse, strict=True)})
+    assert shown is not None
+    arrays = {"inputs": as_bytes(shown[0]), "reconstructions": as_bytes(shown[1])}
+    run.figure(figures.reconstructions(shown[0], {"reconstruction": shown[1]}), "reconstructions")
+    run.figure(figures.open_dimensions({run.row: (list(ks), errors.mse.tolist())}), "open-dimensions")
+    if objective.latent_dim == 2:
+        points = np.concatenate(codes)[:SCATTERED]
+        colours = np.concatenate(labels)[:SCATTERED] if labels else None
+        arrays |= {"codes": points} | ({} if colours is None else {"labels": colours})
+        run.figure(figures.codes_and_reconstructions({run.row: (points, colours, *shown)}), "codes")
+    save_arrays(run, "reconstructions", arrays)
 
 
 def _show_vectors(run: Run, reader: ShardReader) -> None:

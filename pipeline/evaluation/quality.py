@@ -196,7 +196,7 @@ class QualityScore:
         return {f"{self.network}_{name}": value for name, value in values.items()}
 
 
-def score(network: str, real: Features, samples: Features, seed: int = 0) -> QualityScore:
+def score(network: str, real: Features, samples: Features, seed: int = 0, neighbours: int = 3) -> QualityScore:
     """All scores of samples at once.
 
     Precision, recall, density and coverage are taken at equal numbers, the first of the longer set; KID and FID use all.
@@ -206,13 +206,14 @@ def score(network: str, real: Features, samples: Features, seed: int = 0) -> Qua
         real: Features of real images with shape (n, F).
         samples: Features of samples with shape (m, F).
         seed: Seed of KID's subsets.
+        neighbours: k of precision and recall.
     """
     both = min(len(real), len(samples))
     return QualityScore(
         network=network,
         kid=kid(real, samples, seed=seed),
         fid=fid(real, samples),
-        manifolds=manifolds(real[:both], samples[:both]),
+        manifolds=manifolds(real[:both], samples[:both], neighbours),
         real=len(real),
         samples=len(samples),
     )

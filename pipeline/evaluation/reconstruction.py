@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.controls import Blocks, rebatch
 from pipeline.evaluation.moments import Moments
 
-__all__ = ["OpenDimensions", "PrincipalComponents", "ReconstructionScore", "open_dimension_errors", "psnr", "ssim"]
+__all__ = ["OpenDimensions", "PrincipalComponents", "ReconstructionScore", "open_dimension_errors", "opened", "psnr", "ssim"]
 
 SMALLEST_MSE = 1e-10  # below the error of a perfect float32 copy; caps the PSNR of one image at 100 dB
 SSIM_WINDOW = 11  # pixels
@@ -160,6 +160,18 @@ class OpenDimensions:
         )
 
 
+def opened(latent_dim: int) -> tuple[int, ...]:
+    """Numbers of open dimensions to score: all up to 32, and some two dozen at equal ratios beyond.
+
+    Example:
+        >>> opened(4), len(opened(200)), opened(200)[-3:]
+        ((1, 2, 3, 4), 21, (126, 159, 200))
+    """
+    if latent_dim <= 32:
+        return tuple(range(1, latent_dim + 1))
+    return tuple(sorted({round(float(k)) for k in np.geomspace(1, latent_dim, 24)}))
+
+
 @torch.no_grad()
 def open_dimension_errors(
     blocks: Iterable[np.ndarray],
@@ -185,10 +197,10 @@ def open_dimension_errors(
     for block in blocks:
         images = torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
         codes = encode(images)
-        opened = torch.zeros_like(codes)
+        masked = torch.zeros_like(codes)
         for i, k in enumerate(ks):
-            opened[:, :k] = codes[:, :k]
-            result.total[i] += float((decode(opened).cpu() - images).square().sum(dtype=torch.float64))
+            masked[:, :k] = codes[:, :k]
+            result.total[i] += float((decode(masked).cpu() - images).square().sum(dtype=torch.float64))
         result.images += len(images)
         result.pixels = images[0].numel()
     return result
