@@ -143,11 +143,12 @@ class _SynchronisedBatchNorm(nn.BatchNorm2d):
         """Normalised features, with the shape (B, C, H, W) of the features given."""
         if not self.training:
             return super().forward(x)
-        ones = x.new_full((1,), x.numel() / x.shape[1])
-        total = _SumOverRanks.apply(torch.cat([x.float().sum(dim=(0, 2, 3)), ones]))  # (C + 1,)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        ones = wide.new_full((1,), x.numel() / x.shape[1])
+        total = _SumOverRanks.apply(torch.cat([wide.sum(dim=(0, 2, 3)), ones]))  # (C + 1,)
         count = total[-1].detach()
         mean = total[:-1] / count
-        deviation = x.float() - mean[:, None, None]
+        deviation = wide - mean[:, None, None]
         variance = _SumOverRanks.apply(deviation.square().sum(dim=(0, 2, 3))) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():

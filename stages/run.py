@@ -310,18 +310,18 @@ def _forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _wait_for(peers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all; once one has failed, ends the others after a while, and gives its rank."""
-    failed: int | None = None
+    """Waits for all; once one has failed, ends the others after a while. Gives the rank of the one that was the cause."""
+    failed: dict[int, int] = {}
     deadline = math.inf
-    while any(peer.poll() is None for peer in peers):
-        if failed is None:
-            failed = next((rank for rank, peer in enumerate(peers) if peer.returncode), None)
-            deadline = math.inf if failed is None else time.monotonic() + PATIENCE_SECONDS
-        if time.monotonic() > deadline:
-            for peer in peers:
-                peer.kill()
+    while any(peer.poll() is None for peer in peers) and time.monotonic() < deadline:
+        if failed := {rank: peer.returncode for rank, peer in enumerate(peers) if peer.returncode}:
+            deadline = min(deadline, time.monotonic() + PATIENCE_SECONDS)
         time.sleep(0.05)
-    return failed if failed is not None else next((rank for rank, peer in enumerate(peers) if peer.returncode), None)
+    failed |= {rank: peer.returncode for rank, peer in enumerate(peers) if peer.returncode}
+    for peer in peers:
+        peer.kill()
+        peer.wait()
+    return min(failed, key=lambda rank: (failed[rank] == PEER_LOST, rank), default=None)
 
 
 def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:

@@ -1,0 +1,139 @@
+"""Processes killed at random moments: what they leave is whole, and the next run ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small
+
+ROOT = Path(__file__).resolve().parents[1]
+# A process that has imported everything waits for a line, then runs the stage: a kill then falls into its work, not its start.
+READY = """
+import sys, runpy
+import torch, numpy, safetensors.torch, webdataset, matplotlib.figure, pipeline.figures, pipeline.training, pipeline.scoring
+import pipeline.extraction, pipeline.sampling, pipeline.fitting, pipeline.autoencoders.ae, pipeline.evaluation.reconstruction
+from stages.__main__ import cli
+for line in sys.stdin:
+    import os
+    if os.fork() == 0:
+        os.setsid()
+        print(os.getpid(), flush=True)
+        cli(line.split(), standalone_mode=True)
+    os.wait()
+    print("done", flush=True)
+"""
+
+
+class Launcher:
+    """Starts stages in forks of a process that has imported all they need, a few milliseconds each."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRACKING": "off"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", READY], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def run(self, stage: tuple[str, str], kill_after: float | None = None) -> bool:
+        """Runs a stage, or kills it after some seconds; gives whether it was killed."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(" ".join(stage) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        killed = False
+        if kill_after is not None:
+            time.sleep(kill_after)
+            try:
+                os.kill(pid, signal.SIGKILL)
+                killed = True
+            except ProcessLookupError:
+                pass
+        for line in self.process.stdout:
+            if line == "done\n":
+                break
+        return killed
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def workspace(folder: Path, epochs: int) -> Path:
+    small.write_raw(folder)
+    params = folder / "params.yaml"
+    params.write_text(params.read_text().replace("epochs: 4", f"epochs: {epochs}"))
+    return folder
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Digests of what has to be the same: data, scores and curves, not seconds."""
+    found = small.files(folder)
+    return {k: v for k, v in found.items() if k.startswith(("data/", "reports/")) and not k.startswith("reports/runs/")}
+
+
+def check_whole(folder: Path, expected: dict[str, str]) -> None:
+    """Whatever can be seen is complete: as the run that was never killed wrote it, or absent."""
+    for path, digest in results(folder).items():
+        if "/." not in path:
+            assert expected[path] == digest, f"{path} is torn"
+    for index in folder.glob("data/*/*/index.json"):
+        shown = {str(p.relative_to(folder)) for p in index.parent.iterdir()}
+        assert shown == {p for p in expected if p.startswith(f"{index.parent.relative_to(folder)}/")}
+
+
+def kill_and_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[tuple[str, str]], kills: int, epochs: int, seed: int
+) -> int:
+    chosen = random.Random(seed)
+    launcher = None
+    count = 0
+    try:
+        monkeypatch.chdir(workspace(tmp_path / "whole", epochs))
+        launcher = Launcher()
+        took = {}
+        for stage in small.STAGES:
+            if stage[1].startswith("blobs"):
+                started = time.monotonic()
+                launcher.run(stage)
+                took[stage] = time.monotonic() - started
+        expected = results(tmp_path / "whole")
+        assert "reports/metrics/evaluate/blobs-lde.json" in expected
+        launcher.close()
+        shutil.copytree(tmp_path / "whole/raw", tmp_path / "killed/raw")
+        shutil.copy("params.yaml", tmp_path / "killed")
+        monkeypatch.chdir(tmp_path / "killed")
+        launcher = Launcher()
+        for stage in took:
+            for _ in range(kills if stage in stages else 0):
+                count += launcher.run(stage, chosen.uniform(0, took[stage]))
+                check_whole(tmp_path / "killed", expected)
+            launcher.run(stage)
+            check_whole(tmp_path / "killed", expected)
+        assert results(tmp_path / "killed") == expected
+        assert not [p for p in Path(".").rglob("*.partial") if "metrics" in str(p)]
+    finally:
+        if launcher is not None:
+            launcher.close()
+    return count
+
+
+def test_train_and_fit_killed_a_few_times_end_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kill_and_finish(tmp_path, monkeypatch, [("train", "blobs-ae"), ("fit", "blobs-lde")], 3, epochs=30, seed=0) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_stage_killed_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [stage for stage in small.STAGES if stage[1].startswith("blobs")]
+    kills = kill_and_finish(tmp_path, monkeypatch, stages, 10, epochs=60, seed=1)
+    print(f"{kills} kills")
+    assert kills >= 50

@@ -1,0 +1,218 @@
+"""Several processes: the same codes, samples and scores as one, and the same loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from pipeline.ranks import synchronise_batch_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# Batch norm over ranks ------------------------------------------------------------------------------------------------
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.LeakyReLU(0.2), nn.Conv2d(3, 1, 2), nn.BatchNorm2d(1)
+    ).double()
+
+
+def gradients(network: nn.Module, x: torch.Tensor, share: slice) -> list[torch.Tensor]:
+    x = x[share].clone().requires_grad_()
+    loss = (network(x) - 0.3).pow(4).mean()
+    loss.backward()
+    assert x.grad is not None
+    return [x.grad, *(p.grad for p in network.parameters() if p.grad is not None), loss.detach()]
+
+
+def _normalise(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    network = small_network()
+    synchronise_batch_norm(network)
+    x = torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = gradients(network, x, slice(3 * rank, 3 * rank + 3))
+    torch.save({"gradients": found, "state": network.state_dict()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch(tmp_path: Path) -> None:
+    mp.start_processes(_normalise, (str(tmp_path),), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    network = small_network()
+    x = torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole = gradients(network, x, slice(None))
+    # The loss of the whole is the mean of the ranks' losses, hence the halves.
+    assert torch.allclose(torch.cat([r["gradients"][0] for r in ranks]) / 2, whole[0], atol=1e-12)
+    for mine, *parts in zip(whole[1:], *(r["gradients"][1:] for r in ranks), strict=True):
+        assert torch.allclose(sum(parts) / 2, mine, atol=1e-12)
+    assert list(ranks[0]["state"]) == list(network.state_dict())
+    for name, value in network.state_dict().items():
+        for rank in ranks:
+            assert torch.allclose(rank["state"][name].double(), value.double(), atol=1e-12), name
+
+
+def test_alone_and_in_evaluation_it_is_batch_norm() -> None:
+    network, twin = small_network().eval(), small_network().eval()
+    synchronise_batch_norm(twin)
+    x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    assert torch.equal(network(x), twin(x))
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def start(*stage: str, **environment: str) -> subprocess.Popen[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRACKING": "off", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages", *stage], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    small.write_raw(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in small.STAGES:
+            if stage[1].startswith("blobs"):
+                assert small.run(*stage).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    copy = tmp_path / "workspace"
+    shutil.copytree(finished, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def torchrun(*stage: str) -> subprocess.Popen[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRACKING": "off"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages", *stage]
+    return subprocess.Popen(
+        [sys.executable, *command], env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def two(*stage: str) -> subprocess.Popen[str]:
+    return start(*stage, PROCESSES="2")
+
+
+def test_two_processes_write_the_same_codes(workspace: Path) -> None:
+    expected = small.files(Path("data"))
+    shutil.rmtree("data/codes/blobs-ae")
+    code, out, err = outcome(two("extract", "blobs-ae"))
+    assert (code, out.count("extract blobs-ae:"), err) == (0, 1, "")
+    assert small.files(Path("data")) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [two, torchrun])
+def test_samples_codes_and_scores_dont_depend_on_the_number_of_ranks(
+    workspace: Path, launch: Callable[..., subprocess.Popen[str]]
+) -> None:
+    expected = small.files(Path("data"))
+    scores = json.loads(Path("reports/metrics/evaluate/blobs-lde.json").read_text())
+    for folder in ("codes/blobs-ae", "samples/blobs-lde"):
+        shutil.rmtree(Path("data") / folder)
+    Path("reports/metrics/evaluate/blobs-lde.json").unlink()
+    for stage in (("extract", "blobs-ae"), ("sample", "blobs-lde"), ("evaluate", "blobs-lde")):
+        code, _, err = outcome(launch(*stage))
+        assert code == 0, err
+    assert small.files(Path("data")) == expected
+    merged = json.loads(Path("reports/metrics/evaluate/blobs-lde.json").read_text())
+    assert merged.keys() == scores.keys()
+    for key, value in scores.items():
+        assert merged[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+
+
+def curve(stage: str, row: str) -> np.ndarray:
+    lines = Path(f"reports/curves/{stage}/{row}.tsv").read_text().splitlines()
+    column = lines[0].split("\t").index("loss")
+    return np.array([float(line.split("\t")[column] or "nan") for line in lines[1:]])
+
+
+@pytest.mark.slow
+def test_training_with_two_ranks_follows_the_curve_of_one(workspace: Path) -> None:
+    """The mean loss of 5 epochs within 10 percent of the curve's range at the same global batch, batch norm synchronised.
+
+    The order of examples differs between one rank and two, so single losses do too.
+    """
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("epochs: 4", "epochs: 30"))
+    for stage, row, per_epoch in (("train", "blobs-ae", 7), ("fit", "blobs-lde", 7)):
+        assert small.run(stage, row).exit_code == 0
+        one = curve(stage, row)
+        code, _, err = outcome(two(stage, row))
+        assert code == 0, err
+        both = curve(stage, row)
+        one, both = (c[~np.isnan(c)][: 30 * per_epoch] for c in (one, both))
+        rows = len(one) // 30 * 30
+        means = [c[:rows].reshape(6, -1).mean(1) for c in (one, both)]
+        assert np.abs(means[1] - means[0]).max() < 0.1 * np.ptp(one), (stage, means)
+        runs = json.loads(Path(f"reports/runs/{stage}/{row}.json").read_text())
+        assert runs["processes"] == 2
+
+
+@pytest.mark.slow
+def test_an_error_of_several_processes_is_one_line(workspace: Path) -> None:
+    path = Path("data/shards/blobs/train-000001.tar")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, out, err = outcome(two("extract", "blobs-ae"))
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "train-000001.tar doesn't match the digest" in err
+
+
+@pytest.mark.slow
+def test_a_signal_to_several_processes_writes_one_checkpoint(workspace: Path) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("epochs: 4", "epochs: 100000"))
+    process = two("train", "blobs-ae")
+    deadline = time.monotonic() + 100
+    while not list(Path(".checkpoints").rglob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = outcome(process)
+    assert code == 1
+    assert err.count("error:") == 1
+    assert "stopped by SIGTERM" in err
+    assert len(list(Path(".checkpoints").rglob("*.pt"))) == 1
+
+
+@pytest.mark.slow
+def test_mlflow_logs_a_run_of_two_processes_once(workspace: Path) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{workspace}/mlflow.db"
+    code, _, err = outcome(start("extract", "blobs-ae", PROCESSES="2", TRACKING="on", MLFLOW_TRACKING_URI=uri))
+    assert code == 0, err
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert [run.info.run_name for run in runs] == ["extract blobs-ae"]
