@@ -17,16 +17,18 @@ import small
 ROOT = Path(__file__).resolve().parents[1]
 # A process that has imported everything waits for a line, then runs the stage: a kill then falls into its work, not its start.
 READY = """
-import sys, runpy
+import os, sys
 import torch, numpy, safetensors.torch, webdataset, matplotlib.figure, pipeline.figures, pipeline.training, pipeline.scoring
 import pipeline.extraction, pipeline.sampling, pipeline.fitting, pipeline.autoencoders.ae, pipeline.evaluation.reconstruction
+import pipeline.densities.lde, pipeline.sources.images, torch._dynamo
+import stages.prepare, stages.control, stages.train, stages.extract, stages.fit, stages.sample, stages.evaluate
 from stages.__main__ import cli
 for line in sys.stdin:
-    import os
+    folder, stage, row = line.rstrip().split("\\t")
     if os.fork() == 0:
-        os.setsid()
+        os.chdir(folder)
         print(os.getpid(), flush=True)
-        cli(line.split(), standalone_mode=True)
+        cli([stage, row])
     os.wait()
     print("done", flush=True)
 """
@@ -46,7 +48,7 @@ class Launcher:
         """Runs a stage, or kills it after some seconds; gives whether it was killed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(" ".join(stage) + "\n")
+        self.process.stdin.write("\t".join((os.getcwd(), *stage)) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
         killed = False
@@ -91,29 +93,26 @@ def check_whole(folder: Path, expected: dict[str, str]) -> None:
 
 
 def kill_and_finish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[tuple[str, str]], kills: int, epochs: int, seed: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: dict[tuple[str, str], int], epochs: int, seed: int
 ) -> int:
+    """Runs the stages once unharmed, and once more with so many kills each; gives how many kills found their stage alive."""
     chosen = random.Random(seed)
-    launcher = None
     count = 0
+    launcher = Launcher()
     try:
         monkeypatch.chdir(workspace(tmp_path / "whole", epochs))
-        launcher = Launcher()
         took = {}
-        for stage in small.STAGES:
-            if stage[1].startswith("blobs"):
-                started = time.monotonic()
-                launcher.run(stage)
-                took[stage] = time.monotonic() - started
+        for stage in kills:
+            started = time.monotonic()
+            launcher.run(stage)
+            took[stage] = time.monotonic() - started
         expected = results(tmp_path / "whole")
-        assert "reports/metrics/evaluate/blobs-lde.json" in expected
-        launcher.close()
+        assert {f"reports/metrics/{stage}/{row}.json" for stage, row in kills} <= expected.keys()
         shutil.copytree(tmp_path / "whole/raw", tmp_path / "killed/raw")
         shutil.copy("params.yaml", tmp_path / "killed")
         monkeypatch.chdir(tmp_path / "killed")
-        launcher = Launcher()
-        for stage in took:
-            for _ in range(kills if stage in stages else 0):
+        for stage in kills:
+            for _ in range(kills[stage]):
                 count += launcher.run(stage, chosen.uniform(0, took[stage]))
                 check_whole(tmp_path / "killed", expected)
             launcher.run(stage)
@@ -121,19 +120,19 @@ def kill_and_finish(
         assert results(tmp_path / "killed") == expected
         assert not [p for p in Path(".").rglob("*.partial") if "metrics" in str(p)]
     finally:
-        if launcher is not None:
-            launcher.close()
+        launcher.close()
     return count
 
 
 def test_train_and_fit_killed_a_few_times_end_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kill_and_finish(tmp_path, monkeypatch, [("train", "blobs-ae"), ("fit", "blobs-lde")], 3, epochs=30, seed=0) >= 2
+    kills = {("prepare", "blobs"): 0, ("train", "blobs-ae"): 3, ("extract", "blobs-ae"): 0, ("fit", "blobs-lde"): 3}
+    assert kill_and_finish(tmp_path, monkeypatch, kills, epochs=10, seed=0) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_stage_killed_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = [stage for stage in small.STAGES if stage[1].startswith("blobs")]
-    kills = kill_and_finish(tmp_path, monkeypatch, stages, 10, epochs=60, seed=1)
-    print(f"{kills} kills")
-    assert kills >= 50
+    count = kill_and_finish(tmp_path, monkeypatch, dict.fromkeys(stages, 10), epochs=60, seed=1)
+    print(f"{count} kills")
+    assert count >= 50
