@@ -30,7 +30,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     invoke_without_command=True,
     epilog="The environment says where things run and never changes a result: DEVICE (auto, cpu, cuda), PROCESSES, "
-    "LOADER_WORKERS, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKING (on, off).",
+    "LOADER_WORKERS, CACHE_MIB, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKING (on, off).",
 )
 @click.pass_context
 def cli(context: click.Context) -> None:
