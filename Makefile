@@ -36,4 +36,4 @@ ui: install  ## Browse the runs at http://127.0.0.1:5000
 
 clean:  ## Remove what the pipeline made; DVC's cache and the MLflow database stay
 	rm -rf data/shards data/autoencoders data/codes data/densities data/samples .checkpoints
-	rm -rf reports/metrics reports/curves reports/figures reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/headline.json
+	rm -rf reports/metrics reports/curves reports/figures reports/arrays reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/headline.json

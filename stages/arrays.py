@@ -1,4 +1,4 @@
-"""Small arrays that a stage leaves beside its figures, for `report` to set the rows of a data set side by side."""
+"""Small arrays that a stage leaves beside its pictures, for `report` to set the rows of a data set side by side."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def as_bytes(images: ArrayLike) -> NDArray[np.uint8]:
 
 
 def save_arrays(run: Run, name: str, values: Mapping[str, NDArray[Any]], names: Sequence[str] = ()) -> None:
-    """Writes arrays as `NAME.safetensors` among the figures of a stage's row; the same arrays give the same bytes."""
+    """Writes arrays as `NAME.safetensors` into the folder of a stage's row; the same arrays give the same bytes."""
     from safetensors.numpy import save_file
 
     if not run.first:
         return
-    with atomic_file(workspace.figure_folder(run.stage, run.row) / f"{name}.safetensors") as temporary:
+    with atomic_file(workspace.arrays_folder(run.stage, run.row) / f"{name}.safetensors") as temporary:
         # One entry of metadata: the order of several isn't fixed.
         save_file(
             {key: np.ascontiguousarray(array) for key, array in values.items()}, temporary, {"names": json.dumps([*names])}
@@ -65,7 +65,7 @@ def load_arrays(stage: str, row: str, name: str) -> Arrays | None:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = workspace.figure_folder(stage, row) / f"{name}.safetensors"
+    path = workspace.arrays_folder(stage, row) / f"{name}.safetensors"
     if not path.is_file():
         return None
     try:

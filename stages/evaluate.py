@@ -54,7 +54,7 @@ def _settings(params: Params, row: str) -> Settings:
         workspace.codes_folder(settings.density.codes),
         workspace.shards_folder(settings.density.dataset),
     ],
-    writes=lambda settings, row: [workspace.figure_folder("evaluate", row)],
+    writes=lambda settings, row: [workspace.figure_folder("evaluate", row), workspace.arrays_folder("evaluate", row)],
     ranks=True,
 )
 def evaluate(run: Run, settings: Settings) -> None:
@@ -81,8 +81,8 @@ def evaluate(run: Run, settings: Settings) -> None:
     density = load_density(workspace.density_file(run.row)).to(ranks.device)
     run.read(settings.density.dataset, reader.index.digest, reader.folder, "evaluation")
     run.read(f"samples {run.row}", samples.index.digest, samples.folder, "samples")
-    figure_folder = workspace.figure_folder("evaluate", run.row)
-    figure_folder.mkdir(parents=True, exist_ok=True)
+    for folder in (workspace.figure_folder("evaluate", run.row), workspace.arrays_folder("evaluate", run.row)):
+        folder.mkdir(parents=True, exist_ok=True)
 
     if density.has_log_prob:
         # Labels without names count the images that patches come from.

@@ -32,7 +32,11 @@ class SampleSettings:
 @stage(
     settings=lambda params, row: SampleSettings(density=params.density(row), sampling=params.sampling()),
     reads=lambda settings, row: [workspace.density_file(row), workspace.codes_folder(settings.density.codes)],
-    writes=lambda settings, row: [workspace.samples_folder(row), workspace.figure_folder("sample", row)],
+    writes=lambda settings, row: [
+        workspace.samples_folder(row),
+        workspace.figure_folder("sample", row),
+        workspace.arrays_folder("sample", row),
+    ],
     ranks=True,
 )
 def sample(run: Run, settings: SampleSettings) -> None:
@@ -59,6 +63,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
     run.metrics({"samples": index.count("samples")})
     run.details(digest=index.digest, processes=ranks.world)
     if ranks.first:
+        workspace.arrays_folder("sample", run.row).mkdir(parents=True, exist_ok=True)
         block = next(ShardReader(workspace.samples_folder(run.row)).blocks("samples"))
         first = block["examples"][:SHOWN]
         if index.kind == "images":

@@ -25,6 +25,7 @@ SCATTERED = 5000  # test codes in the figure of a code of two numbers
         workspace.autoencoder_folder(row),
         workspace.curve_file("train", row),
         workspace.figure_folder("train", row),
+        workspace.arrays_folder("train", row),
     ],
     ranks=True,
 )
@@ -48,6 +49,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     reader = ShardReader(workspace.shards_folder(settings.dataset))
     run.read(settings.dataset, reader.index.digest, reader.folder, "training")
     module = implementation("pipeline.autoencoders", settings.objective, "objective")
+    workspace.arrays_folder("train", run.row).mkdir(parents=True, exist_ok=True)
     objective: Objective = module.build(settings, reader.index.shape, reader.index.value_range)
     folder = workspace.autoencoder_folder(run.row)
     if not objective.trained or not isinstance(settings, TrainingSettings):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 __all__ = [
+    "arrays_folder",
     "autoencoder_folder",
     "checkpoint_folder",
     "codes_folder",
@@ -58,6 +59,11 @@ def curve_file(stage: str, row: str) -> Path:
 def figure_folder(stage: str, row: str) -> Path:
     """Pictures of a stage."""
     return Path("reports/figures") / stage / row
+
+
+def arrays_folder(stage: str, row: str) -> Path:
+    """Small arrays of a stage, for `report`. Not among the pictures: DVC would try to plot them."""
+    return Path("reports/arrays") / stage / row
 
 
 def run_file(stage: str, row: str) -> Path:
