@@ -315,6 +315,12 @@ def test_words_for_wrong_input(tmp_path):
     density.save(tmp_path / "density.safetensors")
     with pytest.raises(DataError, match="family 'gaussian', which isn't a Rnade"):
         Rnade.load(tmp_path / "density.safetensors")
+    liar = build("lde")
+    for arguments in ({"layers": 1000}, {"dim": 10**9}, {"components": 10**30}, {"blocks": "spiral"}, {"colour": 1}):
+        liar.arguments = build("lde").arguments | arguments
+        liar.save(tmp_path / "liar.safetensors")
+        with pytest.raises(DataError, match=r"liar.safetensors isn't a saved density"):
+            load_density(tmp_path / "liar.safetensors")
     whole = (tmp_path / "density.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-4])
     with pytest.raises(DataError, match=r"cut.safetensors isn't a saved density"):

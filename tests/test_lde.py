@@ -19,6 +19,7 @@ VARIANTS = {
     "residual": {"blocks": "residual", "width": 12, "layers": 5, "dropout": 0.3},
     "residual-batch": {"blocks": "residual", "width": 12, "normalisation": "batch", "activation": "elu"},
     "gated": {"blocks": "gated", "width": 10, "min_log_scale": -3.0},
+    "separate": {"blocks": "separate", "width": 8, "dropout": 0.2},
 }
 
 
@@ -29,8 +30,10 @@ def make(dim, components=3, seed=0, **arguments):
     with torch.no_grad():
         for value in density.parameters():
             value.add_(0.2 * torch.randn_like(value))
-        density.head.weight.mul_(0.3)
-        density.head.weight[2 * components :].mul_(0.1)  # is exponentiated: keep samples from running away
+        for name, value in density.named_parameters():
+            if name.endswith("head.weight"):
+                value.mul_(0.3)
+                value[2 * components :].mul_(0.1)  # is exponentiated: keep samples from running away
         for name, value in density.named_buffers():
             if name.endswith("running_var") or name == "scale":
                 value.uniform_(0.5, 2)
@@ -49,9 +52,9 @@ class Twin(nn.Module):
     def __init__(self, density: LatentDensityEstimator) -> None:
         super().__init__()
         self.dim, self.components = density.dim, density.components
-        self.padding = 2 ** len(density.layers)
+        self.padding = 2 ** len(density.network.layers)
         self.stack = nn.Sequential()
-        for layer in density.layers:
+        for layer in density.network.layers:
             _, filters, inputs = layer.weight.shape
             convolution = nn.Conv1d(inputs, filters, kernel_size=2, dilation=layer.dilation)
             convolution.weight.data = layer.weight.data.permute(1, 2, 0).clone()
@@ -62,9 +65,9 @@ class Twin(nn.Module):
                 norm.load_state_dict(layer.norm.state_dict())
                 self.stack.append(norm)
             self.stack.append(nn.LeakyReLU(0.2))
-        self.head = nn.Conv1d(density.head.in_features, density.head.out_features, kernel_size=1)
-        self.head.weight.data = density.head.weight.data[:, :, None].clone()
-        self.head.bias.data = density.head.bias.data.clone()
+        self.head = nn.Conv1d(density.network.head.in_features, density.network.head.out_features, kernel_size=1)
+        self.head.weight.data = density.network.head.weight.data[:, :, None].clone()
+        self.head.bias.data = density.network.head.bias.data.clone()
         self.shift, self.scale = density.shift.clone(), density.scale.clone()
         self.double().train(density.training)
 
@@ -120,12 +123,12 @@ def test_equals_literal_convolutions(dim, training, normalisation):
     (expected @ weights).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-8)
     layers = [(m.weight.grad.permute(2, 0, 1), m.bias.grad) for m in twin.stack if isinstance(m, nn.Conv1d)]
-    for layer, (weight, bias) in zip(density.layers, layers, strict=True):
+    for layer, (weight, bias) in zip(density.network.layers, layers, strict=True):
         torch.testing.assert_close(layer.weight.grad, weight, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(layer.bias.grad, bias, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(density.head.weight.grad, twin.head.weight.grad[:, :, 0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(density.network.head.weight.grad, twin.head.weight.grad[:, :, 0], rtol=1e-8, atol=1e-8)
     norms = [m for m in twin.stack if isinstance(m, nn.BatchNorm1d)]
-    for layer, norm in zip(density.layers if norms else [], norms, strict=True):
+    for layer, norm in zip(density.network.layers if norms else [], norms, strict=True):
         torch.testing.assert_close(layer.norm.weight.grad, norm.weight.grad, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(layer.norm.bias.grad, norm.bias.grad, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(layer.norm.running_mean, norm.running_mean, rtol=0, atol=1e-8)
@@ -239,9 +242,9 @@ def test_dropout_follows_the_generator():
 )
 def test_network_of_the_paper(dim, filters):
     density = LatentDensityEstimator(dim, 30)
-    assert [layer.filters for layer in density.layers] == filters
-    assert [layer.dilation for layer in density.layers] == [2**n for n in range(len(filters))]
-    assert density.head.out_features == 90
+    assert [layer.filters for layer in density.network.layers] == filters
+    assert [layer.dilation for layer in density.network.layers] == [2**n for n in range(len(filters))]
+    assert density.network.head.out_features == 90
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -267,7 +270,7 @@ def test_fast_products_equal_plain_ones(name, monkeypatch):
             density, z = density.float(), z.float()
         with monkeypatch.context() as patch:
             if kind == "plain":
-                patch.setattr("pipeline.densities.convolution._onednn", None)
+                patch.setattr("pipeline.densities.products._onednn", None)
             value = density.log_prob(z)
             value.sum().backward()
             samples = density.sample(5, torch.Generator().manual_seed(0)).double() if kind != "double" else None
@@ -285,14 +288,14 @@ def test_mixed_precision_stays_near():
     z = codes(50, 8).float()
     exact = density.loss(z)
     exact.backward()
-    gradient = density.layers[1].weight.grad.clone()
+    gradient = density.network.layers[1].weight.grad.clone()
     density.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         rough = density.loss(z)
     assert rough.dtype == torch.float32
     assert rough.item() == pytest.approx(exact.item(), abs=0.02)
     rough.backward()
-    torch.testing.assert_close(density.layers[1].weight.grad, gradient, rtol=0, atol=0.05 * gradient.abs().max().item())
+    torch.testing.assert_close(density.network.layers[1].weight.grad, gradient, rtol=0, atol=0.05 * gradient.abs().max().item())
 
 
 def test_casts():

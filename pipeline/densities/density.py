@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.files import atomic_file
 from pipeline.settings import DensitySettings
 
-__all__ = ["Density", "load_density", "own_settings", "standard_normal", "uniform"]
+__all__ = ["Density", "dropout_mask", "load_density", "own_settings", "standard_normal", "uniform"]
 
 METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed order, and equal models have to be equal files
 
@@ -43,6 +44,7 @@ class Density(nn.Module):
     Attributes:
         family: Name of the family, as in params.yaml.
         has_log_prob: Whether the family has a likelihood.
+        has_meta: Whether it can be built on torch's `meta` device, which holds shapes but no values.
         trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
         chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
         sample_chunk_examples: Samples drawn at once.
@@ -50,6 +52,7 @@ class Density(nn.Module):
 
     family: str
     has_log_prob: ClassVar[bool] = True
+    has_meta: ClassVar[bool] = True
     trained_by_gradient: ClassVar[bool] = True
     chunk_examples: int = 4096
     sample_chunk_examples: int = 4096
@@ -204,6 +207,12 @@ class Density(nn.Module):
         return density
 
 
+_UNREADABLE = (
+    *(OSError, SafetensorError, ImportError, AttributeError, LookupError),
+    *(TypeError, ValueError, ArithmeticError, RuntimeError, PipelineError),
+)
+
+
 def load_density(path: str | os.PathLike[str]) -> Density:
     """Reads a density of any family, in evaluation mode, on the CPU.
 
@@ -216,21 +225,32 @@ def load_density(path: str | os.PathLike[str]) -> Density:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file isn't a mapping)
         family, arguments = metadata["family"], metadata["arguments"]
         module = importlib.import_module(f"pipeline.densities.{ALIASES.get(family, family.replace('-', '_'))}")
-        with torch.device("meta"):  # shapes alone, so that a file which lies about them claims no memory
-            expected = {name: value.shape for name, value in module.Model(**arguments).state_dict().items()}
-        if expected != {name: value.shape for name, value in tensors.items()}:
-            raise ValueError("weights of other names or shapes than its arguments ask for")
+        _check_shapes(module.Model, arguments, tensors)
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the global generator alone
             density: Density = module.Model(**arguments)
         density.to(tensors["scale"].dtype)
         density.load_state_dict(tensors)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; run the stage that fits it") from None
-    except (OSError, SafetensorError, ImportError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{path} isn't a saved density ({' '.join(str(error).split())[:200]}); run the stage that fits it again"
         ) from None
     return density.eval()
+
+
+def _check_shapes(model: type[Density], arguments: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    # A file that lies about its shapes shall claim neither memory nor time.
+    numbers = max(1024, sum(tensor.numel() for tensor in tensors.values()))
+    values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in arguments.values())
+    if any(isinstance(value, int) and value > numbers for value in values):
+        raise ValueError("fewer weights than its arguments ask for")
+    if not model.has_meta:
+        return  # loading the weights will tell
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in model(**arguments).state_dict().items()}
+    if expected != {name: value.shape for name, value in tensors.items()}:
+        raise ValueError("weights of other names or shapes than its arguments ask for")
 
 
 def own_settings(settings: DensitySettings) -> dict[str, Any]:
@@ -247,6 +267,11 @@ def uniform(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -
     """Numbers from U[0, 1) in the dtype and on the device of `like`, drawn where the generator lives."""
     device = like.device if generator is None else generator.device
     return torch.rand(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def dropout_mask(like: Tensor, rate: float, generator: Generator | None) -> Tensor:
+    """Factors for dropout: 0 with probability `rate`, else 1 / (1 - rate)."""
+    return (uniform(tuple(like.shape), like, generator) >= rate).to(like.dtype) / (1 - rate)
 
 
 def standard_normal(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:

@@ -74,6 +74,8 @@ class NormalisingFlow(Density):
         torch.Size([3])
     """
 
+    has_meta = False  # masks are computed from values
+
     def __init__(
         self,
         dim: int,

@@ -84,14 +84,8 @@ class GaussianMixture(Density):
         ridge: float = 1e-6,
         max_examples: int = 100_000,
     ) -> None:
-        super().__init__(
-            dim,
-            components=list(components),
-            iterations=iterations,
-            tolerance=tolerance,
-            ridge=ridge,
-            max_examples=max_examples,
-        )
+        super().__init__(dim, components=list(components))  # the others matter to the fit only: they aren't saved
+        self.iterations, self.tolerance, self.ridge, self.max_examples = iterations, tolerance, ridge, max_examples
         self._set_components(components[-1])
 
     def _set_components(self, count: int) -> None:
@@ -110,19 +104,18 @@ class GaussianMixture(Density):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Estimator
 
-        settings = self.arguments
-        codes = _subset(blocks(), settings["max_examples"], seed).double().cpu().numpy()
+        codes = _subset(blocks(), self.max_examples, seed).double().cpu().numpy()
         held_out = valid.double().cpu().numpy()
         best: Estimator | None = None
         best_value = -math.inf
-        for count in settings["components"]:
+        for count in self.arguments["components"]:
             if count > len(codes):
                 break
             estimator = Estimator(
                 count,
-                tol=settings["tolerance"],
-                reg_covar=settings["ridge"],
-                max_iter=settings["iterations"],
+                tol=self.tolerance,
+                reg_covar=self.ridge,
+                max_iter=self.iterations,
                 random_state=seed,
             )
             with warnings.catch_warnings():
@@ -137,8 +130,10 @@ class GaussianMixture(Density):
                 break
             best, best_value = estimator, value
         if best is None:
-            raise DataError(f"{len(codes)} training codes are too few for a mixture of {settings['components'][0]} Gaussians")
-        settings["components"] = [len(best.weights_)]
+            raise DataError(
+                f"{len(codes)} training codes are too few for a mixture of {self.arguments['components'][0]} Gaussians"
+            )
+        self.arguments["components"] = [len(best.weights_)]
         self._set_components(len(best.weights_))
         self.log_weights.copy_(torch.from_numpy(best.weights_).log())
         self.means.copy_(torch.from_numpy(best.means_))

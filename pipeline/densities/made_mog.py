@@ -59,6 +59,7 @@ class MadeMog(Density):
     """
 
     family = "made-mog"
+    has_meta = False  # masks are computed from values
 
     def __init__(self, dim: int, components: int = 10, hidden: Sequence[int] = (512, 512), residual: bool = False) -> None:
         super().__init__(dim, components=components, hidden=list(hidden), residual=residual)

@@ -1,0 +1,91 @@
+"""A residual network for each dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor, nn
+
+from pipeline.densities import mixtures
+from pipeline.densities.density import dropout_mask
+from pipeline.densities.products import ACTIVATIONS, apply_linear
+
+__all__ = ["SeparateNetworks"]
+
+
+class _Network(nn.Module):
+    """Residual blocks, x + V a(W x + b) + c, between two linear layers."""
+
+    def __init__(self, inputs: int, outputs: int, width: int, layers: int, activation: str, dropout: float) -> None:
+        super().__init__()
+        self.activation, self.dropout = ACTIVATIONS[activation], dropout
+        self.start = nn.Linear(inputs, width)
+        self.into = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.back = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.head = nn.Linear(width, outputs)
+        self.head.bias.data = mixtures.initial_bias(outputs // 3)
+
+    def forward(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+        """Outputs (B, 3K) of a conditional, from the dimensions before it (B, i)."""
+        x = apply_linear(self.start, z)
+        for into, back in zip(self.into, self.back, strict=True):
+            h = apply_linear(into, x, self.activation)
+            if self.dropout and self.training:
+                h = h * dropout_mask(h, self.dropout, generator)
+            x = x + apply_linear(back, h)
+        return apply_linear(self.head, x)
+
+
+class SeparateNetworks(nn.Module):
+    """From codes to the outputs of all conditionals, by a residual network for each.
+
+    Arguments:
+        dim: The number of dimensions D.
+        outputs: The number of outputs for a conditional.
+        activation: Name of the activation.
+        layers: The number of residual blocks.
+        width: The number of units of every layer.
+        dropout: The share of a block's hidden units that is dropped in training.
+
+    Attributes:
+        features: Features that the outputs are made of.
+        kept: Numbers that a walk keeps for an example.
+    """
+
+    def __init__(self, dim: int, outputs: int, activation: str, layers: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.first = nn.Parameter(mixtures.initial_bias(outputs // 3))
+        self.networks = nn.ModuleList(_Network(i, outputs, width, layers, activation, dropout) for i in range(1, dim))
+        self.features, self.kept = width, dim
+
+    def forward(self, z: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs of the first conditional, one vector, and of the others.
+
+        Arguments:
+            z: The codes, with shape (B, D).
+            generator: Source of dropout.
+
+        Returns:
+            The outputs, with shapes (3K) and (D - 1, B, 3K).
+        """
+        others = [network(z[:, : i + 1], generator) for i, network in enumerate(self.networks)]
+        return self.first, torch.stack(others) if others else self.first.new_zeros(0, len(z), len(self.first))
+
+    def walk(self) -> _Walk:
+        """A walk along the dimensions, for drawing."""
+        return _Walk(self)
+
+
+class _Walk:
+    """Outputs of one conditional after another.
+
+    Attributes:
+        first: Outputs of the first conditional, with shape (3K).
+    """
+
+    def __init__(self, networks: SeparateNetworks) -> None:
+        self.first, self.networks = networks.first, networks.networks
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Outputs (n, 3K) of the next conditional, from all dimensions before it (n, i)."""
+        outputs: Tensor = self.networks[z.shape[1] - 1](z)
+        return outputs
