@@ -115,7 +115,7 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
             ],
             combined=combined,
             controls=[
-                block(name, "Parzen scores of images of the data set, taken as samples", "control")
+                block(name, "Images of the data set taken as samples, and its principal components where they are asked for", "control")
                 for name in params.rows("controls")
                 if params.control(name).dataset == dataset
             ],
