@@ -115,7 +115,11 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
             ],
             combined=combined,
             controls=[
-                block(name, "Images of the data set taken as samples, and its principal components where they are asked for", "control")
+                block(
+                    name,
+                    "Images of the data set taken as samples, and its principal components where they are asked for",
+                    "control",
+                )
                 for name in params.rows("controls")
                 if params.control(name).dataset == dataset
             ],
@@ -146,7 +150,9 @@ def _autoencoder_summary(params: Params, name: str) -> str:
         return "Vectors are their own codes"
     words = [f"Objective {settings.objective}", f"{read_metrics('extract', name).get('dimensions')} numbers a code"]
     incremental = getattr(settings, "incremental", None)
-    words += [f"incremental ({incremental.mode}, over {incremental.warm_up_epochs:g} epochs)"] if incremental else []
+    if incremental:
+        warm_up = incremental.warm_up_epochs  # nested dropout has none
+        words += [f"incremental ({incremental.mode}" + (f", over {warm_up:g} epochs)" if warm_up is not None else ")")]
     words += [f"{settings.epochs} epochs"] if hasattr(settings, "epochs") else []
     words += [f"test MSE {plus_minus(metrics['test_mse'], metrics.get('test_mse_se'))}"] if "test_mse" in metrics else []
     return ", ".join(words)

@@ -26,6 +26,7 @@ controls:
 autoencoders:
   shapes-ae: &network {dataset: shapes, objective: ae, latent_dim: 2, blocks: 1, base_channels: 4, epochs: 3, batch_size: 32,
     learning_rate: 0.01, batch_norm_gain: ones}
+  shapes-nested: {<<: *network, incremental: {mode: nested_dropout}}
   shapes-vae-0: {<<: *network, objective: vae, kl_weight: 0.0}
   shapes-vae-1: {<<: *network, objective: vae, kl_weight: 1.0}
 densities:
