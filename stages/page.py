@@ -117,7 +117,7 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
             controls=[
                 block(
                     name,
-                    "Images of the data set taken as samples, and its principal components where they are asked for",
+                    "Images of the data set taken as samples, and its principal components",
                     "control",
                 )
                 for name in params.rows("controls")
