@@ -146,11 +146,11 @@ def test_edits_rerun_what_they_touch_and_nothing_else(project: Project) -> None:
     assert "up to date" in project.call("dvc", "status")
 
     # A sample count refits nothing.
-    project.edit("count: 200", "count: 150")
+    project.edit("{count: 200", "{count: 150")
     ran = project.repro()
     assert not {name for name in ran if name.startswith(("fit", "train", "extract", "prepare"))}
     assert {"sample@digits-ae-lde", "evaluate@digits-ae-lde", "control@digits", "report"} <= ran
-    project.edit("count: 150", "count: 200")
+    project.edit("{count: 150", "{count: 200")
     assert project.repro() == set()
 
     # The latent length of one autoencoder: its own chain, nothing of the other's.
