@@ -160,7 +160,8 @@ def _interpolation(run: Run, settings: InterpolationSettings, density: Density, 
             run.metrics({f"interpolation_{kind}_{key}": value for key, value in fall.items()})
             arrays |= {f"{kind}_{edge}": getattr(curve, edge) for edge in ("mean", "lower", "upper")}
         panel = {kind: (curve.mean, np.stack([curve.lower, curve.upper])) for kind, curve in curves.items()}
-        labelled = {f"{kind} label" if labels is not None else "any two": line for kind, line in panel.items()}
+        said = {"same": "same label", "different": "different labels", "any": "any two"}
+        labelled = {said[kind]: line for kind, line in panel.items()}
         figure = figures.curve_panels(
             {run.row: labelled}, CURVE_WEIGHTS, "weight a of the second code", "log-likelihood of the code (nats)"
         )
