@@ -21,7 +21,7 @@ repro: install  ## Build all that is out of date, and print the scoreboard
 	@python -m stages report --show
 
 test: install  ## Run the tests
-	python -m pytest -m "not slow and not gpu"
+	python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install  ## Run the tests that take long: kills, memory, fuzzing at length
 	python -m pytest -m "slow and not gpu"
