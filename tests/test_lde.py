@@ -224,6 +224,21 @@ def test_chunks_change_nothing():
         torch.testing.assert_close(density.log_prob(z), whole)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loss_in_parts_equals_the_whole(name):
+    density = make(9, **VARIANTS[name])
+    z = codes(23, 9)
+    results = []
+    for chunk in (23, 5):
+        density.zero_grad()
+        density.chunk_examples = chunk
+        loss = density.loss(z)
+        (3 * loss).backward()
+        results.append((loss.detach(), [p.grad.clone() for p in density.parameters()]))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0][0], -density.log_prob(z).mean().detach() / 9 - density.scale.log().mean())
+
+
 def test_dropout_follows_the_generator():
     density = make(5, blocks="residual", width=8, dropout=0.5).train()
     z = codes(20, 5)

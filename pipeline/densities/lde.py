@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.densities import mixtures
 from pipeline.densities.causal import CausalNetwork
@@ -59,6 +60,27 @@ class Settings(DensitySettings):
         check_that(self.blocks == "plain" or self.width > 0, "width", f"has to be set for {self.blocks} blocks")
         check_that(self.blocks != "separate" or self.normalisation == "none", "normalisation", "is for convolutions only")
         check_that(self.blocks != "separate" or self.channel_cap == 0, "channel_cap", "is for convolutions only")
+
+
+class _LossInParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, density: LatentDensityEstimator, z: Tensor, generator: Generator | None, *parameters: Tensor
+    ) -> Tensor:
+        total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
+        for part in z.split(density.chunk_examples):
+            with torch.enable_grad():
+                value = density._log_prob(part, generator).sum() / (-density.dim * len(z))
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+            torch._foreach_add_(sums, gradients)
+            total += value.detach()
+        ctx.save_for_backward(*sums)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, grad)
 
 
 class LatentDensityEstimator(Density):
@@ -166,8 +188,17 @@ class LatentDensityEstimator(Density):
         return value + mixtures.log_likelihood(others, z[:, 1:].T).sum(dim=0)
 
     def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
-        """The loss of equation 4, see `Density.loss`; dropout is drawn from the generator."""
-        return -self._log_prob(self._standardised(z), generator).mean() / self.dim
+        """The loss of equation 4, see `Density.loss`; dropout is drawn from the generator.
+
+        Its gradient with respect to the parameters is computed at once, `chunk_examples` after another, so that features stay
+        in the cache and memory doesn't grow with B.
+        """
+        z = self._standardised(z)
+        normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
+        if normalised or z.requires_grad or not torch.is_grad_enabled() or len(z) <= self.chunk_examples:
+            return -self._log_prob(z, generator).mean() / self.dim
+        loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.parameters() if p.requires_grad))
+        return loss
 
     def conditionals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, means and standard deviations of the mixtures that the dimensions of z are drawn from, given those before.

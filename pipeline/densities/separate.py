@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -12,15 +14,23 @@ from pipeline.densities.products import ACTIVATIONS, apply_linear
 __all__ = ["SeparateNetworks"]
 
 
+def _linear(inputs: int, outputs: int, gain: float, bias: float = 0.0) -> nn.Linear:
+    module = nn.Linear(inputs, outputs)
+    nn.init.normal_(module.weight, std=gain / math.sqrt(inputs))
+    nn.init.normal_(module.bias, std=bias)
+    return module
+
+
 class _Network(nn.Module):
     """Residual blocks, x + V a(W x + b) + c, between two linear layers."""
 
     def __init__(self, inputs: int, outputs: int, width: int, layers: int, activation: str, dropout: float) -> None:
         super().__init__()
         self.activation, self.dropout = ACTIVATIONS[activation], dropout
-        self.start = nn.Linear(inputs, width)
-        self.into = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.back = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        gain = self.activation.gain
+        self.start = _linear(inputs, width, gain, bias=0.5)
+        self.into = nn.ModuleList(_linear(width, width, gain) for _ in range(layers))
+        self.back = nn.ModuleList(_linear(width, width, 0.1) for _ in range(layers))
         self.head = nn.Linear(width, outputs)
         self.head.bias.data = mixtures.initial_bias(outputs // 3)
 
@@ -28,11 +38,11 @@ class _Network(nn.Module):
         """Outputs (B, 3K) of a conditional, from the dimensions before it (B, i)."""
         x = apply_linear(self.start, z)
         for into, back in zip(self.into, self.back, strict=True):
-            h = apply_linear(into, x, self.activation)
+            h = apply_linear(into, self.activation.apply(x.clone()), self.activation)
             if self.dropout and self.training:
                 h = h * dropout_mask(h, self.dropout, generator)
             x = x + apply_linear(back, h)
-        return apply_linear(self.head, x)
+        return apply_linear(self.head, self.activation.apply(x))
 
 
 class SeparateNetworks(nn.Module):
