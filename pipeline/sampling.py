@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.autoencoders.network import Decoder
 from pipeline.densities import Density
@@ -19,6 +21,8 @@ from pipeline.shards import Shard, ShardIndex, ShardWriter, write_index
 __all__ = ["draw", "write_samples"]
 
 DECODED = 250  # codes decoded at a time
+OVERFLOW_SHARE = 0.01  # of the codes of a shard that may overflow float32 and be drawn anew
+OVERFLOW_ROUNDS = 10
 
 
 @torch.no_grad()
@@ -37,12 +41,28 @@ def draw(density: Density, decoder: Decoder | None, count: int, seed: int, numbe
     """
     device = density.shift.device
     state = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
-    codes = density.sample(count, torch.Generator().manual_seed(state)).float()
+    codes = _finite_codes(density, count, torch.Generator().manual_seed(state))
     if decoder is None:
         return codes.cpu().numpy(), codes.cpu().numpy()
     low, high = decoder.value_range
     images = [((decoder(part.to(device)) - low) / (high - low)).clamp(0, 1).cpu().numpy() for part in codes.split(DECODED)]
     return np.concatenate(images), codes.cpu().numpy()
+
+
+def _finite_codes(density: Density, count: int, generator: torch.Generator) -> Tensor:
+    # Far from its data a mixture may have a standard deviation so large that what is drawn overflows float32. Such a code has no
+    # place in a file; a few are drawn anew, and said so. Where there are many, the density has diverged: the caller refuses them.
+    codes = density.sample(count, generator).float()
+    bad = ~torch.isfinite(codes).all(dim=1)
+    overflowed = int(bad.sum())
+    if 0 < overflowed <= OVERFLOW_SHARE * count:
+        print(f"{overflowed} of {count} codes overflowed float32 and were drawn anew", file=sys.stderr)
+        for _ in range(OVERFLOW_ROUNDS):
+            codes[bad] = density.sample(int(bad.sum()), generator).float()
+            bad = ~torch.isfinite(codes).all(dim=1)
+            if not bad.any():
+                break
+    return codes
 
 
 def write_samples(
