@@ -19,11 +19,13 @@ from pipeline.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, 
 
 def write(folder: Path, images: np.ndarray, labels: np.ndarray | None, cuts: list[int], shard_examples: int) -> ShardIndex:
     folder.mkdir(parents=True)
-    with ShardWriter(folder, "train", shard_examples) as writer:
+    with ShardWriter(folder, "samples", shard_examples) as writer:
         for start, stop in zip([0, *cuts], [*cuts, len(images)], strict=True):
             arrays = {"examples": images[start:stop]} | ({} if labels is None else {"labels": labels[start:stop]})
             writer.write(**arrays)
-    index = ShardIndex(kind="images", shape=images.shape[1:], dtype="uint8", value_range=(0.0, 1.0), train=tuple(writer.shards))
+    index = ShardIndex(
+        kind="images", shape=images.shape[1:], dtype="uint8", value_range=(0.0, 1.0), samples=tuple(writer.shards)
+    )
     write_index(folder, index)
     return index
 
@@ -44,26 +46,26 @@ def test_same_bytes_however_the_pieces_come(tmp_path_factory: pytest.TempPathFac
     whole = write(folder / "whole", images, labels, [], shard_examples)
     pieces = write(folder / "pieces", images, labels, cuts, shard_examples)
     assert whole == pieces
-    for shard in whole.train:
+    for shard in whole.samples:
         assert (folder / "whole" / shard.name).read_bytes() == (folder / "pieces" / shard.name).read_bytes()
     reader = ShardReader(folder / "pieces")
-    read = [reader.load("train", i) for i in range(len(whole.train))]
+    read = [reader.load("samples", i) for i in range(len(whole.samples))]
     assert np.array_equal(np.concatenate([r["examples"] for r in read]), images)
     assert np.array_equal(np.concatenate([r["labels"] for r in read]), labels)
-    assert reader.counts("train") == [min(shard_examples, count - i) for i in range(0, count, shard_examples)]
+    assert reader.counts("samples") == [min(shard_examples, count - i) for i in range(0, count, shard_examples)]
     assert reader.index == whole
 
 
 def test_blocks_have_256_examples(tmp_path: Path) -> None:
     images, _ = digits(700)
     write(tmp_path / "a", images, None, [13], 600)
-    assert [len(b["examples"]) for b in ShardReader(tmp_path / "a").blocks("train")] == [256, 256, 88, 100]
+    assert [len(b["examples"]) for b in ShardReader(tmp_path / "a").blocks("samples")] == [256, 256, 88, 100]
 
 
 def test_webdataset_itself_reads_them(tmp_path: Path) -> None:
     images, labels = digits(400)
     index = write(tmp_path / "a", images, labels, [], 300)
-    urls = [str(tmp_path / "a" / shard.name) for shard in index.train]
+    urls = [str(tmp_path / "a" / shard.name) for shard in index.samples]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert np.array_equal(np.concatenate([s["examples.npy"] for s in samples]), images)
     assert np.array_equal(np.concatenate([s["labels.npy"] for s in samples]), labels)
@@ -88,14 +90,14 @@ def test_digest_tells_contents_apart(tmp_path: Path) -> None:
 
 def test_no_label_in_some_block_is_refused(tmp_path: Path) -> None:
     images, labels = digits(512)
-    with ShardWriter(tmp_path, "train") as writer:
+    with ShardWriter(tmp_path, "samples") as writer:
         writer.write(examples=images[:256], labels=labels[:256])
         writer.write(examples=images[256:])
     write_index(
-        tmp_path, ShardIndex(kind="images", shape=(1, 4, 4), dtype="uint8", value_range=(0, 1), train=tuple(writer.shards))
+        tmp_path, ShardIndex(kind="images", shape=(1, 4, 4), dtype="uint8", value_range=(0, 1), samples=tuple(writer.shards))
     )
     with pytest.raises(DataError, match="doesn't hold the 512 examples"):
-        ShardReader(tmp_path).load("train", 0)
+        ShardReader(tmp_path).load("samples", 0)
 
 
 def test_pixels_fill_their_range() -> None:
