@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.densities import mixtures
 from pipeline.densities.density import dropout_mask
-from pipeline.densities.products import ACTIVATIONS, Activation, affine, apply_linear, autocast, inner
+from pipeline.densities.products import ACTIVATIONS, Activation, affine, apply_linear, autocast
 
 __all__ = ["CausalNetwork", "causal_convolution"]
 
@@ -43,15 +43,16 @@ class _CausalConvolution(torch.autograd.Function):
         grad = grad.reshape(len(rows), weight.shape[1])
         if ctx.activation is not None:
             grad = ctx.activation.backward(grad, y)
-        early, late, earlier_rows = grad[:split], grad[split:], rows[: len(rows) - split]
+        early, late = grad[:split], grad[split:]
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = affine(grad, present.T)
-            to_x[: len(earlier_rows)] += affine(late, past.T)
+            to_x[: len(late)] += affine(late, past.T)
             to_x = to_x.view(ctx.shape)
         from_padding = early.sum(dim=0)
-        to_past = inner(late, earlier_rows).addr(from_padding, padding)
-        to_weight = torch.stack([to_past, inner(grad, rows)])
+        columns = rows.T.contiguous()  # once for both taps
+        to_past = affine(columns[:, : len(late)], late.T).T.addr(from_padding, padding)
+        to_weight = torch.stack([to_past, affine(columns, grad.T).T])
         return to_x, past.T @ from_padding, to_weight, from_padding + late.sum(dim=0), None, None
 
 

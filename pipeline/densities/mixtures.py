@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["draw", "initial_bias", "log_likelihood", "unpack"]
 
-BLOCK_NUMBERS = 2**16  # of outputs worked on at once: they stay in a core's cache
+BLOCK_NUMBERS = 2**17  # of outputs that a thread works on at once: they stay in its cache, and torch does share them out
 
 
 def unpack(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,6 +26,14 @@ def initial_bias(components: int) -> Tensor:
     return torch.cat([torch.zeros(components), torch.special.ndtri(levels), torch.zeros(components)])
 
 
+def _softmax(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of x (R, K), written to `out`, and logsumexp (R), with one exponential for both."""
+    top = x.amax(dim=1, keepdim=True).clamp_min_(torch.finfo(x.dtype).min)
+    total = torch.sub(x, top, out=out).exp_().sum(dim=1, keepdim=True)
+    out.div_(total)
+    return out, total.log_().add_(top)[:, 0]
+
+
 class _LogLikelihood(torch.autograd.Function):
     # The forward pass computes the gradient too, while the block is in the cache: with responsibilities
     # r = softmax(log pi + log N) and u = (x - mu) / sigma it is r - pi for the logits, r u / sigma for the means and
@@ -33,7 +41,7 @@ class _LogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, x: Tensor) -> Tensor:
-        rows = max(1, BLOCK_NUMBERS // outputs.shape[1])
+        rows = max(1, BLOCK_NUMBERS * torch.get_num_threads() // outputs.shape[1])
         value = torch.empty_like(x)
         wanted = any(ctx.needs_input_grad)
         gradient = torch.empty_like(outputs) if wanted else None
@@ -45,13 +53,15 @@ class _LogLikelihood(torch.autograd.Function):
             u = torch.sub(x[block, None], means).mul_(inverse_scales)
             square = u * u
             joint = torch.add(logits, square, alpha=-0.5).sub_(log_scales)
-            log_joint, log_total = joint.logsumexp(dim=1), logits.logsumexp(dim=1)
+            responsibilities, log_joint = _softmax(joint, out=joint)
+            # Where no gradient is wanted its place is taken by a scratch.
+            weights, log_total = _softmax(
+                logits, out=gradient[block, : logits.shape[1]] if gradient is not None else torch.empty_like(u)
+            )
             torch.sub(log_joint, log_total, out=value[block])
             if gradient is not None and x_gradient is not None:
-                to_logits, to_means, to_log_scales = unpack(gradient[block])
-                responsibilities = joint.sub_(log_joint[:, None]).exp_()
-                torch.sub(logits, log_total[:, None], out=to_logits).exp_()
-                torch.sub(responsibilities, to_logits, out=to_logits)
+                _, to_means, to_log_scales = unpack(gradient[block])
+                torch.sub(responsibilities, weights, out=weights)
                 torch.mul(u.mul_(inverse_scales), responsibilities, out=to_means)
                 torch.mul(square.sub_(1), responsibilities, out=to_log_scales)
                 torch.sum(to_means, dim=1, out=x_gradient[block]).neg_()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ACTIVATIONS", "Activation", "affine", "apply_linear", "autocast", "inner", "linear"]
+__all__ = ["ACTIVATIONS", "Activation", "affine", "apply_linear", "autocast", "linear"]
 
 SLOPE = 0.2
 
@@ -69,7 +69,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     Returns:
         The outputs, with shape (N, C').
     """
-    if _by_onednn(x) and len(x) > 0:
+    if _by_onednn(x) and x.numel() > 0:
         # Any other strides would silently take a path that is a thousand times as slow.
         if not (weight.is_contiguous() or weight.T.is_contiguous()):
             weight = weight.contiguous()
@@ -80,9 +80,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     return activation.apply(y) if activation is not None else y
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
+def _inner(a: Tensor, b: Tensor) -> Tensor:
     """The product a^T b (A, B) of two matrices with shapes (N, A) and (N, B)."""
-    if _by_onednn(a) and len(a) > 0:
+    if _by_onednn(a):
         # The smaller matrix first: it is the one that is copied.
         return affine(a.T, b.T) if a.shape[1] <= b.shape[1] else affine(b.T, a.T).T
     return a.T @ b
@@ -111,7 +111,7 @@ class _Linear(torch.autograd.Function):
         if ctx.activation is not None:
             grad = ctx.activation.backward(grad, y)
         to_x = affine(grad, weight.T) if ctx.needs_input_grad[0] else None
-        return to_x, inner(grad, x), grad.sum(dim=0), None
+        return to_x, _inner(grad, x), grad.sum(dim=0), None
 
 
 def apply_linear(module: nn.Module, x: Tensor, activation: Activation | None = None) -> Tensor:
