@@ -221,7 +221,7 @@ class TrainingSettings:
         warm_up: Share of all steps over which `cosine` rises.
         gradient_clip: Largest norm of the gradient; 0 switches clipping off.
         ema_decay: Decay of the exponential moving average of the weights that is kept in the end; 0 keeps the last weights.
-        precision: `float32`, or `bfloat16` for mixed precision.
+        precision: `float32`, or `bfloat16` for mixed precision, which is slow where the processor has no such instructions.
         checkpoint_minutes: Minutes between two checkpoints; one is also written whenever an epoch ends after it.
         sync_batch_norm: Whether batch norm takes its statistics over all processes; alone it changes nothing.
         shuffle_examples: Examples held in memory for shuffling, in a window of whole shards that is drawn from at random.

@@ -31,7 +31,7 @@ from pipeline.progress import Progress
 from pipeline.ranks import Ranks, synchronise_batch_norm
 from pipeline.settings import TrainingSettings
 
-__all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "learning_rate", "train"]
+__all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "has_bfloat16", "learning_rate", "train"]
 
 CURVE_POINTS = 200  # rows of a training curve, about
 
@@ -132,6 +132,15 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, p
             * (1 + math.cos(math.pi * min((done - settings.warm_up) / (1 - settings.warm_up), 1.0)))
         )
     return settings.learning_rate
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 at all, instead of imitating it many times as slowly as float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
 
 
 def code_digest() -> str:
@@ -344,6 +353,8 @@ def train(
     index = start_step
     ended = False
     autocast_type = torch.bfloat16 if settings.precision == "bfloat16" else None
+    if autocast_type is not None and not has_bfloat16(device) and ranks.first:
+        print(f"warning: {label}: this {device.type} imitates bfloat16, slowly; try precision: float32", file=sys.stderr)
 
     def save() -> None:
         # Best weights and losses are checked, so that a checkpoint is always a good state.
