@@ -14,13 +14,14 @@ from torch import Tensor
 from pipeline.batches import Batches
 from pipeline.codes import CodeReader
 from pipeline.densities import Density
+from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments
 from pipeline.progress import Progress
 from pipeline.ranks import Ranks
 from pipeline.settings import DensitySettings, implementation
 from pipeline.training import Checkpoint, Step, Trainable, Training, train
 
-__all__ = ["fit_density", "log_likelihood", "score_codes"]
+__all__ = ["cholesky_factor", "fit_density", "log_likelihood", "score_codes"]
 
 VALID_CODES = 100_000  # codes that steer the choice of the epoch, at most
 ESTIMATE_CODES = 100_000  # validation codes that a family without gradient may choose on, at most
@@ -60,6 +61,34 @@ def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks 
     return moments.result()
 
 
+def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor) -> Tensor:
+    """The lower triangular L with L L^T the covariance of codes.
+
+    Arguments:
+        blocks: Codes, each block with shape (n, D).
+        mean: Their mean, float64 with shape (D,).
+
+    Returns:
+        The factor, float64 with shape (D, D).
+
+    Raises:
+        DataError: When the codes lie in a subspace.
+    """
+    products, count = torch.zeros(len(mean), len(mean), dtype=torch.float64), 0
+    for block in blocks:
+        deviations = torch.from_numpy(block).double() - mean
+        products += deviations.T @ deviations
+        count += len(block)
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(products / count)
+    if int(failed) or not bool(torch.isfinite(factor).all()):
+        raise DataError(
+            "the codes vary in fewer directions than they have dimensions, so their covariance has no Cholesky factor; "
+            "set standardise: dimension"
+        )
+    return factor
+
+
 def fit_density(
     settings: DensitySettings,
     codes: CodeReader,
@@ -89,6 +118,8 @@ def fit_density(
     elif settings.standardise == "scalar":
         # One scale for all dimensions: the root of the mean variance around the one mean.
         density.standardise(mean.mean(), (std.square() + (mean - mean.mean()).square()).mean().sqrt())
+    elif settings.standardise == "cholesky":
+        density.standardise(mean, cholesky_factor(codes.stream("train")(), mean))
     density.to(ranks.device)
     if not density.trained_by_gradient:
         return density, _estimate(density, codes, settings)

@@ -280,7 +280,9 @@ class DensitySettings(TrainingSettings):
         dataset: Data set of those codes (named again, since DVC can't look it up; checked for agreement).
         family: Density family: `lde`, `gmm`, `maf`, ..
         standardise: `dimension` shifts and scales each code dimension to mean 0 and variance 1 over the training codes,
-            `scalar` uses one mean and one scale for all, `none` nothing. The log-determinant is added back in every likelihood.
+            `scalar` uses one mean and one scale for all, `none` nothing; `cholesky` takes from each dimension its linear
+            prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
+            such as pixels. The log-determinant is added back in every likelihood.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
             on the speed of the machine.
         validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.
@@ -291,7 +293,7 @@ class DensitySettings(TrainingSettings):
     dataset: str
     family: str
     learning_rate: float = 2e-4
-    standardise: Literal["dimension", "scalar", "none"] = "dimension"
+    standardise: Literal["dimension", "scalar", "cholesky", "none"] = "dimension"
     max_minutes: float = 0.0
     validate_steps: int = 0
     shuffle_examples: int = 1_000_000

@@ -11,6 +11,8 @@ from torch import nn
 
 from pipeline.densities import LatentDensityEstimator
 from pipeline.densities.density import standard_normal, uniform
+from pipeline.densities.orders import patch_orders, reordered
+from pipeline.errors import SettingsError
 
 VARIANTS = {
     "paper": {},
@@ -206,6 +208,66 @@ def test_standardisation_leaves_likelihoods_in_data_units():
     weights, means, scales = scaled.conditionals(z)
     each = torch.distributions.Normal(means, scales).log_prob(z[..., None])
     torch.testing.assert_close(torch.logsumexp(weights.log() + each, dim=-1).sum(dim=1), scaled.log_prob(z))
+
+
+def test_cholesky_factor_leaves_likelihoods_in_data_units():
+    plain, whitened = make(4), make(4)
+    plain.shift.zero_()
+    plain.scale.fill_(1)
+    mean, factor = codes(1, 4)[0], torch.linalg.cholesky(torch.cov(codes(9, 4).T) + torch.eye(4, dtype=torch.float64))
+    whitened.standardise(mean, factor)
+    z = codes(10, 4)
+    seen = mean + z @ factor.T
+    torch.testing.assert_close(whitened.log_prob(seen), plain.log_prob(z) - torch.logdet(factor))
+    weights, means, scales = whitened.conditionals(seen)
+    each = torch.distributions.Normal(means, scales).log_prob(seen[..., None])
+    torch.testing.assert_close(torch.logsumexp(weights.log() + each, dim=-1).sum(dim=1), whitened.log_prob(seen))
+    drawn = [density.sample(5, torch.Generator().manual_seed(0)) for density in (plain, whitened)]
+    torch.testing.assert_close(drawn[1], mean + drawn[0] @ factor.T)
+
+
+def test_conditionals_depend_on_earlier_dimensions_only_behind_a_cholesky_factor():
+    density = make(5)
+    density.standardise(torch.zeros(5), torch.rand(5, 5, dtype=torch.float64).tril() + torch.eye(5, dtype=torch.float64))
+    jacobian = torch.autograd.functional.jacobian(lambda z: density.conditionals(z)[1].sum(-1)[0], codes(1, 5))[:, 0]
+    assert torch.equal(jacobian, jacobian.tril(-1))
+
+
+@pytest.mark.parametrize(("dim", "count"), [(8, 2), (8, 4), (8, 8), (9, 8), (63, 8)])
+def test_orders_of_a_patch_are_a_group_of_maps_that_keep_volume(dim, count):
+    found = patch_orders(dim, count)
+    maps = [torch.autograd.functional.jacobian(lambda z, o=o: reordered(z[None], o)[0], codes(1, dim)[0]) for o in found]
+    assert len({tuple(map_.flatten().tolist()) for map_ in maps}) == count
+    for map_ in maps:
+        assert torch.linalg.det(map_).abs().item() == pytest.approx(1)
+        assert sum(torch.allclose(map_ @ other, torch.eye(dim, dtype=torch.float64)) for other in maps) == 1
+
+
+def test_density_is_averaged_over_orders_of_a_patch():
+    density = make(3, patch_orders=8)
+    z = codes(6, 3)
+    first = make(3)
+    each = torch.stack([first.log_prob(reordered(z, order)) for order in patch_orders(3, 8)])
+    torch.testing.assert_close(density.log_prob(z), torch.logsumexp(each, dim=0) - math.log(8))
+    torch.testing.assert_close(density.log_prob(reordered(z, density.orders[5])), density.log_prob(z))
+
+
+def test_samples_of_a_patch_come_in_all_orders():
+    density = LatentDensityEstimator(3, 1, patch_orders=8).double().eval()
+    density.standardise(torch.tensor([9.0, 0.0, -9.0]), torch.tensor(0.01))  # pixels 9, 0, -9 and, in the last place, 0
+    drawn = density.sample(4000, torch.Generator().manual_seed(0))
+    assert abs(drawn.mean().item()) < 0.2
+    places = drawn.round().long()
+    assert (places == 9).sum(dim=0).tolist() == pytest.approx([1000] * 3, abs=120)
+    assert torch.isfinite(density.log_prob(drawn)).all()
+    assert density.log_prob(drawn).std() < 2  # each as likely as in the order that it was drawn in
+
+
+def test_orders_are_for_square_patches():
+    with pytest.raises(SettingsError, match="patch_orders: 2 orders are for square patches"):
+        LatentDensityEstimator(5, 1, patch_orders=2)
+    with pytest.raises(SettingsError, match="patch_orders"):
+        LatentDensityEstimator(63, 1, patch_orders=3)
 
 
 def test_no_floor_under_the_likelihood():

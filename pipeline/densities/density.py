@@ -30,12 +30,14 @@ METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed
 class Density(nn.Module):
     r"""Base of all densities p(z) over codes z with D dimensions.
 
-    Codes are shifted and scaled before a family sees them, and the log-determinant is added back:
+    Codes are standardised before a family sees them, and the log-determinant is added back:
 
     .. math:: \log p(z) = \log q\left(\frac{z - \text{shift}}{\text{scale}}\right) - \sum_i \log \text{scale}_i
 
-    so that every public method speaks in the units of the data. A family implements `_log_prob` and `_sample`, on
-    standardised codes; one that isn't trained by gradient implements `_estimate`.
+    or, with a lower triangular factor :math:`L` whose diagonal is the scale,
+    :math:`\log q(L^{-1} (z - \text{shift})) - \sum_i \log L_{ii}`; dimension i then depends on :math:`z_1, \ldots, z_i` only,
+    so that an autoregressive family stays one. Every public method speaks in the units of the data. A family implements
+    `_log_prob` and `_sample`, on standardised codes; one that isn't trained by gradient implements `_estimate`.
 
     Arguments:
         dim: The number of dimensions :math:`D`.
@@ -59,6 +61,7 @@ class Density(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    factor: Tensor | None
 
     def __init__(self, dim: int, **arguments: Any) -> None:
         super().__init__()
@@ -68,6 +71,7 @@ class Density(nn.Module):
         self.arguments: dict[str, Any] = {"dim": dim, **arguments}
         self.register_buffer("shift", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("factor", None)
 
     # What a family implements
 
@@ -90,13 +94,17 @@ class Density(nn.Module):
 
         Arguments:
             mean: The mean of the training codes, with shape (D,), or () for all dimensions alike.
-            std: Their standard deviation, with the same shape.
+            std: Their standard deviation, with the same shape; or the Cholesky factor of their covariance, with shape (D, D).
 
         Raises:
             DataError: When some dimension doesn't vary or isn't finite.
         """
+        factor = torch.as_tensor(std).to(self.shift).tril() if torch.as_tensor(std).ndim == 2 else None
+        std = torch.as_tensor(std) if factor is None else factor.diagonal()
         mean, std = (torch.as_tensor(value).to(self.shift).expand(self.dim) for value in (mean, std))
         good = torch.isfinite(mean) & torch.isfinite(std) & (std > 0)
+        if factor is not None:
+            good &= torch.isfinite(factor).all(dim=1)
         if not good.all():
             bad = ", ".join(str(i) for i in torch.nonzero(~good).flatten().tolist())
             raise DataError(
@@ -104,11 +112,19 @@ class Density(nn.Module):
             )
         self.shift.copy_(mean)
         self.scale.copy_(std)
+        self.factor = factor
 
     def _standardised(self, z: Tensor) -> Tensor:
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise DataError(f"expected codes with shape (B, {self.dim}), got {tuple(z.shape)}")
+        if self.factor is not None:
+            whitened: Tensor = torch.linalg.solve_triangular(self.factor.T, z - self.shift, upper=True, left=False)
+            return whitened
         return (z - self.shift) / self.scale
+
+    def _restored(self, z: Tensor, generator: Generator | None) -> Tensor:
+        """The inverse of `_standardised`, for samples."""
+        return torch.addmm(self.shift, z, self.factor.T) if self.factor is not None else self.shift + z * self.scale
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-likelihood of codes, in nats a code, in the units of the data.
@@ -161,7 +177,7 @@ class Density(nn.Module):
         try:
             for start in range(0, n, self.sample_chunk_examples):
                 stop = min(start + self.sample_chunk_examples, n)
-                torch.addcmul(self.shift, self._sample(stop - start, generator), self.scale, out=samples[start:stop])
+                samples[start:stop] = self._restored(self._sample(stop - start, generator), generator)
         finally:
             self.train(training)
         return samples
@@ -228,6 +244,7 @@ def load_density(path: str | os.PathLike[str]) -> Density:
         _check_shapes(module.Model, arguments, tensors)
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the global generator alone
             density: Density = module.Model(**arguments)
+        density.factor = tensors.get("factor")
         density.to(tensors["scale"].dtype)
         density.load_state_dict(tensors)
     except FileNotFoundError:
@@ -249,6 +266,8 @@ def _check_shapes(model: type[Density], arguments: dict[str, Any], tensors: dict
         return  # loading the weights will tell
     with torch.device("meta"):
         expected = {name: value.shape for name, value in model(**arguments).state_dict().items()}
+    if "factor" in tensors:
+        expected["factor"] = torch.Size([*expected["shift"], *expected["shift"]])
     if expected != {name: value.shape for name, value in tensors.items()}:
         raise ValueError("weights of other names or shapes than its arguments ask for")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.densities import mixtures
+from pipeline.densities import mixtures, orders
 from pipeline.densities.causal import CausalNetwork
 from pipeline.densities.density import Density, own_settings, standard_normal, uniform
+from pipeline.densities.orders import ORDERS
 from pipeline.densities.products import ACTIVATIONS
 from pipeline.densities.separate import SeparateNetworks
 from pipeline.errors import SettingsError
@@ -38,6 +40,8 @@ class Settings(DensitySettings):
         channel_cap: Filters of a layer at most; 0 for no limit.
         dropout: Share of a layer's outputs that is dropped in training.
         min_log_scale: Soft floor on the log standard deviations, in standardised units; null for none.
+        patch_orders: Orders of the pixels of a square patch that the density is averaged over, 1, 2, 4 or 8; scoring takes as
+            many times as long.
     """
 
     components: int = 30
@@ -49,6 +53,7 @@ class Settings(DensitySettings):
     channel_cap: int = 0
     dropout: float = 0.0
     min_log_scale: float | None = None
+    patch_orders: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +65,7 @@ class Settings(DensitySettings):
         check_that(self.blocks == "plain" or self.width > 0, "width", f"has to be set for {self.blocks} blocks")
         check_that(self.blocks != "separate" or self.normalisation == "none", "normalisation", "is for convolutions only")
         check_that(self.blocks != "separate" or self.channel_cap == 0, "channel_cap", "is for convolutions only")
+        check_that(self.patch_orders in ORDERS, "patch_orders", f"has to be one of {', '.join(map(str, ORDERS))}")
 
 
 class _LossInParts(torch.autograd.Function):
@@ -98,9 +104,14 @@ class LatentDensityEstimator(Density):
     With batch norm, `log_prob` is a density in evaluation mode only: in training mode it mixes the examples of a batch.
     Padded positions count in its statistics, as they do where they are computed.
 
+    The density of square patches can be averaged over the orders in which their pixels can be read, the symmetries :math:`A_m`
+    of the square, by one network that is trained on all of them: :math:`p(z) = \frac{1}{M} \sum_{m=1}^M p_1(A_m z)`.
+
     References:
         | Unpriortized Autoencoder For Image Generation (Yoo et al., 2019), section 3.3
         | https://arxiv.org/abs/1902.04294
+        | A Deep and Tractable Density Estimator (Uria et al., 2014), for ensembles of orders
+        | https://arxiv.org/abs/1310.1757
 
     Arguments:
         dim: The number of dimensions :math:`D`.
@@ -113,6 +124,10 @@ class LatentDensityEstimator(Density):
         channel_cap: The number of filters of a layer at most; 0 for no limit.
         dropout: The share of a layer's outputs that is dropped in training.
         min_log_scale: A soft floor on :math:`\log \sigma`, in standardised units.
+        patch_orders: The number of orders :math:`M`, 1, 2, 4 or 8.
+
+    Raises:
+        SettingsError: For a setting that isn't known, or `patch_orders` where patches with D numbers aren't square.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -128,6 +143,8 @@ class LatentDensityEstimator(Density):
 
     family = "lde"
 
+    orders: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -141,6 +158,7 @@ class LatentDensityEstimator(Density):
         channel_cap: int = 0,
         dropout: float = 0.0,
         min_log_scale: float | None = None,
+        patch_orders: int = 1,
     ) -> None:
         super().__init__(
             dim,
@@ -153,6 +171,7 @@ class LatentDensityEstimator(Density):
             channel_cap=channel_cap,
             dropout=dropout,
             min_log_scale=min_log_scale,
+            patch_orders=patch_orders,
         )
         for key, value, known in (
             ("activation", activation, tuple(ACTIVATIONS)),
@@ -163,7 +182,11 @@ class LatentDensityEstimator(Density):
                 raise SettingsError(f"{key}: expected one of {', '.join(known)}, got {value!r}")
         if blocks != "plain" and width == 0:
             raise SettingsError(f"width: has to be set for {blocks} blocks")
+        if patch_orders not in ORDERS:
+            raise SettingsError(f"patch_orders: expected one of {', '.join(map(str, ORDERS))}, got {patch_orders!r}")
         self.components, self.min_log_scale = components, min_log_scale
+        several = orders.patch_orders(dim, patch_orders) if patch_orders > 1 else None
+        self.register_buffer("orders", several, persistent=False)
         self.network: CausalNetwork | SeparateNetworks
         if blocks == "separate":
             self.network = SeparateNetworks(dim, 3 * components, activation, layers or 2, width, dropout)
@@ -193,15 +216,34 @@ class LatentDensityEstimator(Density):
         Its gradient with respect to the parameters is computed at once, `chunk_examples` after another, so that features stay
         in the cache and memory doesn't grow with B.
         """
-        z = self._standardised(z)
+        z = self._standardised(self._in_random_order(z, generator))
         normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
         if normalised or z.requires_grad or not torch.is_grad_enabled() or len(z) <= self.chunk_examples:
             return -self._log_prob(z, generator).mean() / self.dim
         loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.parameters() if p.requires_grad))
         return loss
 
+    def _in_random_order(self, z: Tensor, generator: Generator | None) -> Tensor:
+        if self.orders is None:
+            return z
+        drawn = (uniform((len(z),), z, generator) * len(self.orders)).long().clamp_(max=len(self.orders) - 1)
+        return orders.reordered(z, self.orders[drawn])
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch where there are several."""
+        if self.orders is None:
+            return super().log_prob(z)
+        each = [super(LatentDensityEstimator, self).log_prob(orders.reordered(z, order)) for order in self.orders]
+        return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
+
+    def _restored(self, z: Tensor, generator: Generator | None) -> Tensor:
+        # The inverse of a random symmetry is a random symmetry.
+        return self._in_random_order(super()._restored(z, generator), generator)
+
     def conditionals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, means and standard deviations of the mixtures that the dimensions of z are drawn from, given those before.
+
+        With several orders of a patch, those of the first.
 
         Arguments:
             z: The codes, with shape (B, D).
@@ -209,11 +251,13 @@ class LatentDensityEstimator(Density):
         Returns:
             Three tensors with shape (B, D, K), in the units of the data.
         """
-        first, others = map(self._floored, self.network(self._standardised(z)))
+        standardised = self._standardised(z)
+        first, others = map(self._floored, self.network(standardised))
         outputs = torch.cat([first.expand(1, len(z), -1), others]).transpose(0, 1)  # (B, D, 3K)
         logits, means, log_scales = mixtures.unpack(outputs)
-        shift, scale = self.shift[:, None], self.scale[:, None]
-        return torch.softmax(logits, dim=-1), shift + scale * means, scale * log_scales.exp()
+        shift = self.shift if self.factor is None else self.shift + standardised @ self.factor.tril(-1).T  # (D) or (B, D)
+        scale = self.scale[:, None]
+        return torch.softmax(logits, dim=-1), shift[..., None] + scale * means, scale * log_scales.exp()
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
         # In this order: which component each dimension is drawn from, then the noise within it.
