@@ -17,6 +17,7 @@ from pipeline.evaluation.interpolation import InterpolationCurve, draw_pairs, lo
 from pipeline.evaluation.moments import GroupedMoments, Moments
 from pipeline.evaluation.parzen import ParzenScore, ParzenSums, merge, partial_sums, select_bandwidth
 from pipeline.fitting import score_codes
+from pipeline.progress import Progress
 from pipeline.ranks import Ranks
 from pipeline.settings import InterpolationSettings, ParzenSettings, QualitySettings
 from pipeline.shards import ShardReader, scale_pixels
@@ -38,6 +39,7 @@ __all__ = [
 Blocks = Callable[[], Iterator[np.ndarray]]
 
 INTERPOLATED = 20_000  # test codes that pairs are drawn from, at most, the first of the split
+SCORED_AT_ONCE = 8192  # codes, between two lines of progress
 CURVE_WEIGHTS = tuple(i / 10 for i in range(11))
 
 
@@ -110,30 +112,37 @@ def parzen_score(samples: Blocks, reader: ShardReader, settings: ParzenSettings,
     return Parzen(score, settings.protocol)
 
 
-def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool) -> dict[str, float]:
-    """Mean log-likelihood of the test codes, in nats, with its standard error.
+def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ranks: Ranks) -> dict[str, float]:
+    """Mean log-likelihood of the test codes, in nats, with its standard error; ranks share the codes.
 
     Arguments:
         density: The density.
         codes: The codes.
+        ranks: This process among its peers.
         by_group: Whether labels name groups that aren't independent, such as the image of a patch: then the standard error
             over groups is given too.
     """
-    moments, groups = Moments(), GroupedMoments()
-    grouped = by_group
-    for block in codes.blocks("test"):
-        values = np.concatenate(list(score_codes(density, [block["codes"]])))
-        moments.update(values)
-        grouped = grouped and "labels" in block
-        if grouped:
-            groups.update(values, block["labels"])
-    mean, error, count = moments.result()
+    mine = GroupedMoments()
+    with Progress(codes.index.count("test"), "scoring test codes", unit="codes", quiet=not ranks.first) as progress:
+        for number, block in enumerate(codes.blocks("test")):
+            if number % ranks.world != ranks.rank:
+                continue
+            labels = block.get("labels", np.zeros(len(block["codes"]), np.int64))
+            for start in range(0, len(labels), SCORED_AT_ONCE):
+                part = slice(start, start + SCORED_AT_ONCE)
+                (values,) = score_codes(density, [block["codes"][part]])
+                mine.update(values, labels[part])
+                progress.advance(len(values) * ranks.world)
+    moments = GroupedMoments()
+    for some in ranks.gather(mine):
+        moments.merge(some)
+    mean, error, count = moments.examples()
     if not np.isfinite(mean):
         raise DataError(f"the mean log-likelihood of the test codes is {mean}: the density has diverged; fit it again")
     scores: dict[str, float] = {"test_log_likelihood": mean, "test_log_likelihood_se": error, "test_scored": float(count)}
     scores |= {"test_log_likelihood_per_dimension": mean / codes.index.dim}
-    if grouped:
-        result = groups.groups()
+    result = moments.groups()
+    if by_group and result.number > 1:
         scores |= {"test_log_likelihood_group_se": result.standard_error, "test_groups": result.number}
     return scores
 

@@ -87,7 +87,7 @@ def evaluate(run: Run, settings: Settings) -> None:
     if density.has_log_prob:
         # Labels without names count the images that patches come from.
         by_group = reader.index.kind == "vectors"
-        run.metrics(test_log_likelihood(density, codes, by_group))
+        run.metrics(test_log_likelihood(density, codes, by_group, ranks))
 
     if settings.evaluation.parzen is not None and reader.index.kind == "images":
         count = parzen_samples(samples.index.count("samples"), reader)

@@ -6,7 +6,7 @@ from pipeline.settings import DensitySettings, Params
 from stages import workspace
 from stages.run import Run, stage
 
-TRAIN_SCORED = 100_000  # training codes that are scored, at most
+SCORED = 20_000  # codes of a split that are scored here, at most, the first; evaluate scores every test code
 
 
 @stage(
@@ -37,8 +37,8 @@ def fit(run: Run, settings: DensitySettings) -> None:
         with atomic_folder(workspace.density_file(run.row).parent) as temporary:
             density.save(temporary / "density.safetensors")
     if density.has_log_prob:
-        for split, limit in (("train", TRAIN_SCORED), ("valid", None), ("test", None)):
-            blocks = (block["codes"] for block in codes.blocks(split, limit))
+        for split in ("train", "valid", "test"):
+            blocks = (block["codes"] for block in codes.blocks(split, SCORED))
             mean, error, count = log_likelihood(density, blocks, ranks)
             run.metrics({f"{split}_log_likelihood": mean, f"{split}_log_likelihood_se": error})
             run.metrics({f"{split}_log_likelihood_per_dimension": mean / codes.index.dim})
