@@ -476,8 +476,8 @@ def test_doctor_without_space(healthy, monkeypatch):
 
 
 def test_the_module_runs_as_a_program():
-    environment = {**os.environ, "_STAGES_COMPLETE": "bash_complete", "COMP_WORDS": "stages preset add mni", "COMP_CWORD": "3"}
+    environment = {**os.environ, "_STAGES_COMPLETE": "bash_complete", "COMP_WORDS": "stages preset add tf", "COMP_CWORD": "3"}
     done = subprocess.run(
         [sys.executable, "-m", "stages"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout == "plain,mnist\n"
+    assert done.stdout == "plain,tfd\n"
