@@ -40,8 +40,8 @@ class Settings(DensitySettings):
         channel_cap: Filters of a layer at most; 0 for no limit.
         dropout: Share of a layer's outputs that is dropped in training.
         min_log_scale: Soft floor on the log standard deviations, in standardised units; null for none.
-        patch_orders: Orders of the pixels of a square patch that the density is averaged over, 1, 2, 4 or 8; scoring takes as
-            many times as long.
+        patch_orders: Orders of the pixels of a square patch that the density is averaged over, 1, 2, 4 or 8; training is that
+            of the first alone, scoring takes as many times as long.
     """
 
     components: int = 30
@@ -105,7 +105,8 @@ class LatentDensityEstimator(Density):
     Padded positions count in its statistics, as they do where they are computed.
 
     The density of square patches can be averaged over the orders in which their pixels can be read, the symmetries :math:`A_m`
-    of the square, by one network that is trained on all of them: :math:`p(z) = \frac{1}{M} \sum_{m=1}^M p_1(A_m z)`.
+    of the square: :math:`p(z) = \frac{1}{M} \sum_{m=1}^M p_1(A_m z)`. It is the first that is trained, since what it has
+    learned holds for the others too, as far as patches look alike when turned and mirrored.
 
     References:
         | Unpriortized Autoencoder For Image Generation (Yoo et al., 2019), section 3.3
@@ -211,23 +212,17 @@ class LatentDensityEstimator(Density):
         return value + mixtures.log_likelihood(others, z[:, 1:].T).sum(dim=0)
 
     def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
-        """The loss of equation 4, see `Density.loss`; dropout is drawn from the generator.
+        """The loss of equation 4, see `Density.loss`; dropout is drawn from the generator. Patches are read in the first order.
 
         Its gradient with respect to the parameters is computed at once, `chunk_examples` after another, so that features stay
         in the cache and memory doesn't grow with B.
         """
-        z = self._standardised(self._in_random_order(z, generator))
+        z = self._standardised(z)
         normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
         if normalised or z.requires_grad or not torch.is_grad_enabled() or len(z) <= self.chunk_examples:
             return -self._log_prob(z, generator).mean() / self.dim
         loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.parameters() if p.requires_grad))
         return loss
-
-    def _in_random_order(self, z: Tensor, generator: Generator | None) -> Tensor:
-        if self.orders is None:
-            return z
-        drawn = (uniform((len(z),), z, generator) * len(self.orders)).long().clamp_(max=len(self.orders) - 1)
-        return orders.reordered(z, self.orders[drawn])
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch where there are several."""
@@ -237,8 +232,12 @@ class LatentDensityEstimator(Density):
         return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
 
     def _restored(self, z: Tensor, generator: Generator | None) -> Tensor:
+        z = super()._restored(z, generator)
+        if self.orders is None:
+            return z
         # The inverse of a random symmetry is a random symmetry.
-        return self._in_random_order(super()._restored(z, generator), generator)
+        drawn = (uniform((len(z),), z, generator) * len(self.orders)).long().clamp_(max=len(self.orders) - 1)
+        return orders.reordered(z, self.orders[drawn])
 
     def conditionals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, means and standard deviations of the mixtures that the dimensions of z are drawn from, given those before.
