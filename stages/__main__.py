@@ -8,7 +8,7 @@ import click
 
 from stages.run import TABLE_OF_STAGE
 
-COMMANDS = (*TABLE_OF_STAGE, "report", "export", "check", "preset", "doctor")
+COMMANDS = (*TABLE_OF_STAGE, "report", "record", "export", "check", "preset", "doctor")
 
 
 class LazyGroup(click.Group):

@@ -26,7 +26,7 @@ from pipeline.files import write_json, write_text
 from pipeline.processes import die_with_parent
 from pipeline.settings import Params, flatten, read_params
 from stages import workspace
-from stages.tracking import Tracker
+from stages.tracking import Tracker, git_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,6 +66,7 @@ class Run:
             "dvc.stage": os.environ.get("DVC_STAGE", ""),
             "dvc.experiment": os.environ.get("DVC_EXP_NAME", ""),
         }
+        self._details |= git_state()  # of the code that runs, which may have changed when the run ends
         # The row's name has no place in the keys, so that two rows of a table can be compared side by side.
         flat = flatten(asdict(settings)) if settings is not None else {}  # type: ignore[call-overload]
         self.tracker = Tracker(f"{stage} {row}", {k: v for k, v in tags.items() if v}, flat, off=not self.first)
@@ -120,7 +121,7 @@ class Run:
             "seconds": round(time.monotonic() - self._started, 3),
             "peak_memory_mib": round(_peak_memory_mib(), 1),
         }
-        self._details |= {"cores": os.cpu_count(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self._details |= {"cores": _cores(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.tracker.metrics({k: v for k, v in self._details.items() if isinstance(v, (int, float))})
         run_id = self.tracker.finish()
         write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, **self._details})
@@ -140,6 +141,11 @@ def _cell(value: float | int | None) -> str:
 def _headline(scores: Mapping[str, Any]) -> str:
     shown = [f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float) and "test" in k and not k.endswith("_se")][:3]
     return ": " + ", ".join(shown) if shown else ""
+
+
+def _cores() -> int:
+    """Cores that this process may use, which a job scheduler or taskset can have cut."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _peak_memory_mib() -> float:

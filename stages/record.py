@@ -1,0 +1,358 @@
+"""Scores of rows that were run -> `reports/paper`: what git keeps of results, beside the published ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import shutil
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import PipelineError
+from pipeline.files import atomic_folder, write_json, write_text
+from pipeline.settings import Params, read_params
+from stages.run import one_line_errors
+
+__all__ = ["COLUMNS", "EXPERIMENTS", "METRICS", "Experiment", "Line", "markdown_tables", "read_lines", "scored_lines", "trials"]
+
+FOLDER = Path("reports/paper")
+RESULTS, README = "results.csv", "README.md"
+COLUMNS = (
+    "experiment",
+    "row",
+    "metric",
+    "value",
+    "error",
+    "error_kind",
+    "seeds",
+    "samples",
+    "protocol",
+    "minutes",
+    "cores",
+    "commit",
+)
+START, END = "<!-- tables: python -m stages record --tables -->", "<!-- end of tables -->"
+CHAIN = ("train", "extract", "fit", "sample", "evaluate")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Rows whose scores stand in one table.
+
+    Attributes:
+        title: Its heading.
+        benchmarks: Keys of `stages.published.BENCHMARKS` whose scores stand below it.
+    """
+
+    title: str
+    benchmarks: tuple[str, ...] = ()
+
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "mnist-parzen": Experiment("MNIST, Parzen window (Table 2)", ("mnist",)),
+    "bsds300": Experiment("BSDS300 (Table 1)", ("bsds300-rnade", "bsds300-maf")),
+    "faces48-parzen": Experiment("Faces of 48x48 pixels, not those of TFD, Parzen window (Table 2)", ("tfd",)),
+    "grid": Experiment("Grid density (Figure 5)"),
+    "celeba64-shoes": Experiment("CelebA and Shoes at 64x64 (section 4.2.2)"),
+}
+
+# Metric of results.csv -> (heading, metric of `evaluate`, its standard error there). {network} is that of the quality scores.
+METRICS: Mapping[str, tuple[str, str, str]] = {
+    "test_log_likelihood": ("test log-likelihood, nats", "test_log_likelihood", "test_log_likelihood_se"),
+    "gap_to_truth": ("gap to the truth, nats", "gap_to_truth", ""),
+    "samples_in_dropped_box": ("share in the dropped box", "samples_in_dropped_box", ""),
+    "mmd": ("MMD", "mmd", ""),
+    "kid": ("KID", "{network}_kid", "{network}_kid_se"),
+    "fid": ("FID", "{network}_fid", ""),
+    "precision": ("precision", "{network}_precision", "{network}_precision_se"),
+    "recall": ("recall", "{network}_recall", "{network}_recall_se"),
+    "code_log_likelihood": ("log-likelihood of the codes, nats", "test_log_likelihood", "test_log_likelihood_se"),
+    "test_mse": ("test MSE", "test_mse", "test_mse_se"),
+}
+PARZEN = ("parzen_test_log_likelihood", "parzen_test_se")
+ERROR_KIND = {"kid": "standard error over subsets", "precision": "standard error over samples"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of results.csv: a score of a row, or the mean of its trials.
+
+    Attributes:
+        experiment: Key of `EXPERIMENTS`.
+        row: Row of `densities` without the number of the trial, or a control.
+        metric: Key of `METRICS`; `test_log_likelihood` of images is that of the Parzen window.
+        value: The score.
+        error: What stands after +-; empty where there is none.
+        error_kind: What the error is.
+        seeds: Number of trials.
+        samples: Number of samples of the Parzen window or of the quality scores, or of test points scored.
+        protocol: Name of the protocol.
+        minutes: Of train, extract, fit, sample and evaluate together, mean of the trials.
+        cores: Cores that the runs could use.
+        commit: Commit of the code that ran.
+    """
+
+    experiment: str
+    row: str
+    metric: str
+    value: str
+    error: str
+    error_kind: str
+    seeds: str
+    samples: str
+    protocol: str
+    minutes: str
+    cores: str
+    commit: str
+
+
+@click.command("record", epilog=f"EXPERIMENT is one of {', '.join(EXPERIMENTS)}.")
+@click.argument("experiment", required=False, metavar="EXPERIMENT", type=click.Choice(list(EXPERIMENTS)))
+@click.argument("names", nargs=-1, metavar="NAME...")
+@click.option("--tables", "only_tables", is_flag=True, help="Only make the tables of README.md anew from results.csv.")
+@click.option(
+    "--into", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Where to keep them."
+)
+@click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
+def record(experiment: str | None, names: Sequence[str], only_tables: bool, folder: Path, params_file: str) -> None:
+    """Keep scores of evaluated rows in reports/paper, for git: results.csv, settings, metrics, curves, tables.
+
+    NAME is a row of `densities`, or what its trials NAME-s0, NAME-s1 .. have in common: their mean is recorded, with its
+    standard error. A row of `controls` gives two lines. What was recorded of a row under the same protocol before is replaced.
+    """
+    with one_line_errors("record"):
+        if not only_tables:
+            if experiment is None or not names:
+                raise PipelineError("say which experiment and which rows: python -m stages record EXPERIMENT NAME...")
+            params = read_params(params_file)
+            found = {name: list(scored_lines(params, experiment, name)) for name in names}  # all, before anything is written
+            for name, lines in found.items():
+                _keep(params, folder, name, lines)
+                print(f"{folder / RESULTS}: {experiment} {name}: {len(lines)} lines", flush=True)
+        _write_tables(folder)
+
+
+# Scores -> lines ----------------------------------------------------------------------------------------------------
+
+
+def trials(params: Params, name: str) -> list[str]:
+    """The rows of `densities` that a name stands for: itself, or NAME-s0, NAME-s1 ..
+
+    Raises:
+        PipelineError: When there is none.
+    """
+    rows = params.rows("densities")
+    found = [name] if name in rows else [row for row in rows if re.fullmatch(rf"{re.escape(name)}-s\d+", row)]
+    if not found:
+        raise PipelineError(f"{name} is neither a row of densities or controls nor what the names of trials begin with")
+    return found
+
+
+def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
+    """The lines of results.csv of a row, of the mean of its trials, or of a control.
+
+    Raises:
+        PipelineError: When a row is unknown or hasn't been evaluated.
+    """
+    from stages.scoreboard import CONTROLS, read_metrics, read_run
+
+    if name in params.rows("controls"):
+        dataset = params.control(name).dataset
+        scores, run = read_metrics("control", name), [[read_run("control", name)]]
+        for prefix, label in CONTROLS.items():
+            own = {key.removeprefix(f"{prefix}_"): value for key, value in scores.items() if key.startswith(f"{prefix}_")}
+            yield from _lines(params, dataset, [own], run, experiment, f"{name}-{label}")
+        return
+    rows = trials(params, name)
+    scores_of: list[dict[str, Any]] = []
+    runs = []
+    for row in rows:
+        density = params.density(row)
+        trained = {
+            key: value for key, value in read_metrics("train", density.codes).items() if key in ("test_mse", "test_mse_se")
+        }
+        scores_of.append(trained | read_metrics("evaluate", row))
+        runs.append([read_run(stage, density.codes if stage in ("train", "extract") else row) for stage in CHAIN])
+    yield from _lines(params, params.density(rows[0]).dataset, scores_of, runs, experiment, name)
+
+
+def _lines(
+    params: Params, dataset: str, scores: list[dict[str, Any]], runs: list[list[dict[str, Any]]], experiment: str, row: str
+) -> Iterator[Line]:
+    evaluation, settings = params.evaluation(dataset), params.dataset(dataset)
+    network = evaluation.quality.network if evaluation.quality is not None else ""
+    images = PARZEN[0] in scores[0]
+    split = getattr(settings, "split", "")
+    protocol = scores[0]["parzen_protocol"] if images else f"{split}-split" if split else f"{settings.source}-formula"
+    minutes = statistics.fmean(sum(run.get("seconds", 0.0) for run in chain) for chain in runs) / 60
+    flat = [run for chain in runs for run in chain]
+    cores = max((run["cores"] for run in flat if "cores" in run), default="")
+    commits = list(dict.fromkeys(run["commit"][:7] for run in flat if "commit" in run))
+    for metric, (_, key, error_key) in METRICS.items():
+        kind = "standard error over test points"
+        if metric == "test_log_likelihood" and images:
+            key, error_key, kind = *PARZEN, "standard error over images"
+        elif metric == "test_log_likelihood":
+            kind = "standard error over patches" if settings.source == "bsds300" else kind
+        elif metric == "code_log_likelihood" and not images:
+            continue
+        key, error_key = key.format(network=network), error_key.format(network=network)
+        values = [s[key] for s in scores if s.get(key) is not None]
+        if len(values) < len(scores):
+            continue
+        error = scores[0].get(error_key) if error_key else None
+        kind = ERROR_KIND.get(metric, kind) if error is not None else ""
+        if len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+            kind = f"standard error over {len(values)} seeds"
+        in_features = metric in ("kid", "fid", "precision", "recall")
+        count = evaluation.quality.samples if in_features and evaluation.quality else scores[0].get("test_scored", "")
+        yield Line(
+            experiment, row, metric,
+            value=f"{statistics.fmean(values):.6g}",
+            error="" if error is None else f"{error:.2g}",
+            error_kind=kind,
+            seeds=str(len(values)),
+            samples=str(scores[0]["parzen_samples"] if images and metric == "test_log_likelihood" else count),
+            protocol=network if in_features else protocol,
+            minutes=f"{minutes:.3g}",
+            cores=str(cores),
+            commit=" ".join(commits),
+        )  # fmt: skip
+
+
+# Lines -> files -----------------------------------------------------------------------------------------------------
+
+
+def read_lines(folder: Path) -> list[Line]:
+    """Lines of results.csv, as they stand there; none where there is no such file.
+
+    Raises:
+        PipelineError: When its columns are others.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise PipelineError(f"{path}: expected the columns {','.join(COLUMNS)}")
+        return [Line(**line) for line in reader]
+
+
+def _keep(params: Params, folder: Path, name: str, lines: Sequence[Line]) -> None:
+    """Replaces a row's lines in results.csv and its folder of settings, metrics and curves."""
+    replaced = {(line.experiment, line.row, line.metric, line.protocol) for line in lines}
+    kept = [k for k in read_lines(folder) if (k.experiment, k.row, k.metric, k.protocol) not in replaced]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    order = {experiment: i for i, experiment in enumerate(EXPERIMENTS)}
+    ordered = sorted([*kept, *lines], key=lambda line: order.get(line.experiment, len(order)))  # stable
+    writer.writerows([getattr(line, column) for column in COLUMNS] for line in ordered)
+    _keep_folder(params, folder / name, name)
+    write_text(folder / RESULTS, text.getvalue())
+
+
+def _keep_folder(params: Params, target: Path, name: str) -> None:
+    from ruamel.yaml import YAML
+
+    from stages import workspace
+    from stages.scoreboard import read_metrics, read_run
+
+    stages: list[tuple[str, str]] = [("control", name)]
+    tables: dict[str, Any] = {"datasets": [], "controls": [], "autoencoders": [], "densities": [], "evaluations": []}
+    if name in params.rows("controls"):
+        tables["controls"].append(name)
+        dataset = params.control(name).dataset
+    else:
+        rows = trials(params, name)
+        tables["densities"], dataset = rows, params.density(rows[0]).dataset
+        tables["autoencoders"] = list(dict.fromkeys(params.density(row).codes for row in rows))
+        stages = [("train", codes) for codes in tables["autoencoders"]]
+        stages += [(stage, row) for row in rows for stage in ("fit", "evaluate")]
+    tables["datasets"] = tables["evaluations"] = [dataset]
+    chosen = {table: {row: params.tables[table][row] for row in rows} for table, rows in tables.items()}
+    chosen["sampling"] = dict(params.tables["sampling"])
+    with atomic_folder(target) as folder:
+        header = f"# Run by: cp {target}/params.yaml params.yaml && dvc repro\n"
+        text = io.StringIO(header)
+        text.seek(0, io.SEEK_END)
+        YAML().dump(chosen, text)
+        (folder / "params.yaml").write_text(text.getvalue(), encoding="utf-8")
+        scores = {f"{stage} {row}": read_metrics(stage, row) | {"run": _machine(read_run(stage, row))} for stage, row in stages}
+        write_json(folder / "metrics.json", scores)
+        for stage, row in stages:
+            if (curve := workspace.curve_file(stage, row)).exists():
+                shutil.copyfile(curve, folder / f"{stage}-{row}.tsv")
+
+
+def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: run[key] for key in ("seconds", "cores", "peak_memory_mib", "commit", "finished", "inputs") if key in run}
+
+
+# Lines -> tables ----------------------------------------------------------------------------------------------------
+
+
+def markdown_tables(lines: Iterable[Line]) -> str:
+    """Markdown tables, one an experiment and protocol, each with the published scores below it."""
+    from stages.published import BENCHMARKS, PUBLISHED
+    from stages.scoreboard import plus_minus
+
+    parts: list[str] = []
+    lines = list(lines)
+    for experiment in dict.fromkeys(line.experiment for line in lines):
+        of = [line for line in lines if line.experiment == experiment]
+        known = EXPERIMENTS.get(experiment, Experiment(experiment))
+        parts.append(f"## {known.title}")
+        headed = [line for line in of if line.metric == "test_log_likelihood"] or of
+        for protocol in dict.fromkeys(line.protocol for line in headed):
+            metrics = [m for m in METRICS if any(line.metric == m for line in of)]
+            rows = dict.fromkeys(line.row for line in headed if line.protocol == protocol)
+            table = []
+            for row in rows:
+                own = {line.metric: line for line in of if line.row == row and line.metric != "test_log_likelihood"}
+                own |= {line.metric: line for line in headed if line.row == row and line.protocol == protocol}
+                first = next(iter(own[m] for m in metrics if m in own and own[m].protocol == protocol))
+                cells = [_cell(own.get(metric)) for metric in metrics]
+                table.append(
+                    (own.get(metrics[0], first), [f"`{row}`", *cells, first.seeds, first.samples, first.minutes, first.commit])
+                )
+            table.sort(key=lambda pair: -float(pair[0].value))
+            heads = ["row", *(METRICS[m][0] for m in metrics), "seeds", "samples or test points", "minutes", "commit"]
+            kinds = dict.fromkeys(f"{line.error_kind}" for line in headed if line.protocol == protocol and line.error_kind)
+            parts.append(f"Protocol `{protocol}`. Errors of the first column: {', '.join(kinds) or 'none'}.")
+            parts.append(_table(heads, [cells for _, cells in table]))
+        for name in known.benchmarks:
+            published = sorted((p for p in PUBLISHED if p.benchmark == name), key=lambda p: -p.value)
+            parts.append(f"Published, {BENCHMARKS[name].title}: {BENCHMARKS[name].protocol}.")
+            rows_ = [[p.method, plus_minus(p.value, p.error), p.source] for p in published]
+            parts.append(_table(["method", "test log-likelihood, nats", "source"], rows_))
+    return "\n\n".join(parts)
+
+
+def _cell(line: Line | None) -> str:
+    from stages.scoreboard import plus_minus
+
+    return "" if line is None else plus_minus(float(line.value), float(line.error) if line.error else None)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+
+
+def _write_tables(folder: Path) -> None:
+    path = folder / README
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# Results\n\n{START}\n{END}\n"
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise PipelineError(f"{path}: the lines '{START}' and '{END}' are missing, between which the tables stand")
+    write_text(path, f"{before}{START}\n\n{markdown_tables(read_lines(folder))}\n\n{END}{after}")

@@ -1,0 +1,187 @@
+"""What git keeps of results: lines of results.csv, settings, metrics, curves, and the tables made from the lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+from small import run
+
+from pipeline.settings import read_params
+from stages.record import COLUMNS, END, EXPERIMENTS, METRICS, START, markdown_tables, read_lines
+
+ROOT = Path(__file__).parents[1]
+TABLES = {
+    "datasets": {"mnist": {"source": "mnist", "root": "raw"}, "bsds": {"source": "bsds300", "root": "raw", "split": "rnade"}},
+    "controls": {"mnist": {"dataset": "mnist"}},
+    "autoencoders": {
+        **{
+            f"mnist-ae-s{i}": {"dataset": "mnist", "objective": "ae", "latent_dim": 2, "blocks": 1, "seed": i} for i in range(3)
+        },
+        "bsds": {"dataset": "bsds", "objective": "identity"},
+    },
+    "densities": {
+        **{f"mnist-lde-s{i}": {"codes": f"mnist-ae-s{i}", "dataset": "mnist", "family": "lde", "seed": i} for i in range(3)},
+        "bsds-lde": {"codes": "bsds", "dataset": "bsds", "family": "lde", "components": 10},
+    },
+    "sampling": {"count": 10_000},
+    "evaluations": {
+        "mnist": {"parzen": {"protocol": "gmmn"}, "quality": {"network": "classifier", "samples": 500}},
+        "bsds": {},
+    },
+}
+SCORES = (320.0, 326.0, 323.0)
+
+
+def write(path: str, value: object) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """Scores as the stages leave them: three trials on MNIST, a control, and BSDS300."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(yaml.safe_dump(TABLES))
+    for i, score in enumerate(SCORES):
+        write(f"reports/metrics/train/mnist-ae-s{i}.json", {"test_mse": 0.01 + i / 1000, "test_mse_se": 0.001})
+        write(f"reports/metrics/fit/mnist-lde-s{i}.json", {"parameters": 10})
+        parzen = {"test_log_likelihood": score, "test_se": 2.0, "samples": 10_000, "protocol": "gmmn"}
+        quality = {"kid": 0.1, "kid_se": 0.01, "precision": 0.9, "precision_se": 0.02}
+        write(
+            f"reports/metrics/evaluate/mnist-lde-s{i}.json",
+            {"test_log_likelihood": -8.0, "test_log_likelihood_se": 0.1, "test_scored": 10_000}
+            | {f"parzen_{k}": v for k, v in parzen.items()}
+            | {f"classifier_{k}": v for k, v in quality.items()},
+        )
+        write(f"reports/curves/fit/mnist-lde-s{i}.tsv", "step\tloss\n1\t2.0\n")
+        for stage, row in (("train", f"mnist-ae-s{i}"), ("fit", f"mnist-lde-s{i}"), ("evaluate", f"mnist-lde-s{i}")):
+            write(f"reports/runs/{stage}/{row}.json", {"seconds": 60.0, "cores": 2, "commit": "0123456789abcdef"})
+    control = {"test_log_likelihood": 240.0, "test_se": 3.0, "samples": 10_000, "protocol": "gmmn"}
+    both = {f"{prefix}_parzen_{k}": v for prefix in ("training_images", "kmeans") for k, v in control.items()}
+    write("reports/metrics/control/mnist.json", both)
+    write("reports/metrics/train/bsds.json", {})
+    write("reports/metrics/fit/bsds-lde.json", {"parameters": 10})
+    scores = {"test_log_likelihood": 156.039, "test_log_likelihood_se": 0.07, "test_scored": 1_000_000}
+    write("reports/metrics/evaluate/bsds-lde.json", scores)
+    return tmp_path
+
+
+def lines() -> list[dict[str, str]]:
+    with open("reports/paper/results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_trials_become_a_mean_with_its_standard_error(workspace):
+    done = run("record", "mnist-parzen", "mnist-lde")
+    assert done.exit_code == 0, done.output
+    found = {line["metric"]: line for line in lines()}
+    assert list(next(iter(found.values()))) == list(COLUMNS)
+    score = found["test_log_likelihood"]
+    assert float(score["value"]) == pytest.approx(323.0)
+    assert float(score["error"]) == pytest.approx(statistics.stdev(SCORES) / 3**0.5, rel=0.05)
+    assert score["error_kind"] == "standard error over 3 seeds"
+    assert (score["seeds"], score["samples"], score["protocol"]) == ("3", "10000", "gmmn")
+    assert (score["minutes"], score["cores"], score["commit"]) == ("3", "2", "0123456")
+    assert (found["kid"]["value"], found["kid"]["samples"], found["kid"]["protocol"]) == ("0.1", "500", "classifier")
+    assert float(found["code_log_likelihood"]["value"]) == -8
+    assert float(found["test_mse"]["value"]) == pytest.approx(0.011)
+    assert "recall" not in found  # wasn't scored
+
+
+def test_settings_metrics_and_curves_are_kept_so_that_it_can_be_repeated(workspace):
+    run("record", "mnist-parzen", "mnist-lde")
+    folder = workspace / "reports/paper/mnist-lde"
+    kept = read_params(folder / "params.yaml")
+    assert kept.rows("densities") == [f"mnist-lde-s{i}" for i in range(3)]
+    assert kept.rows("autoencoders") == [f"mnist-ae-s{i}" for i in range(3)]
+    assert kept.rows("datasets") == kept.rows("evaluations") == ["mnist"]
+    assert list(kept.problems()) == []
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["evaluate mnist-lde-s1"]["parzen_test_log_likelihood"] == 326.0
+    assert metrics["evaluate mnist-lde-s1"]["run"]["commit"] == "0123456789abcdef"
+    assert (folder / "fit-mnist-lde-s2.tsv").read_text() == "step\tloss\n1\t2.0\n"
+
+
+def test_a_single_row_has_the_error_over_its_test_points(workspace):
+    assert run("record", "bsds300", "bsds-lde").exit_code == 0
+    (line,) = lines()
+    assert (line["value"], line["error"], line["error_kind"]) == ("156.039", "0.07", "standard error over patches")
+    assert (line["protocol"], line["samples"], line["seeds"]) == ("rnade-split", "1000000", "1")
+
+
+def test_a_control_gives_two_lines(workspace):
+    assert run("record", "mnist-parzen", "mnist").exit_code == 0
+    assert [line["row"] for line in lines()] == ["mnist-training-images", "mnist-kmeans"]
+    assert {line["value"] for line in lines()} == {"240"}
+
+
+def test_what_was_recorded_before_is_replaced_and_the_rest_stays(workspace):
+    run("record", "mnist-parzen", "mnist-lde", "mnist")
+    before = len(lines())
+    write(
+        "reports/metrics/evaluate/bsds-lde.json",
+        {"test_log_likelihood": 150.0, "test_log_likelihood_se": 0.1, "test_scored": 9},
+    )
+    run("record", "bsds300", "bsds-lde")
+    write(
+        "reports/metrics/evaluate/bsds-lde.json",
+        {"test_log_likelihood": 151.0, "test_log_likelihood_se": 0.1, "test_scored": 9},
+    )
+    run("record", "bsds300", "bsds-lde")
+    assert len(lines()) == before + 1
+    assert [line["value"] for line in lines() if line["experiment"] == "bsds300"] == ["151"]
+
+
+def test_tables_stand_beside_the_published_scores_and_prose_stays(workspace):
+    write("reports/paper/README.md", f"# Mine\n\nBefore.\n\n{START}\nold\n{END}\n\nAfter.\n")
+    run("record", "mnist-parzen", "mnist-lde", "mnist")
+    text = (workspace / "reports/paper/README.md").read_text()
+    assert text.startswith("# Mine\n\nBefore.\n")
+    assert text.endswith("\n\nAfter.\n")
+    assert "old" not in text
+    ours, training = text.index("| `mnist-lde` | 323.0 ± 1.7 |"), text.index("| `mnist-training-images` | 240 ± 3 |")
+    assert ours < training < text.index("| IAE + LDE (K = 30) | 326 ± 2 |")
+    again = run("record", "--tables")
+    assert again.exit_code == 0
+    assert (workspace / "reports/paper/README.md").read_text() == text
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ((), "which experiment"),
+    (("mnist-parzen",), "which rows"),
+    (("mnist-parzen", "mnist-lda"), "mnist-lda is neither a row"),
+    (("mnist-parzen", "mnist-lde", "nothing"), "nothing is neither a row"),
+])  # fmt: skip
+def test_what_cannot_be_recorded(arguments, said, workspace):
+    done = run("record", *arguments)
+    assert done.exit_code == 1
+    assert said in done.output
+    assert "Traceback" not in done.output
+    assert not Path("reports/paper").exists()
+
+
+def test_a_row_that_was_not_scored(workspace):
+    Path("reports/metrics/evaluate/mnist-lde-s1.json").unlink()
+    done = run("record", "mnist-parzen", "mnist-lde")
+    assert done.exit_code == 1
+    assert "dvc repro evaluate@mnist-lde-s1" in done.output
+
+
+def test_other_columns_are_refused(workspace):
+    write("reports/paper/results.csv", "a,b\n1,2\n")
+    done = run("record", "bsds300", "bsds-lde")
+    assert done.exit_code == 1
+    assert "expected the columns" in done.output
+    assert Path("reports/paper/results.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_the_readme_holds_the_tables_of_its_lines():
+    kept = read_lines(ROOT / "reports/paper")
+    assert {line.metric for line in kept} <= set(METRICS)
+    assert {line.experiment for line in kept} <= set(EXPERIMENTS)
+    assert markdown_tables(kept) in (ROOT / "reports/paper/README.md").read_text()
