@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,22 @@ class Tracker:
 # The tracking process ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keeps others away from a SQLite file: two that make its tables at the same time fail, as MLflow doesn't lock it then."""
+    if not uri.startswith("sqlite:///"):
+        yield  # a server sees to it
+        return
+    import fcntl
+
+    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class _Writer:
     """The tracking process's side: what MLflow is asked to do."""
 
@@ -167,7 +183,8 @@ class _Writer:
         from mlflow.tracking import MlflowClient
 
         mlflow.set_tracking_uri(tracking_uri())
-        self.client = MlflowClient(tracking_uri())
+        with _alone(tracking_uri()):  # the tables are made here where there are none
+            self.client = MlflowClient(tracking_uri())
         self.run_id = ""
 
     def experiment(self) -> str:
