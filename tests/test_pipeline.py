@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-PROJECT = Path(__file__).resolve().parent.parent
+from project import Project
 
 PARAMS = """\
 datasets:
@@ -54,58 +48,6 @@ evaluations:
 """
 
 
-class Project:
-    """A copy of the project in a repository of its own, and what `dvc` does in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "TRACKING": "on",
-            "HOME": str(folder.parent),
-            "GIT_CONFIG_GLOBAL": os.devnull,
-        }
-        for name in ("pipeline", "stages", "presets"):
-            shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-            shutil.copy(PROJECT / name, folder / name)
-        (folder / ".dvc").mkdir()
-        for name in ("config", ".gitignore"):
-            shutil.copy(PROJECT / ".dvc" / name, folder / ".dvc" / name)
-        (folder / "params.yaml").write_text(PARAMS)
-        self.call("git", "init", "-q")
-        self.commit()
-
-    def call(self, *command: str, code: int = 0) -> str:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=1500, check=False
-        )
-        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
-
-    def commit(self) -> None:
-        self.call("git", "add", "-A")
-        self.call("git", "-c", "user.name=T", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "state")
-
-    def repro(self) -> set[str]:
-        """Runs what is out of date; the names of the stages that ran."""
-        output = self.call("dvc", "repro")
-        return set(re.findall(r"Running stage '([^']+)'", output))
-
-    def edit(self, old: str, new: str) -> None:
-        path = self.folder / "params.yaml"
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new, 1))
-
-    def report(self) -> str:
-        return (self.folder / "reports/report.md").read_text()
-
-    def metrics(self) -> dict[str, bytes]:
-        folder = self.folder / "reports/metrics"
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.json"))}
-
-
 def chain(*rows: str) -> set[str]:
     return {f"{stage}@{row}" for row in rows for stage in ("fit", "sample", "evaluate")}
 
@@ -114,7 +56,7 @@ def chain(*rows: str) -> set[str]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("home") / "project"
     folder.mkdir()
-    return Project(folder)
+    return Project(folder, PARAMS)
 
 
 @pytest.mark.timeout(3000)
@@ -221,7 +163,7 @@ def test_clean_runs_give_the_same_bits(project: Project, tmp_path_factory: pytes
         project.repro()
     folder = tmp_path_factory.mktemp("again") / "project"
     folder.mkdir()
-    again = Project(folder)
+    again = Project(folder, PARAMS)
     again.environment["TRACKING"] = "off"
     again.call("dvc", "repro", "evaluate@digits-iae-lde")
     compared = 0
