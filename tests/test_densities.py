@@ -301,6 +301,8 @@ def test_words_for_wrong_input(tmp_path):
         density.log_prob(torch.zeros(5, 2))
     with pytest.raises(DataError, match="dimension 1, 2"):
         density.standardise(torch.zeros(3), torch.tensor([1.0, 0.0, math.nan]))
+    with pytest.raises(DataError, match=r"a mean with shape \(2,\) and a scale with shape \(\) don't fit 3 dimensions"):
+        density.standardise(torch.zeros(2), torch.tensor(1.0))
     with pytest.raises(PipelineError, match="trained by gradient"):
         build("lde").estimate(lambda: [torch.zeros(1, 2)], torch.zeros(1, 2))
     with pytest.raises(PipelineError, match="at least 1 dimension"):

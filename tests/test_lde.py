@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 from pipeline.densities import LatentDensityEstimator
 from pipeline.densities.density import standard_normal, uniform
 from pipeline.densities.orders import patch_orders, reordered
-from pipeline.errors import SettingsError
+from pipeline.errors import DataError, SettingsError
 
 VARIANTS = {
     "paper": {},
@@ -129,12 +131,25 @@ def test_equals_literal_convolutions(dim, training, normalisation):
         torch.testing.assert_close(layer.weight.grad, weight, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(layer.bias.grad, bias, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(density.network.head.weight.grad, twin.head.weight.grad[:, :, 0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(density.network.head.bias.grad, twin.head.bias.grad, rtol=1e-8, atol=1e-8)
     norms = [m for m in twin.stack if isinstance(m, nn.BatchNorm1d)]
     for layer, norm in zip(density.network.layers if norms else [], norms, strict=True):
         torch.testing.assert_close(layer.norm.weight.grad, norm.weight.grad, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(layer.norm.bias.grad, norm.bias.grad, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(layer.norm.running_mean, norm.running_mean, rtol=0, atol=1e-8)
         torch.testing.assert_close(layer.norm.running_var, norm.running_var, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("components", [1, 2, 100])
+def test_any_number_of_dimensions_and_components(components):
+    for dim in (1, 2, 5, 33, 65):
+        torch.manual_seed(dim)
+        density = LatentDensityEstimator(dim, components).double().eval()
+        z = codes(3, dim)
+        torch.testing.assert_close(density.log_prob(z), Twin(density).log_prob(z), rtol=0, atol=1e-8)
+        samples = density.sample(3, torch.Generator().manual_seed(0))
+        assert samples.shape == (3, dim)
+        assert torch.isfinite(density.log_prob(samples)).all()
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -166,8 +181,9 @@ def test_samples_equal_naive_ancestral_sampling(dim, name):
     torch.testing.assert_close(samples, torch.cat(expected), rtol=0, atol=1e-5)
 
 
-def test_samples_follow_log_prob():
-    density = make(3, seed=5).float()
+@pytest.mark.parametrize("patch_orders", [1, 4])
+def test_samples_follow_log_prob(patch_orders):
+    density = make(3, seed=5, patch_orders=patch_orders).float()
     n = 40_000
     samples = density.sample(n, torch.Generator().manual_seed(0))
     # Importance weights from a wide Gaussian give the moments that log_prob implies, without drawing from it.
@@ -185,14 +201,10 @@ def test_samples_follow_log_prob():
     # Two samples, ours and the proposal's resampled by weight: their energy distance lies within its spread under permutation.
     resampled = z[torch.multinomial(weights, 1000)]
     pooled = torch.cat([samples[:1000], resampled])
-    distances = torch.cdist(pooled, pooled)
-
-    def energy(order):
-        x, y = order[:1000], order[1000:]
-        return 2 * distances[x][:, y].mean() - distances[x][:, x].mean() - distances[y][:, y].mean()
-
-    null = torch.stack([energy(torch.randperm(2000)) for _ in range(100)])
-    assert energy(torch.arange(2000)) < null.max()
+    signs = torch.cat([torch.ones(1000), -torch.ones(1000)]) / 1000
+    signs = torch.stack([signs, *(signs[torch.randperm(2000)] for _ in range(100))])
+    energies = -((signs @ torch.cdist(pooled, pooled)) * signs).sum(dim=1)
+    assert energies[0] < energies[1:].max()
 
 
 def test_standardisation_leaves_likelihoods_in_data_units():
@@ -261,6 +273,25 @@ def test_samples_of_a_patch_come_in_all_orders():
     assert (places == 9).sum(dim=0).tolist() == pytest.approx([1000] * 3, abs=120)
     assert torch.isfinite(density.log_prob(drawn)).all()
     assert density.log_prob(drawn).std() < 2  # each as likely as in the order that it was drawn in
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("components", {"components": 0}),
+        ("activation", {"activation": "swish"}),
+        ("blocks", {"blocks": "spiral"}),
+        ("layers", {"layers": -1}),
+        ("channel_cap", {"channel_cap": -4}),
+        ("dropout", {"dropout": 1.0}),
+        ("min_log_scale", {"min_log_scale": math.inf}),
+        ("width", {"blocks": "gated"}),
+        ("normalisation", {"blocks": "separate", "width": 4, "normalisation": "batch"}),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(key, values):
+    with pytest.raises(SettingsError, match=f"^{key}: "):
+        LatentDensityEstimator(5, **values)
 
 
 def test_orders_are_for_square_patches():
@@ -336,6 +367,20 @@ def test_file_round_trip(name, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "density.safetensors").read_bytes()
 
 
+def test_file_holds_settings_type_and_factor(tmp_path):
+    density = make(8, components=1, patch_orders=4, min_log_scale=-5.0)
+    density.standardise(torch.zeros(8), torch.rand(8, 8, dtype=torch.float64).tril() + torch.eye(8, dtype=torch.float64))
+    density.save(tmp_path / "density.safetensors")
+    with safe_open(tmp_path / "density.safetensors", framework="pt") as file:
+        metadata = json.loads(file.metadata()["density"])
+    assert metadata["family"] == "lde"
+    assert LatentDensityEstimator(**metadata["arguments"]).arguments == density.arguments
+    loaded = LatentDensityEstimator.load(tmp_path / "density.safetensors")
+    z = codes(4, 8)
+    assert torch.equal(loaded.log_prob(z), density.log_prob(z))
+    assert torch.equal(*(d.sample(3, torch.Generator().manual_seed(0)) for d in (loaded, density)))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fast_products_equal_plain_ones(name, monkeypatch):
     """float32 by oneDNN with fused activations, against MKL without, and against float64."""
@@ -379,7 +424,10 @@ def test_casts():
     density = make(6)
     z = codes(4, 6)
     exact = density.log_prob(z)
-    torch.testing.assert_close(density.float().log_prob(z.float()), exact.float(), rtol=1e-4, atol=1e-3)
+    with pytest.raises(DataError, match=r"torch.float64 are wider than this density in torch.float32"):
+        density.float().log_prob(z)
+    torch.testing.assert_close(density.log_prob(z.float()), exact.float(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(density.double().log_prob(z), exact, rtol=1e-4, atol=1e-3)  # its weights were rounded
 
 
 def test_learns():

@@ -97,11 +97,16 @@ class Density(nn.Module):
             std: Their standard deviation, with the same shape; or the Cholesky factor of their covariance, with shape (D, D).
 
         Raises:
-            DataError: When some dimension doesn't vary or isn't finite.
+            DataError: When some dimension doesn't vary or isn't finite, or a shape is another.
         """
-        factor = torch.as_tensor(std).to(self.shift).tril() if torch.as_tensor(std).ndim == 2 else None
-        std = torch.as_tensor(std) if factor is None else factor.diagonal()
-        mean, std = (torch.as_tensor(value).to(self.shift).expand(self.dim) for value in (mean, std))
+        mean, std = (torch.as_tensor(value).to(self.shift) for value in (mean, std))
+        if mean.shape not in ((), (self.dim,)) or std.shape not in ((), (self.dim,), (self.dim, self.dim)):
+            raise DataError(
+                f"a mean with shape {tuple(mean.shape)} and a scale with shape {tuple(std.shape)} "
+                f"don't fit {self.dim} dimensions"
+            )
+        factor = std.tril() if std.ndim == 2 else None
+        mean, std = (value.expand(self.dim) for value in (mean, std if factor is None else factor.diagonal()))
         good = torch.isfinite(mean) & torch.isfinite(std) & (std > 0)
         if factor is not None:
             good &= torch.isfinite(factor).all(dim=1)
@@ -117,6 +122,10 @@ class Density(nn.Module):
     def _standardised(self, z: Tensor) -> Tensor:
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise DataError(f"expected codes with shape (B, {self.dim}), got {tuple(z.shape)}")
+        if torch.promote_types(z.dtype, self.shift.dtype) != self.shift.dtype:
+            raise DataError(
+                f"codes in {z.dtype} are wider than this density in {self.shift.dtype}: convert the one or the other"
+            )
         if self.factor is not None:
             whitened: Tensor = torch.linalg.solve_triangular(self.factor.T, z - self.shift, upper=True, left=False)
             return whitened
@@ -139,6 +148,7 @@ class Density(nn.Module):
 
         Raises:
             PipelineError: When the family has no likelihood.
+            DataError: When z has another shape, or a wider type than the density.
         """
         log_det = self.scale.log().sum()
         if torch.is_grad_enabled() or self.training or len(z) <= self.chunk_examples:

@@ -17,7 +17,6 @@ from pipeline.densities.density import Density, own_settings, standard_normal, u
 from pipeline.densities.orders import ORDERS
 from pipeline.densities.products import ACTIVATIONS
 from pipeline.densities.separate import SeparateNetworks
-from pipeline.errors import SettingsError
 from pipeline.settings import DensitySettings, check_that
 
 __all__ = ["LatentDensityEstimator", "Settings", "build"]
@@ -57,15 +56,38 @@ class Settings(DensitySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.components >= 1, "components", "has to be at least 1")
-        check_that(self.layers >= 0, "layers", "has to be 0 (for as many as D asks for) or more")
-        check_that(self.width >= 0, "width", "has to be 0 (for the paper's) or more")
-        check_that(self.channel_cap >= 0, "channel_cap", "has to be 0 (for none) or more")
-        check_that(0 <= self.dropout < 1, "dropout", "has to lie in [0, 1)")
-        check_that(self.blocks == "plain" or self.width > 0, "width", f"has to be set for {self.blocks} blocks")
-        check_that(self.blocks != "separate" or self.normalisation == "none", "normalisation", "is for convolutions only")
-        check_that(self.blocks != "separate" or self.channel_cap == 0, "channel_cap", "is for convolutions only")
-        check_that(self.patch_orders in ORDERS, "patch_orders", f"has to be one of {', '.join(map(str, ORDERS))}")
+        _check(**own_settings(self))
+
+
+def _check(
+    *,
+    components: int,
+    activation: str,
+    normalisation: str,
+    blocks: str,
+    layers: int,
+    width: int,
+    channel_cap: int,
+    dropout: float,
+    min_log_scale: float | None,
+    patch_orders: int,
+) -> None:
+    check_that(components >= 1, "components", "has to be at least 1")
+    for key, value, known in (
+        ("activation", activation, tuple(ACTIVATIONS)),
+        ("normalisation", normalisation, ("none", "batch")),
+        ("blocks", blocks, ("plain", "residual", "gated", "separate")),
+        ("patch_orders", patch_orders, ORDERS),
+    ):
+        check_that(value in known, key, f"has to be one of {', '.join(map(str, known))}, not {value!r}")
+    check_that(layers >= 0, "layers", "has to be 0 (for as many as D asks for) or more")
+    check_that(width >= 0, "width", "has to be 0 (for the paper's) or more")
+    check_that(channel_cap >= 0, "channel_cap", "has to be 0 (for none) or more")
+    check_that(0 <= dropout < 1, "dropout", "has to lie in [0, 1)")
+    check_that(min_log_scale is None or math.isfinite(min_log_scale), "min_log_scale", "has to be finite, or null for none")
+    check_that(blocks == "plain" or width > 0, "width", f"has to be set for {blocks} blocks")
+    check_that(blocks != "separate" or normalisation == "none", "normalisation", "is for convolutions only")
+    check_that(blocks != "separate" or channel_cap == 0, "channel_cap", "is for convolutions only")
 
 
 class _LossInParts(torch.autograd.Function):
@@ -128,7 +150,7 @@ class LatentDensityEstimator(Density):
         patch_orders: The number of orders :math:`M`, 1, 2, 4 or 8.
 
     Raises:
-        SettingsError: For a setting that isn't known, or `patch_orders` where patches with D numbers aren't square.
+        SettingsError: For a setting out of range, or `patch_orders` where patches with D numbers aren't square.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -174,17 +196,7 @@ class LatentDensityEstimator(Density):
             min_log_scale=min_log_scale,
             patch_orders=patch_orders,
         )
-        for key, value, known in (
-            ("activation", activation, tuple(ACTIVATIONS)),
-            ("normalisation", normalisation, ("none", "batch")),
-            ("blocks", blocks, ("plain", "residual", "gated", "separate")),
-        ):
-            if value not in known:
-                raise SettingsError(f"{key}: expected one of {', '.join(known)}, got {value!r}")
-        if blocks != "plain" and width == 0:
-            raise SettingsError(f"width: has to be set for {blocks} blocks")
-        if patch_orders not in ORDERS:
-            raise SettingsError(f"patch_orders: expected one of {', '.join(map(str, ORDERS))}, got {patch_orders!r}")
+        _check(**{key: value for key, value in self.arguments.items() if key != "dim"})
         self.components, self.min_log_scale = components, min_log_scale
         several = orders.patch_orders(dim, patch_orders) if patch_orders > 1 else None
         self.register_buffer("orders", several, persistent=False)
