@@ -583,6 +583,11 @@ class Params:
                 f"densities.{name}.dataset: '{settings.dataset}', but autoencoders.{settings.codes}.dataset "
                 f"is '{autoencoder.dataset}'"
             )
+        drawn, held = getattr(settings, "prior", None), getattr(autoencoder, "prior", None)
+        if None not in (drawn, held) and drawn != held:
+            raise SettingsError(
+                f"densities.{name}.prior: '{drawn}', but the codes of autoencoders.{settings.codes} are held to '{held}'"
+            )
         return typing.cast(DensitySettings, settings)
 
     def control(self, name: str) -> ControlSettings:

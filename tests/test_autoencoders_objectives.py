@@ -14,7 +14,7 @@ from pipeline.autoencoders import aae, ae, rae, vae
 from pipeline.autoencoders.priors import Prior
 from pipeline.autoencoders.vae import kl_divergence
 from pipeline.errors import SettingsError
-from pipeline.settings import build
+from pipeline.settings import Params, build
 from pipeline.training import Step
 
 MODULES = {"ae": ae, "vae": vae, "aae": aae, "rae": rae}
@@ -294,3 +294,23 @@ def test_code_weight_shortens_codes(digits):
 def test_impossible_settings_are_refused(name, changes, message):
     with pytest.raises(SettingsError, match=message):
         objective(name, **changes)
+
+
+@pytest.mark.parametrize(("objective", "held"), [("vae", "normal"), ("aae", "two_normals")])
+def test_a_density_row_names_the_prior_that_its_codes_are_held_to(objective, held):
+    keys = {"dataset": "d", "objective": objective, "latent_dim": 8, "blocks": 1} | (
+        {"prior": held} if objective == "aae" else {}
+    )
+
+    def density(prior):
+        tables = {
+            "datasets": {"d": {"source": "digits5k", "root": "pipeline/sources/digits5k.py"}},
+            "autoencoders": {"a": keys},
+            "densities": {"p": {"codes": "a", "dataset": "d", "family": "prior", "prior": prior}},
+        }
+        return Params(tables).density("p")
+
+    assert density(held).prior == held
+    other = {"normal": "two_normals", "two_normals": "normal"}[held]
+    with pytest.raises(SettingsError, match=f"^densities.p.prior: '{other}', but the codes of autoencoders.a are held to"):
+        density(other)

@@ -244,8 +244,8 @@ def test_priors():
     expected = stats.multivariate_normal(np.zeros(2), np.eye(2)).logpdf(z.numpy())
     np.testing.assert_allclose(Prior(2).double().log_prob(z).numpy(), expected)
     both = [stats.multivariate_normal(np.full(2, m), np.eye(2)).pdf(z.numpy() - 3) for m in (-3, 3)]
-    np.testing.assert_allclose(Prior(2, "two-normals").double().log_prob(z - 3).numpy(), np.log(0.5 * sum(both)))
-    samples = Prior(3, "two-normals").sample(4000, torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(Prior(2, "two_normals").double().log_prob(z - 3).numpy(), np.log(0.5 * sum(both)))
+    samples = Prior(3, "two_normals").sample(4000, torch.Generator().manual_seed(0))
     sides = (samples > 0).sum(1)
     assert ((sides == 0) | (sides == 3)).float().mean() > 0.98
     with pytest.raises(PipelineError, match="fixed in the units of the codes"):

@@ -69,7 +69,6 @@ class AdversarialObjective(ImageObjective):
 
     def __init__(self, settings: Settings, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:
         super().__init__(settings, shape, value_range)
-        self.prior: PriorName = settings.prior
         widths = [settings.latent_dim, *[settings.discriminator_width] * settings.discriminator_layers]
         layers: list[nn.Module] = []
         with torch.random.fork_rng(devices=[]):
@@ -107,7 +106,7 @@ class AdversarialObjective(ImageObjective):
             frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
             scores = torch.func.functional_call(self.discriminator, frozen, (codes,)).float()
             return {"loss": nn.functional.softplus(-scores).mean()}
-        draws = Prior(self.prior, self.latent_dim).sample(len(codes), step.generator).to(codes)
+        draws = Prior(self.settings.prior, self.latent_dim).sample(len(codes), step.generator).to(codes)
         if opened is not None:
             draws = draws * opened
         real, coded = self.discriminator(draws).float(), self.discriminator(codes).float()

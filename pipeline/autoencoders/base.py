@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pipeline.autoencoders.incremental import IncrementalSettings, mask
 from pipeline.autoencoders.network import Autoencoder, Decoder, Encoder, OutputRange, filter_side, image_side
 from pipeline.autoencoders.perceptual import PerceptualLoss, vgg19_weights
-from pipeline.autoencoders.priors import PriorName
 from pipeline.errors import SettingsError
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that
 from pipeline.training import Step, Trainable
@@ -102,11 +101,9 @@ class Objective(Trainable):
         trained: Whether there is anything to train.
         latent_dim: Length D of the code; None where only the data can tell.
         decoder: The network that turns codes into images; None where codes are the data themselves.
-        prior: The prior that codes are held to, and can be sampled from; None without one.
     """
 
     trained: bool = True
-    prior: PriorName | None = None
     latent_dim: int | None
     decoder: Decoder | None
 

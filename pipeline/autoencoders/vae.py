@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ class Settings(ImageAutoencoderSettings):
 
     Attributes:
         kl_weight: Weight of the KL divergence, 0 to 1 in the paper; 1 is the evidence lower bound up to the noise scale.
+        prior: What the divergence is taken from; no key of the row.
     """
 
     kl_weight: float = 1.0
+    prior: ClassVar[PriorName] = "normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +92,6 @@ class VariationalObjective(ImageObjective):
     """
 
     settings: Settings
-    prior: PriorName = "normal"
 
     def __init__(self, settings: Settings, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:
         super().__init__(settings, shape, value_range, variational=True)

@@ -22,11 +22,11 @@ class Settings(DensitySettings):
     """A fixed prior; codes aren't standardised.
 
     Attributes:
-        prior: `normal` for N(0, I), `two-normals` for the equal mixture of N(-3, I) and N(3, I) (section 4.2.2).
+        prior: `normal` for N(0, I), `two_normals` for the equal mixture of N(-3, I) and N(3, I) (section 4.2.2).
     """
 
     standardise: Literal["dimension", "scalar", "none"] = "none"
-    prior: Literal["normal", "two-normals"] = "normal"
+    prior: Literal["normal", "two_normals"] = "normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,12 +42,12 @@ class Prior(Density):
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        prior: `normal` or `two-normals`.
+        prior: `normal` or `two_normals`.
 
     Example:
         >>> Prior(3).log_prob(torch.zeros(1, 3))
         tensor([-2.7568])
-        >>> Prior(1, prior="two-normals").log_prob(torch.tensor([[3.0]]))
+        >>> Prior(1, prior="two_normals").log_prob(torch.tensor([[3.0]]))
         tensor([-1.6121])
     """
 
@@ -56,7 +56,7 @@ class Prior(Density):
 
     def __init__(self, dim: int, prior: str = "normal") -> None:
         super().__init__(dim, prior=prior)
-        self.offset = {"normal": 0.0, "two-normals": 3.0}[prior]
+        self.offset = {"normal": 0.0, "two_normals": 3.0}[prior]
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Refused: a prior is fixed in the units of the codes."""
