@@ -38,12 +38,14 @@ class PreparationReport:
         counts: Examples written, by split.
         duplicates: Images of one split that stand in an earlier one too, for "train_valid", "train_test" and "valid_test".
         unreadable: Files that were left out, each with the reason.
+        enlarged: Images written that had fewer pixels than they were brought to.
         digest: Digest of the shards.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
+    enlarged: int = 0
     digest: str = ""
 
 
@@ -114,6 +116,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
                     writer = ShardWriter(temporary, split, settings.shard_examples)
                     shards[split] = writer.shards
                 report.unreadable += block.unreadable
+                report.enlarged += block.enlarged
                 if len(block.examples):
                     shape, dtype = block.examples.shape[1:], str(block.examples.dtype)
                     arrays = {"examples": block.examples} | ({} if block.labels is None else {"labels": block.labels})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ __all__ = ["description", "page_head", "render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_TOGETHER = ("open-dimensions", "reconstructions", "codes", "interpolations", "interpolation-log-likelihood")
+SPLITS = ("train", "valid", "test")
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "webdataset", "dvc", "mlflow")
 
 
@@ -93,12 +94,24 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
     for dataset in params.rows("datasets"):
         shape = params.dataset(dataset).shape
         dimensions = shape[0] if len(shape) == 1 else None
-        combined = combined_pictures(dataset)
+        warning = _enlarged(dataset).removeprefix(". ")
+
+        def warned(picture: Picture, warning: str = warning) -> Picture:
+            return replace(picture, caption=f"{picture.caption} {warning}.") if warning else picture
+
+        combined = [warned(picture) for picture in combined_pictures(dataset)]
         # One row's own plot would say again what the plot of all rows says.
         skip = [name for name in SHOWN_TOGETHER if any(p.path.stem == f"{dataset}-{name}" for p in combined)]
 
-        def block(name: str, summary: str, *stages: str, dimensions: int | None = dimensions, skip: list[str] = skip) -> _Block:
-            shown = [picture for stage in stages for picture in pictures(stage, name, dimensions, skip)]
+        def block(
+            name: str,
+            summary: str,
+            *stages: str,
+            dimensions: int | None = dimensions,
+            skip: list[str] = skip,
+            warned: Callable[[Picture], Picture] = warned,
+        ) -> _Block:
+            shown = [warned(picture) for stage in stages for picture in pictures(stage, name, dimensions, skip)]
             metrics = [(stage, key, _cell(value)) for stage in stages for key, value in read_metrics(stage, name).items()]
             return _Block(name, summary, shown, metrics)
 
@@ -141,7 +154,16 @@ def _dataset_summary(params: Params, name: str) -> str:
         what = f"Vectors of {settings.shape[0]} numbers" if settings.shape[0] else "Vectors"
     uses = (("train", "to train"), ("valid", "to validate"), ("test", "to test"))
     splits = ", ".join(f"{counts[f'{split}_examples']:,} {use}" for split, use in uses if f"{split}_examples" in counts)
-    return f"{what}: {splits} (source {settings.source})"
+    return f"{what}: {splits} (source {settings.source}){_enlarged(name)}"
+
+
+def _enlarged(name: str) -> str:
+    """A warning beside every picture of a data set whose images had fewer pixels than they were brought to; else empty."""
+    counts = read_metrics("prepare", name)
+    if not counts.get("enlarged_images"):
+        return ""
+    total = sum(counts[f"{split}_examples"] for split in SPLITS)
+    return f". Smoke test, and no result: {counts['enlarged_images']:,} of its {total:,} images were enlarged from fewer pixels"
 
 
 def _autoencoder_summary(params: Params, name: str) -> str:

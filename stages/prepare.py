@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, Params, implementation
 from stages import workspace
 from stages.run import Run, stage
+
+if TYPE_CHECKING:
+    from pipeline.preparation import PreparationReport
 
 
 @stage(
@@ -33,15 +37,19 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     run.metrics({f"{split}_examples": count for split, count in report.counts.items()})
     run.metrics({f"duplicates_{pair}": count for pair, count in report.duplicates.items()})
     run.metrics({"unreadable_files": len(report.unreadable)})
+    run.metrics({"enlarged_images": report.enlarged} if report.enlarged else {})
     run.read(f"raw {run.row}", report.digest, Path(settings.root), "raw")
     run.details(digest=report.digest, unreadable=report.unreadable[:1000])
-    for line in _warnings(report.duplicates, report.unreadable):
+    for line in _warnings(report):
         print(f"prepare {run.row}: {line}", flush=True)
 
 
-def _warnings(duplicates: dict[str, int], unreadable: list[str]) -> Iterator[str]:
+def _warnings(report: PreparationReport) -> Iterator[str]:
+    unreadable = report.unreadable
     if unreadable:
         yield f"{len(unreadable)} files couldn't be read; reports/runs/prepare lists them; the first: {unreadable[0]}"
-    for pair, count in duplicates.items():
+    if report.enlarged:
+        yield f"{report.enlarged} of {sum(report.counts.values())} images had to be enlarged: a smoke test, and no result"
+    for pair, count in report.duplicates.items():
         if count:
             yield f"{count} examples of {pair.replace('_', ' ')} are the same"

@@ -292,6 +292,18 @@ def test_page_holds_everything_in_itself(workspace):
     assert page.tags.count("img") == 4 + len(combined)
 
 
+def test_pictures_of_enlarged_images_are_labelled_so(workspace):
+    def label() -> int:
+        assert command().exit_code == 0
+        return Path("reports/report.md").read_text(encoding="utf-8").count("600 of its 5,000 images were enlarged")
+
+    assert label() == 0
+    path = Path("reports/metrics/prepare/digits.json")
+    write(str(path), json.loads(path.read_text()) | {"enlarged_images": 600})
+    figures = len([*Path("reports/combined").glob("digits-*.png"), *Path("reports/figures").glob("*/digits-*/*.png")])
+    assert label() == 1 + figures  # in the section's first line, and below each picture
+
+
 def test_the_same_state_gives_the_same_page(workspace):
     params = read_params()
     board, states = build_scoreboard(params), stage_states(params, None)

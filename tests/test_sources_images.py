@@ -234,6 +234,19 @@ def test_padding_is_white_and_keeps_all() -> None:
     assert (array[8:] == 255).all()
 
 
+def test_images_that_are_enlarged_are_counted(tmp_path: Path) -> None:
+    def count(settings: dict[str, object]) -> int:
+        source = open_row("images", tmp_path, **settings)
+        return sum(source.read(split, 0, source.counts[split]).enlarged for split in SPLITS)
+
+    write_folder(tmp_path, {f"{i}.png": plain(i, height=30, width=20 if i else 8) for i in range(5)})
+    assert count({"image_px": 8}) == 0
+    assert count({"image_px": 20}) == 1
+    assert count({"image_px": 20, "crop": 0.9}) == 5
+    assert count({"image_px": 30, "fit": "pad"}) == 0
+    assert count({"image_px": 31, "fit": "pad"}) == 5
+
+
 # images -------------------------------------------------------------------------------------------------------------
 
 TWENTY = {f"{'a' if i % 2 else 'b/c'}/{i:02d}.png": plain(i) for i in range(20)}

@@ -19,7 +19,7 @@ from pipeline.sources.source import SPLITS, Block, Source, generator
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ENDINGS", "ImageFiles", "ImageSettings", "decode", "find_images", "fit", "image_names", "seeded_split"]
+__all__ = ["ENDINGS", "ImageFiles", "ImageSettings", "decode", "find_images", "fit", "image_names", "kept_side", "seeded_split"]
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Only these, since Pillow hands some others (EPS) to outside programs.
@@ -109,6 +109,17 @@ def decode(data: bytes) -> Image:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
+def kept_side(picture: Image, crop: float | None = None) -> int:
+    """Side in pixels of the square that `fit` resizes.
+
+    Arguments:
+        picture: An image.
+        crop: Side of the centre square that is kept, as a share of the width, at most the height; None pads instead.
+    """
+    width, height = picture.size
+    return max(width, height) if crop is None else max(1, min(round(crop * width), width, height))
+
+
 def fit(picture: Image, image_px: int, crop: float | None = None) -> Image:
     """A picture as a square: its centre, or all of it padded on white.
 
@@ -119,14 +130,12 @@ def fit(picture: Image, image_px: int, crop: float | None = None) -> Image:
     """
     from PIL import Image
 
-    width, height = picture.size
+    (width, height), side = picture.size, kept_side(picture, crop)
     if crop is None:
-        side = max(width, height)
         square = Image.new(picture.mode, (side, side), "white")
         square.paste(picture, ((side - width) // 2, (side - height) // 2))
         picture, box = square, (0, 0, side, side)
     else:
-        side = max(1, min(round(crop * width), width, height))
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
     return picture.resize((image_px, image_px), Image.Resampling.BICUBIC, box=box)
@@ -228,16 +237,18 @@ class ImageFiles(Source):
         """Images, uint8 with shape (n, C, H, W); a file that can't be decoded is left out and named."""
         files = open_files(self.path)
         mode, side = "L" if self.settings.channels == 1 else "RGB", self.settings.image_px
-        images, kept, unreadable = [], [], []
+        images, kept, unreadable, enlarged = [], [], [], 0
         for i in range(start, stop):
             name = self.names[split][i]
             try:
-                picture = fit(decode(files.read(name)), side, self.crop).convert(mode)
+                decoded = decode(files.read(name))
+                picture = fit(decoded, side, self.crop).convert(mode)
             except (OSError, ValueError, KeyError, MemoryError) as error:
                 unreadable.append(f"{self.path}: {name}: {' '.join(str(error).split()) or type(error).__name__}")
                 continue
             images.append(np.asarray(picture).reshape(side, side, -1).transpose(2, 0, 1))  # HWC -> CHW
             kept.append(i)
+            enlarged += kept_side(decoded, self.crop) < side
         examples = np.stack(images) if images else np.empty((0, *self.settings.shape), np.uint8)
         labels = None if self.labels is None else self.labels[split][kept]
-        return Block(examples=examples, labels=labels, unreadable=tuple(unreadable))
+        return Block(examples=examples, labels=labels, unreadable=tuple(unreadable), enlarged=enlarged)

@@ -33,11 +33,13 @@ class Block:
         examples: Raw pixels 0..255, uint8 with shape (n, C, H, W), or vectors, float32 with shape (n, D).
         labels: Labels, int64 with shape (n,); None where there are none.
         unreadable: A line for each file of the range that can't be read and was left out: its name and why.
+        enlarged: Images that had fewer pixels than they were brought to.
     """
 
     examples: np.ndarray
     labels: np.ndarray | None = None
     unreadable: tuple[str, ...] = ()
+    enlarged: int = 0
 
 
 class Source(ABC):

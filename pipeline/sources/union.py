@@ -71,10 +71,12 @@ class Union(Source):
         examples = np.empty((stop - start, *self.settings.shape), np.uint8)
         readable = np.ones(stop - start, bool)
         unreadable: list[str] = []
+        enlarged = 0
         for domain, source in enumerate(self.sources):
             places = np.flatnonzero(order[start:stop] == domain)
             first = int(np.count_nonzero(order[:start] == domain))
             block = source.read(split, first, first + len(places))
+            enlarged += block.enlarged
             if not block.unreadable:
                 examples[places] = block.examples
                 continue
@@ -89,6 +91,7 @@ class Union(Source):
             examples=examples[readable],
             labels=order[start:stop][readable].astype(np.int64),
             unreadable=tuple(unreadable),
+            enlarged=enlarged,
         )
 
 
