@@ -108,6 +108,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
         duplicates = _Duplicates(Path(scratch)) if source.kind == "images" else None
         writer: ShardWriter | None = None
         total = sum(source.counts.values())
+        allowed = getattr(settings, "unreadable_share", 0.001) * total
         with Progress(total, f"preparing {Path(folder).name}", unit="examples") as progress:
             for (split, start, stop), block in _read_all(source, ranges, processes or os.cpu_count() or 1):
                 if writer is None or writer.split != split:
@@ -117,6 +118,11 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
                     shards[split] = writer.shards
                 report.unreadable += block.unreadable
                 report.enlarged += block.enlarged
+                if len(report.unreadable) > allowed:  # at once: else the list would grow with the data set
+                    raise DataError(
+                        f"{settings.root}: {len(report.unreadable)} or more of {total} files can't be read, more than "
+                        f"unreadable_share allows; the first: {report.unreadable[0]}"
+                    )
                 if len(block.examples):
                     shape, dtype = block.examples.shape[1:], str(block.examples.dtype)
                     arrays = {"examples": block.examples} | ({} if block.labels is None else {"labels": block.labels})
@@ -126,12 +132,6 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
                 progress.advance(stop - start)
             if writer is not None:
                 writer.close()
-        allowed = getattr(settings, "unreadable_share", 0.001) * total
-        if len(report.unreadable) > allowed:
-            raise DataError(
-                f"{settings.root}: {len(report.unreadable)} of {total} files can't be read, more than unreadable_share allows; "
-                f"the first: {report.unreadable[0]}"
-            )
         for split in SPLITS:
             if not shards.get(split):
                 raise DataError(f"{settings.root}: no example of split '{split}' could be read")

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from pipeline.codes import CodeReader
 from pipeline.densities import Density
 from pipeline.errors import DataError
+from pipeline.evaluation import parzen
 from pipeline.evaluation.features import FeatureNetwork, extract_features
 from pipeline.evaluation.interpolation import InterpolationCurve, draw_pairs, log_likelihood_curve
 from pipeline.evaluation.moments import GroupedMoments, Moments
-from pipeline.evaluation.parzen import ParzenScore, ParzenSums, merge, partial_sums, select_bandwidth
+from pipeline.evaluation.parzen import ParzenScore
 from pipeline.fitting import score_codes
 from pipeline.progress import Progress
 from pipeline.ranks import Ranks
@@ -100,15 +101,14 @@ def parzen_score(samples: Blocks, reader: ShardReader, settings: ParzenSettings,
     def share() -> Iterator[np.ndarray]:
         return (block[ranks.rank :: ranks.world] for block in samples())
 
-    def sums(points: Blocks, bandwidths: tuple[float, ...]) -> ParzenSums:
-        mine = partial_sums(points, share, bandwidths, str(ranks.device))
-        parts = ranks.gather((mine.log_sums, mine.samples))
-        return merge([ParzenSums(s, n, mine.dimensions, bandwidths) for s, n in parts])
-
-    valid = sums(unit_blocks(reader, "valid", settings.validation_count), settings.bandwidths)
-    bandwidth, _ = select_bandwidth(settings.bandwidths, valid.log_likelihoods)
-    test = sums(unit_blocks(reader, "test"), (bandwidth,))
-    score = ParzenScore.from_log_likelihoods(settings.bandwidths, valid.log_likelihoods, test.log_likelihoods[0], valid.samples)
+    score = parzen.score(
+        unit_blocks(reader, "valid", settings.validation_count),
+        unit_blocks(reader, "test"),
+        share,
+        settings.bandwidths,
+        str(ranks.device),
+        ranks.gather,
+    )
     return Parzen(score, settings.protocol)
 
 

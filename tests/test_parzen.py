@@ -90,9 +90,13 @@ def assert_same_score(got, expected):
 
 def test_shares_merge_to_the_whole():
     points, samples, grid = images(30, 1), images(101, 2), [0.1, 0.2]
-    whole = parzen.partial_sums(split(points, 30), split(samples, 101), grid)
-    shares = [parzen.partial_sums(split(points, 30), split(samples[r::3], 10), grid) for r in range(3)]
-    shares.append(parzen.partial_sums(split(points, 30), lambda: [], grid))  # a rank without any samples
+
+    def sums(blocks):
+        return next(parzen.chunk_sums(split(points, 30), blocks, grid))
+
+    whole = sums(split(samples, 101))
+    shares = [sums(split(samples[r::3], 10)) for r in range(3)]
+    shares.append(sums(lambda: []))  # a rank without any samples
     merged = parzen.merge(shares)
     assert merged.samples == whole.samples == 101
     assert_same_score(merged.log_likelihoods, whole.log_likelihoods)
@@ -134,6 +138,19 @@ def test_score_chooses_on_validation_and_reports_on_test():
     np.testing.assert_allclose(result.valid_curve, on_valid, atol=2e-3)
 
 
+def test_chunks_of_points_change_nothing(monkeypatch):
+    valid, test, samples, grid = images(60, 1), images(50, 2), images(100, 3), [0.05, 0.1, 0.2, 0.3]
+    scores = []
+    for count in (1000, 20):  # points in a chunk
+        monkeypatch.setattr(parzen, "POINT_BYTES", count * 64 * 4)
+        scores.append(parzen.score(split(valid, 20), split(test, 20), split(samples, 100), grid))
+    # Points are centred on the first chunk, so distances round differently.
+    assert scores[1].test_mean == pytest.approx(scores[0].test_mean, rel=1e-6)
+    assert scores[1].test_standard_error == pytest.approx(scores[0].test_standard_error, rel=1e-5)
+    assert scores[1].valid_curve == pytest.approx(scores[0].valid_curve, rel=1e-6)
+    assert (scores[1].bandwidth, scores[1].test_points) == (scores[0].bandwidth, 50)
+
+
 def test_a_grid_that_is_too_narrow_warns():
     with pytest.warns(UserWarning, match="end of the grid"):
         result = parzen.score(lambda: [images(20, 1)], lambda: [images(20, 2)], lambda: [images(50, 3)], [0.5, 0.6])
@@ -168,3 +185,18 @@ def test_memory_does_not_grow_with_the_samples():
 
     peak(2)
     assert peak(40) < 1.2 * peak(4)
+
+
+def test_memory_does_not_grow_with_the_points(monkeypatch):
+    monkeypatch.setattr(parzen, "POINT_BYTES", 100 * 32 * 4)
+
+    def peak(blocks):
+        points = [lambda: (np.random.default_rng(i).random((100, 32), dtype=np.float32) for i in range(blocks))] * 2
+        tracemalloc.start()
+        parzen.score(*points, lambda: [images(100, 1, 32)], np.linspace(0.1, 1, 20))
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(2)
+    assert peak(200) < 1.5 * peak(20)  # held, the log-likelihoods alone would make it ten times as much

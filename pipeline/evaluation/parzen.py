@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.evaluation.controls import Blocks
-from pipeline.evaluation.moments import mean_and_error
+from pipeline.evaluation.moments import Moments
 
-__all__ = ["Blocks", "ParzenScore", "ParzenSums", "log_likelihoods", "merge", "partial_sums", "score", "select_bandwidth"]
+__all__ = ["Blocks", "ParzenScore", "ParzenSums", "chunk_sums", "log_likelihoods", "merge", "score"]
 
 POINT_BYTES = 256 * 2**20  # points held in memory; beyond that the samples are read once more for every so many points
 POINT_TILE, SAMPLE_TILE = 512, 2048  # a tile of distances fits in the cache of a core
@@ -45,7 +45,13 @@ class ParzenSums:
 
     @property
     def log_likelihoods(self) -> NDArray[np.float64]:
-        """Log-likelihood log p(x) of each point, in nats, with shape (H, N)."""
+        """Log-likelihood log p(x) of each point, in nats, with shape (H, N).
+
+        Raises:
+            DataError: When there are no samples.
+        """
+        if self.samples == 0:
+            raise DataError("Parzen score: there are no samples")
         widths = np.asarray(self.bandwidths)[:, None]
         normaliser = math.log(self.samples) + self.dimensions * np.log(widths * math.sqrt(2 * math.pi))
         result: NDArray[np.float64] = self.log_sums - normaliser
@@ -147,8 +153,8 @@ def _mapper(device: str) -> Iterator[Callable[..., Iterable[object]]]:
 
 
 @torch.no_grad()
-def partial_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> ParzenSums:
-    """The sums of kernels over one share of the samples, for all points and several bandwidths at once.
+def chunk_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> Iterator[ParzenSums]:
+    """The sums of kernels over one share of the samples, for several bandwidths at once, one chunk of points after another.
 
     Distances are float32, through ||x||^2 + ||s||^2 - 2 x.s of centred vectors, clamped at 0; a tile of exponentials is taken
     relative to its largest term, and tiles are added in float64. Memory holds 256 MiB of points and one block of samples.
@@ -165,7 +171,8 @@ def partial_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], d
     bandwidths = tuple(float(h) for h in bandwidths)
     if not bandwidths or min(bandwidths) <= 0:
         raise ValueError(f"bandwidths have to be positive: {bandwidths}")
-    parts, counts, dimensions = [], [], 0
+    dimensions = 0
+    first_count: int | None = None
     centre: Tensor | None = None
     for chunk in _chunks(points()):
         if dimensions and chunk.shape[1] != dimensions:
@@ -184,13 +191,12 @@ def partial_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], d
                 add = functools.partial(_add_block, log_sums, chunk, half, block, _half_squares(block), bandwidths)
                 for _ in over(add, range(0, len(chunk), POINT_TILE)):
                     pass
-        parts.append(log_sums)
-        counts.append(count)
-    if not parts:
+        first_count = count if first_count is None else first_count
+        if count != first_count:
+            raise DataError(f"Parzen score: two passes over the samples gave {first_count} and {count} of them")
+        yield ParzenSums(log_sums, count, dimensions, bandwidths)
+    if first_count is None:
         raise DataError("Parzen score: there are no points to score")
-    if len(set(counts)) > 1:
-        raise DataError(f"Parzen score: two passes over the samples gave {counts[0]} and {counts[-1]} of them")
-    return ParzenSums(np.concatenate(parts, axis=1), counts[0], dimensions, bandwidths)
 
 
 def log_likelihoods(points: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> NDArray[np.float64]:
@@ -215,21 +221,7 @@ def log_likelihoods(points: Blocks, samples: Blocks, bandwidths: Sequence[float]
         array([[-2.531 ],
                [-5.2758]])
     """
-    sums = partial_sums(points, samples, bandwidths, device)
-    if sums.samples == 0:
-        raise DataError("Parzen score: there are no samples")
-    return sums.log_likelihoods
-
-
-def select_bandwidth(bandwidths: Sequence[float], validation: NDArray[np.float64]) -> tuple[float, bool]:
-    """The bandwidth with the highest mean validation log-likelihood, and whether it lies at an end of the grid.
-
-    Arguments:
-        bandwidths: The grid, in ascending order, H of them.
-        validation: Log-likelihoods of the validation points, with shape (H, N).
-    """
-    best = int(np.argmax(validation.mean(axis=1)))
-    return float(bandwidths[best]), len(bandwidths) > 1 and best in (0, len(bandwidths) - 1)
+    return np.concatenate([sums.log_likelihoods for sums in chunk_sums(points, samples, bandwidths, device)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -260,49 +252,59 @@ class ParzenScore:
     test_points: int
     at_edge: bool
 
-    @classmethod
-    def from_log_likelihoods(
-        cls, bandwidths: Sequence[float], valid: NDArray[np.float64], test: NDArray[np.float64], samples: int
-    ) -> ParzenScore:
-        """The score from the validation points' log-likelihoods (H, V) and the test points' at the chosen bandwidth (T,)."""
-        bandwidth, at_edge = select_bandwidth(bandwidths, valid)
-        if at_edge:
-            warnings.warn(
-                f"Parzen score: the best bandwidth, {bandwidth:g}, is at an end of the grid; widen the grid",
-                stacklevel=3,
-            )
-        curve = tuple(float(m) for m in valid.mean(axis=1))
-        mean, error, count = mean_and_error(test)
-        return cls(
-            bandwidth=bandwidth,
-            bandwidths=tuple(float(h) for h in bandwidths),
-            valid_curve=curve,
-            valid_mean=max(curve),
-            test_mean=mean,
-            test_standard_error=error,
-            samples=samples,
-            valid_points=valid.shape[1],
-            test_points=count,
-            at_edge=at_edge,
-        )
 
-
-def score(valid: Blocks, test: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> ParzenScore:
+def score(
+    valid: Blocks,
+    test: Blocks,
+    samples: Blocks,
+    bandwidths: Sequence[float],
+    device: str = "cpu",
+    gather: Callable[[ParzenSums], Sequence[ParzenSums]] = lambda mine: [mine],
+) -> ParzenScore:
     """Chooses the bandwidth on the validation points and scores the test points with it.
+
+    Memory grows neither with the number of points nor with that of samples: of a chunk of points the moments are kept.
 
     Arguments:
         valid: Gives a pass over blocks of validation points, each with shape (n, d) or (n, C, H, W).
         test: Gives a pass over blocks of test points.
-        samples: Gives a pass over blocks of samples.
+        samples: Gives a pass over blocks of samples, of this rank's share where there are several.
         bandwidths: The grid, in ascending order.
         device: Where distances are computed.
+        gather: Gives the sums of all ranks' shares, from this rank's.
 
     Raises:
         DataError: When there are no points or no samples, or shapes differ, or a value isn't finite.
     """
-    search = partial_sums(valid, samples, bandwidths, device)
-    if search.samples == 0:
-        raise DataError("Parzen score: there are no samples")
-    bandwidth, _ = select_bandwidth(bandwidths, search.log_likelihoods)
-    final = log_likelihoods(test, samples, [bandwidth], device)
-    return ParzenScore.from_log_likelihoods(bandwidths, search.log_likelihoods, final[0], search.samples)
+
+    def moments(points: Blocks, widths: Sequence[float]) -> tuple[list[Moments], int]:
+        found, count = [Moments() for _ in widths], 0
+        for mine in chunk_sums(points, samples, widths, device):
+            sums = merge(gather(mine))
+            count = sums.samples
+            for of_width, values in zip(found, sums.log_likelihoods, strict=True):
+                of_width.update(values)
+        return found, count
+
+    searched, count = moments(valid, bandwidths)
+    curve = tuple(of_width.mean for of_width in searched)
+    best = int(np.argmax(curve))
+    bandwidth, at_edge = float(bandwidths[best]), len(bandwidths) > 1 and best in (0, len(bandwidths) - 1)
+    if at_edge:
+        warnings.warn(
+            f"Parzen score: the best bandwidth, {bandwidth:g}, is at an end of the grid; widen the grid", stacklevel=2
+        )
+    (final,), _ = moments(test, [bandwidth])
+    mean, error, points = final.result()
+    return ParzenScore(
+        bandwidth=bandwidth,
+        bandwidths=tuple(float(h) for h in bandwidths),
+        valid_curve=curve,
+        valid_mean=curve[best],
+        test_mean=mean,
+        test_standard_error=error,
+        samples=count,
+        valid_points=searched[0].count,
+        test_points=points,
+        at_edge=at_edge,
+    )

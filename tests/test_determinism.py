@@ -1,0 +1,38 @@
+"""The same seed on the same machine gives the same bits, however many processes read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import small
+
+# Whether it is wise to start more processes than there are cores is not the question here.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader")
+
+
+def outputs(folder: Path, readers: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Digests of all that the stages leave, but for the files that say what differs from run to run."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    small.write_raw(folder)
+    monkeypatch.setattr("os.cpu_count", lambda: readers or 1)  # processes that prepare starts
+    monkeypatch.setenv("LOADER_WORKERS", str(readers))
+    monkeypatch.setenv("CACHE_MIB", "0")  # else the workers would read but once
+    for stage in small.STAGES:
+        result = small.run(*stage)
+        assert result.exit_code == 0, result.output
+    return {k: v for k, v in small.files(folder).items() if not k.startswith(("reports/runs", "raw"))}
+
+
+def test_every_stage_gives_the_same_bits_with_no_reader_and_with_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, four = (outputs(tmp_path / str(readers), readers, monkeypatch) for readers in (0, 4))
+    assert {path.split("/")[1] for path in alone if "/" in path} >= {
+        "shards",
+        "codes",
+        "samples",
+        "metrics",
+        "curves",
+        "figures",
+    }
+    assert four == alone
