@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.densities import mixtures
 from pipeline.densities.density import dropout_mask
-from pipeline.densities.products import ACTIVATIONS, Activation, affine, apply_linear, autocast
+from pipeline.densities.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
 
 __all__ = ["CausalNetwork", "causal_convolution"]
 
@@ -26,11 +26,11 @@ class _CausalConvolution(torch.autograd.Function):
         split = min(dilation, time) * batch  # rows whose past is padding
         rows = x.reshape(-1, channels)
         past, present = weight
-        y = rows.new_empty(len(rows), len(bias))
-        y[:split] = affine(rows[:split], present, torch.addmv(bias, past, padding), activation)
-        if split < len(rows):
-            both = torch.cat([rows[: len(rows) - split], rows[split:]], dim=1)  # (N, 2C)
-            y[split:] = affine(both, torch.cat([past, present], dim=1), bias, activation)
+        y = affine(rows, present, bias)
+        y[:split] += past @ padding
+        add_product(y[split:], rows[: len(rows) - split], past)
+        if activation is not None:
+            y = activation.apply(y)
         ctx.save_for_backward(rows, padding, weight, y if activation is not None else None)
         ctx.shape, ctx.split, ctx.activation = x.shape, split, activation
         return y.view(time, batch, len(bias))
@@ -47,12 +47,11 @@ class _CausalConvolution(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = affine(grad, present.T)
-            to_x[: len(late)] += affine(late, past.T)
+            add_product(to_x[: len(late)], late, past.T)
             to_x = to_x.view(ctx.shape)
         from_padding = early.sum(dim=0)
-        columns = rows.T.contiguous()  # once for both taps
-        to_past = affine(columns[:, : len(late)], late.T).T.addr(from_padding, padding)
-        to_weight = torch.stack([to_past, affine(columns, grad.T).T])
+        to_past = inner(late, rows[: len(late)]).addr(from_padding, padding)
+        to_weight = torch.stack([to_past, inner(grad, rows)])
         return to_x, past.T @ from_padding, to_weight, from_padding + late.sum(dim=0), None, None
 
 
