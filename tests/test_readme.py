@@ -40,6 +40,11 @@ def test_links_lead_somewhere(path: str) -> None:
     assert (PROJECT / path).exists()
 
 
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\b(tests/\w+\.py|benchmarks\.\w+)", README))))
+def test_tests_and_benchmarks_exist(name: str) -> None:
+    assert (PROJECT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")).is_file()
+
+
 def test_every_command_answers_help() -> None:
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
