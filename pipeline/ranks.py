@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Gives each tensor the values that it has on the first rank, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dense = tensor.contiguous()  # which channels-last weights aren't
+                dist.broadcast(dense, src=0)
+                tensor.copy_(dense)
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

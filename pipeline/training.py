@@ -457,6 +457,8 @@ def train(
         model.load_state_dict(best_weights)
     elif averaged is not None:
         model.load_state_dict(averaged.values)
+    # Running statistics that aren't synchronised differ between ranks; what the first one saves is what all of them score.
+    ranks.take_from_first(model.state_dict().values())
     model.eval()
     record.steps = index
     record.examples = index * batches.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from stages import workspace
 from stages.run import Run, stage
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipeline.autoencoders.base import Objective
     from pipeline.ranks import Ranks
     from pipeline.shards import ShardReader
@@ -94,8 +97,8 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
             objective.encoder.save(temporary / "encoder.safetensors")  # type: ignore[operator, union-attr]
             objective.decoder.save(temporary / "decoder.safetensors")
         run.curve(training.curve)
-        _score(run, objective, reader, ranks)
         run.when_finished(checkpoint.remove)
+    _score(run, objective, reader, ranks)
     run.details(
         steps=training.steps,
         examples_seen=training.examples,
@@ -110,7 +113,10 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
 
 
 def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
-    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, a VAE's divergence, and figures."""
+    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, a VAE's divergence, and figures.
+
+    Ranks share the shards; the first draws the figures.
+    """
     import numpy as np
     import torch
 
@@ -138,35 +144,49 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         moments = objective.encoder.moments((low + (high - low) * images).to(ranks.device))
         return kl_divergence(*moments).sum(1).cpu()
 
+    def mine(split: str) -> Iterator[dict[str, np.ndarray]]:
+        return reader.blocks(split, ranks.share(len(reader.index.shards(split))))
+
     shown: tuple[Any, Any] | None = None
-    codes: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
     for split in ("train", "valid", "test"):
         score, kl = ReconstructionScore(), Moments()
-        for block in reader.blocks(split):
+        for block in mine(split):
             images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))
-            encoded = encode(images)
-            reconstructions = decode(encoded)
+            reconstructions = decode(encode(images))
             score.update(images.numpy(), reconstructions.numpy())
             if isinstance(objective, VariationalObjective):
                 kl.update(divergence(images).numpy())
             if split == "test":
                 shown = shown or (images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy())
-                if objective.latent_dim == 2:
-                    codes.append(encoded.cpu().numpy())
-                    labels += [block["labels"]] if "labels" in block else []
+        score, *others = ranks.gather(score)
+        for other in others:
+            score.merge(other)
+        kl, *divergences = ranks.gather(kl)
+        for part in divergences:
+            kl.merge(part)
         run.metrics(score.metrics(split))
         if kl.count:
             run.metrics({f"{split}_kl": kl.mean, f"{split}_kl_se": kl.result().standard_error})
     ks = opened(objective.latent_dim or 0)
-    unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in reader.blocks("test"))
-    errors = open_dimension_errors(unit_blocks, encode, decode, ks)
+    unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in mine("test"))
+    errors, *rest = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
+    for more in rest:
+        errors.merge(more)
     run.metrics({f"test_mse_first_{k}": float(mse) for k, mse in zip(ks, errors.mse, strict=True)})
+    if not ranks.first:
+        return
     assert shown is not None
     arrays = {"inputs": as_bytes(shown[0]), "reconstructions": as_bytes(shown[1])}
     run.figure(figures.reconstructions(shown[0], {"reconstruction": shown[1]}), "reconstructions")
     run.figure(figures.open_dimensions({run.row: (list(ks), errors.mse.tolist())}), "open-dimensions")
     if objective.latent_dim == 2:
+        codes: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        for block in reader.blocks("test"):
+            codes.append(encode(torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))).cpu().numpy())
+            labels += [block["labels"]] if "labels" in block else []
+            if sum(map(len, codes)) >= SCATTERED:
+                break
         points = np.concatenate(codes)[:SCATTERED]
         colours = np.concatenate(labels)[:SCATTERED] if labels else None
         arrays |= {"codes": points} | ({} if colours is None else {"labels": colours})

@@ -169,8 +169,11 @@ def test_training_with_two_ranks_follows_the_curve_of_one(workspace: Path) -> No
     for stage, row, per_epoch in (("train", "blobs-ae", 7), ("fit", "blobs-lde", 7)):
         assert small.run(stage, row).exit_code == 0
         one = curve(stage, row)
+        scored = json.loads(Path(f"reports/metrics/{stage}/{row}.json").read_text())
         code, _, err = outcome(two(stage, row))
         assert code == 0, err
+        # Both share the scoring, too.
+        assert json.loads(Path(f"reports/metrics/{stage}/{row}.json").read_text()).keys() == scored.keys()
         both = curve(stage, row)
         one, both = (c[~np.isnan(c)][: 30 * per_epoch] for c in (one, both))
         rows = len(one) // 30 * 30
