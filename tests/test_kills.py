@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,6 +128,45 @@ def kill_and_finish(
 def test_train_and_fit_killed_a_few_times_end_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = {("prepare", "blobs"): 0, ("train", "blobs-ae"): 3, ("extract", "blobs-ae"): 0, ("fit", "blobs-lde"): 3}
     assert kill_and_finish(tmp_path, monkeypatch, kills, epochs=10, seed=0) >= 2
+
+
+def signal_once_saved(stage: tuple[str, str], number: signal.Signals) -> threading.Thread:
+    """Sends this process a signal as soon as the stage, which runs in it, has written a checkpoint."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 100
+        while not list(Path(".checkpoints", *stage).glob("*.pt")):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_train_and_fit_stopped_by_a_signal_end_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    stages = [("prepare", "blobs"), ("train", "blobs-ae"), ("extract", "blobs-ae"), ("fit", "blobs-lde")]
+    monkeypatch.chdir(workspace(tmp_path / "whole", epochs=40))
+    for stage in stages:
+        assert small.run(*stage).exit_code == 0
+    monkeypatch.chdir(workspace(tmp_path / "stopped", epochs=40))
+    for stage in stages:
+        if stage[0] in ("train", "fit"):
+            thread = signal_once_saved(stage, number)
+            result = small.run(*stage)
+            thread.join()
+            assert result.exit_code == 1
+            assert f"stopped by {number.name} at step" in result.stderr
+            assert "the checkpoint is written: run the same command to go on" in result.stderr
+        result = small.run(*stage)
+        assert result.exit_code == 0
+        assert ("going on from the checkpoint at step" in result.stderr) == (stage[0] in ("train", "fit"))
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
 
 @pytest.mark.slow
