@@ -193,11 +193,10 @@ def measure_density(row: dict[str, Any], dim: int, seconds: float) -> dict[str, 
         density.loss(codes).backward()
         optimizer.step()
 
-    found = {"fit_per_second": per_cpu_second(fit, len(codes), seconds), "fit_flops": flops(fit, len(codes))}
+    found = {"fit_per_second": per_cpu_second(fit, len(codes), seconds)}
     density.eval()
     with torch.no_grad():
         found["score_per_second"] = per_cpu_second(lambda: density.log_prob(codes), len(codes), seconds / 2)
-        found["score_flops"] = flops(lambda: density.log_prob(codes), len(codes))
         draw = lambda: density.sample(1000, torch.Generator().manual_seed(0))  # noqa: E731
         found["draw_per_second"] = per_cpu_second(draw, 1000, seconds / 2)
     return found | {"parameters": density.parameter_count}
@@ -282,7 +281,9 @@ def gpu_hours(units: dict[str, Any], name: str) -> list[list[Any]]:
     reads = 2 * 0.1 * images * data["shard_bytes"]
     passes = math.ceil(4 * reads / parzen.POINT_BYTES)  # over the samples: points are held as float32, so many bytes at a time
     handled = 1 / data["read_per_second"] + 1 / data["shuffle_per_second"]
-    draws = a["samples"] * (density["score_flops"] / slow + network["decode_flops"] / speed)
+    # Each weight is used at each position of a code; PyTorch doesn't count products that add to what is there.
+    used = 2 * density["parameters"] * rows["autoencoder"]["latent_dim"]
+    draws = a["samples"] * (used / slow + network["decode_flops"] / speed)
     return [
         ["prepare", 0.0, images / data["prepare_per_second"] / 3600, size(images * data["raw_bytes"]), size(shards)],
         [f"train, {epochs:g} epochs", epochs * images * network["train_flops"] / speed, epochs * images * handled / 3600,
@@ -290,7 +291,7 @@ def gpu_hours(units: dict[str, Any], name: str) -> list[list[Any]]:
         ["train, scores", images * scored / speed, images / data["read_per_second"] / 3600, size(shards), "0 B"],
         ["extract", images * network["encode_flops"] / speed, images / data["read_per_second"] / 3600,
          size(shards), size(codes)],
-        [f"fit, {fits:g} epochs", fits * images * density["fit_flops"] / slow, 0.0,
+        [f"fit, {fits:g} epochs", fits * images * 3 * used / slow, 0.0,
          size(fits * codes), size(4 * density["parameters"])],
         ["sample", draws, 0.0, "0 B", size(samples)],
         ["evaluate, Parzen", pairs / speed, 0.0, size(reads + samples * passes), "0 B"],

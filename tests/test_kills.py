@@ -170,7 +170,7 @@ def test_train_and_fit_stopped_by_a_signal_end_with_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_every_stage_killed_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = [stage for stage in small.STAGES if stage[1].startswith("blobs")]
     count = kill_and_finish(tmp_path, monkeypatch, dict.fromkeys(stages, 10), epochs=60, seed=1)
