@@ -1,6 +1,7 @@
 # The two commands: `make repro` and `make test`. Each is enough by itself on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
+PORT ?= 5000
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
@@ -31,9 +32,9 @@ lint: install  ## Check style, annotations, docstrings and types
 	ruff format --check .
 	mypy
 
-ui: install  ## Browse the runs at http://127.0.0.1:5000
-	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1
+ui: install  ## Browse the runs at http://127.0.0.1:5000, or another PORT
+	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port $(PORT)
 
 clean:  ## Remove what the pipeline made; DVC's cache and the MLflow database stay
 	rm -rf data/shards data/autoencoders data/codes data/densities data/samples .checkpoints
-	rm -rf reports/metrics reports/curves reports/figures reports/arrays reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/headline.json
+	rm -rf reports/metrics reports/curves reports/figures reports/arrays reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/headline reports/combined

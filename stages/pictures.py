@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.files import write_text
 from pipeline.settings import Params
 from stages import workspace
 from stages.arrays import Arrays, load_arrays
@@ -23,6 +24,13 @@ __all__ = ["COMBINED", "Picture", "autoencoders_of", "combined_pictures", "densi
 
 REPORTS = Path("reports")
 COMBINED = REPORTS / "combined"
+# Table for `dvc plots` -> the stage whose curves it holds, and their column.
+TABLES = {
+    "training-loss": ("train", "loss"),
+    "opened-dimensions": ("train", "open_dimensions"),
+    "validation": ("fit", "valid_log_likelihood"),
+}
+Values = dict[str, list[tuple[float, float]]]  # by row: (step, value)
 CAPTIONS = Path(__file__).parent / "templates" / "captions.yaml"
 
 
@@ -110,11 +118,11 @@ def densities_of(params: Params, dataset: str) -> list[str]:
 
 
 def draw_combined(params: Params, folder: Path) -> None:
-    """Draws the plots that set the rows of each data set side by side.
+    """Draws the plots that set the rows of each data set side by side, and writes their curves as tables.
 
     Arguments:
         params: All tables.
-        folder: Where they are written, as `<dataset>-<plot>.png`.
+        folder: Where they are written, as `<dataset>-<plot>.png`, and `<plot>.tsv` with the curves of all data sets.
     """
     from pipeline.figures import save_figure
 
@@ -122,6 +130,7 @@ def draw_combined(params: Params, folder: Path) -> None:
         for name, figure in _combined(params, dataset).items():
             if figure is not None:
                 save_figure(figure, folder / f"{dataset}-{name}.png")
+    _write_tables(params, folder)
 
 
 def combined_pictures(dataset: str) -> list[Picture]:
@@ -143,9 +152,11 @@ def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
         "open-dimensions": _open_dimensions(autoencoders, controls),
         "interpolations": _interpolations(params, densities),
         "interpolation-log-likelihood": _interpolation_curves(densities),
-        "training-loss": _curves("train", autoencoders, "loss", "training loss", log_y=True),
-        "opened-dimensions": _curves("train", autoencoders if incremental else [], "open_dimensions", "open dimensions"),
-        "validation": _curves("fit", densities, "valid_log_likelihood", "validation log-likelihood (nats)"),
+        "training-loss": _curves(_read_curves("train", autoencoders, "loss"), "training loss", log_y=True),
+        "opened-dimensions": _curves(
+            _read_curves("train", autoencoders if incremental else [], "open_dimensions"), "open dimensions"
+        ),
+        "validation": _curves(_read_curves("fit", densities, "valid_log_likelihood"), "validation log-likelihood (nats)"),
     }
 
 
@@ -271,23 +282,39 @@ def _open_dimensions(rows: Sequence[str], controls: Sequence[str]) -> Figure | N
     return open_dimensions(series) if series else None
 
 
-def _curves(stage: str, rows: Sequence[str], column: str, label: str, log_y: bool = False) -> Figure | None:
-    """A column of the rows' curves against the step; rows with fewer than two values are left out."""
-    import pandas as pd
-
+def _curves(values: Values, label: str, log_y: bool = False) -> Figure | None:
+    """A line for each row against the step; rows with fewer than two values are left out."""
     from pipeline.figures import curves
 
-    steps: dict[str, list[float]] = {}
-    values: dict[str, list[float]] = {}
+    steps = {row: [step for step, _ in points] for row, points in values.items() if len(points) > 1}
+    lines = {row: [value for _, value in points] for row, points in values.items() if len(points) > 1}
+    if not lines:
+        return None
+    # A single line has no legend: name it in the title.
+    title = "" if len(lines) > 1 else next(iter(lines))
+    return curves(steps, lines, "step", label, title, log_y=log_y and all(v > 0 for some in lines.values() for v in some))
+
+
+def _read_curves(stage: str, rows: Sequence[str], column: str) -> Values:
+    """A column of the rows' curves, where it has a value, with its steps."""
+    import pandas as pd
+
+    found: Values = {}
     for row in rows:
         path = workspace.curve_file(stage, row)
         table = pd.read_csv(path, sep="\t") if path.exists() else pd.DataFrame()
         if {"step", column} <= set(table.columns):
             table = table[["step", column]].dropna()
-            if len(table) > 1:
-                steps[row], values[row] = table["step"].tolist(), table[column].tolist()
-    if not values:
-        return None
-    # A single line has no legend: name it in the title.
-    title = "" if len(values) > 1 else next(iter(values))
-    return curves(steps, values, "step", label, title, log_y=log_y and all(v > 0 for some in values.values() for v in some))
+            found[row] = list(zip(table["step"].tolist(), table[column].tolist(), strict=True))
+    return found
+
+
+def _write_tables(params: Params, folder: Path) -> None:
+    """Curves of all rows as tables for `dvc plots`, one a quantity: it can't set files of a folder side by side."""
+    for name, (stage, column) in TABLES.items():
+        lines = [f"dataset\trow\tstep\t{column}"]
+        for dataset in params.rows("datasets"):
+            rows = autoencoders_of(params, dataset) if stage == "train" else densities_of(params, dataset)
+            for row, points in _read_curves(stage, rows, column).items():
+                lines += [f"{dataset}\t{row}\t{step}\t{value!r}" for step, value in points]
+        write_text(folder / f"{name}.tsv", "\n".join(lines) + "\n")

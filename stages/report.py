@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REPORTS = Path("reports")
 SCOREBOARD = REPORTS / "scoreboard.csv"
-HEADLINE = REPORTS / "headline.json"
+HEADLINE = REPORTS / "headline"
 MARKDOWN = REPORTS / "report.md"
 PAGE = REPORTS / "index.html"
 TEMPLATE_OF = {PAGE: "report.html", MARKDOWN: "report.md"}
@@ -68,7 +68,10 @@ def _report(params: Params) -> None:
             write_text(path, text)
         with atomic_file(SCOREBOARD) as temporary:
             board.to_csv(temporary, index=False, lineterminator="\n")
-        write_json(HEADLINE, headline(board))
+        # A file for each row gives it a line in `dvc metrics show`; one file for all would be one line of many columns.
+        with atomic_folder(HEADLINE) as folder:
+            for row, scores in headline(board).items():
+                write_json(folder / f"{row}.json", scores)
         _track(tracker, params, board, states)
     except BaseException:
         tracker.finish("FAILED")
@@ -86,8 +89,9 @@ def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[S
 
     tracker.metrics({f"{row}.{name}": value for row, scores in headline(board).items() for name, value in scores.items()})
     tracker.metrics({"stages_seconds": sum(state.seconds or 0.0 for state in states)})
-    for path in (PAGE, MARKDOWN, SCOREBOARD, HEADLINE):
+    for path in (PAGE, MARKDOWN, SCOREBOARD):
         tracker.artifact(path)
+    tracker.artifact(HEADLINE, "headline")
     tracker.artifact(COMBINED, "figures")
     for state in states:
         if state.stage == "prepare" and state.digest:

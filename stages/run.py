@@ -83,10 +83,10 @@ class Run:
         self._details |= values
 
     def curve(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Writes a curve, each row with its "step", as tab-separated values, and tracks it."""
+        """Writes a curve, each row with its "step", as tab-separated values, and tracks it; no rows leave a header."""
         if not self.first:
             return
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+        columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         lines = ["\t".join(columns)] + ["\t".join(_cell(row.get(c)) for c in columns) for row in rows]
         write_text(workspace.curve_file(self.stage, self.row), "\n".join(lines) + "\n")
         self.tracker.curve(rows)

@@ -247,7 +247,7 @@ def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
 
 
 def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """One to three numbers of each model, under their names in `reports/metrics`: `dvc metrics show` gives each a column."""
+    """One to three numbers of each model, under their names in `reports/metrics`: its line in `dvc metrics show`."""
     numbers: dict[str, dict[str, float]] = {}
     for line in board[board["kind"] == "model"].to_dict("records"):
         name = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"

@@ -58,7 +58,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     if not objective.trained or not isinstance(settings, TrainingSettings):
         with atomic_folder(folder) as temporary:
             (temporary / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
-        run.curve([{"step": 0, "loss": 0.0}])
+        run.curve([])
         _show_vectors(run, reader)
         return
 

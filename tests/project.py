@@ -39,6 +39,7 @@ class Project:
         (folder / ".dvc").mkdir()
         for name in ("config", ".gitignore"):
             shutil.copy(ROOT / ".dvc" / name, folder / ".dvc" / name)
+        shutil.copytree(ROOT / ".dvc/plots", folder / ".dvc/plots")
         (folder / "params.yaml").write_text(params)
         self.call("git", "init", "-q")
         self.commit()

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import shlex
 import shutil
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
 
+import numpy as np
 import pytest
-from project import Project
+from PIL import Image
+from project import ROOT, Project
 
 PARAMS = """\
 datasets:
@@ -114,25 +127,120 @@ def test_edits_rerun_what_they_touch_and_nothing_else(project: Project) -> None:
     assert "grid-gaussian" not in project.report()
 
 
+README = (ROOT / "README.md").read_text()
+# Indented blocks that hold no commands, by their first word: the graph, the tree, the citation.
+NO_COMMANDS = ("raw", "pipeline/", "@article{yoo2019density,")
+# What a test can't do as it stands, and what is done instead.
+INSTEAD = {
+    "make test": "make -n test",  # it would run itself
+    "cp reports/paper/bsds300-lde-k10/params.yaml params.yaml":  # BSDS300 isn't here: whether its settings are still valid
+        "python -m stages fit bsds300-lde-k10 --dry-run --params reports/paper/bsds300-lde-k10/params.yaml",
+    "dvc remote add -d store s3://bucket/path": "dvc remote add -d store ../store",
+    # tests/test_ranks.py trains with it.
+    "torchrun --nproc-per-node 2 -m stages train digits-iae":
+        "torchrun --nproc-per-node 2 -m stages train digits-iae --dry-run",
+}  # fmt: skip
+
+
+def readme_blocks() -> list[list[str]]:
+    """The commands of the README, block by block, without their comments."""
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    blocks = [block.strip("\n").splitlines() for block in re.findall(r"(?:^    .*\n)+", text, flags=re.MULTILINE)]
+    blocks = [block for block in blocks if block[0].split()[0] not in NO_COMMANDS]
+    blocks.append(re.findall(r"`(python -m stages doctor|dvc plots diff HEAD)", README))
+    return [[re.split(r"\s+# ", line.strip())[0] for line in block] for block in blocks]
+
+
+def serves(project: Project) -> None:
+    """`make ui` on a free port: the page answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    command = ["make", "ui", f"PORT={port}"]
+    with subprocess.Popen(
+        command, cwd=project.folder, env=project.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as server:  # fmt: skip
+        try:
+            for _ in range(600):
+                with contextlib.suppress(OSError), opener.open(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+                    assert b"MLflow" in answer.read()
+                    return
+                assert server.poll() is None
+                time.sleep(0.2)
+            raise AssertionError("no answer")
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
 @pytest.mark.timeout(1500)
-def test_experiments_metrics_and_plots(project: Project) -> None:
+def test_the_commands_of_the_readme(project: Project) -> None:
     if not (project.folder / "dvc.lock").exists():
         project.repro()
+    project.environment["TRACKING"] = "off"
+    for name in ("Makefile", "requirements.lock", "README.md"):
+        shutil.copy(ROOT / name, project.folder / name)
+    shutil.copytree(ROOT / "reports/paper", project.folder / "reports/paper")
+    # The environment that `make install` would make.
+    (project.folder / ".venv").mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (project.folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    (project.folder / ".venv/.installed").touch()
+    home = Path(project.environment["HOME"])
+    (home / "photos").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(generator.integers(256, size=(40, 50, 3), dtype=np.uint8)).save(home / f"photos/{i}.jpg")
+    np.save(home / "codes.npy", generator.normal(size=(200, 3)).astype(np.float32))
+    (project.folder / "data/raw").mkdir(exist_ok=True)
     project.commit()
-    project.call("dvc", "exp", "run", "--name", "fewer", "-S", "densities.digits-iae-lde.components=2")
-    assert "components: 2" in (project.folder / "params.yaml").read_text()
-    assert "components" in project.call("dvc", "params", "diff")
-    shown = project.call("dvc", "metrics", "show")
-    assert "digits-iae-lde" in shown
-    assert len(shown.splitlines()) < 30
-    assert "digits-iae-lde" in project.call("dvc", "metrics", "diff")
-    project.call("dvc", "plots", "show", "-o", "plots")
-    page = (project.folder / "plots/index.html").read_text()
-    assert "valid_log_likelihood" in page
+
+    said: dict[str, str] = {}
+    for block in readme_blocks():
+        rows_added = False
+        for command in block:
+            if command == "make ui":
+                serves(project)
+                continue
+            if command == "dvc pull && dvc repro":
+                project.commit()
+                (home / "clone").mkdir()  # beside the store, whose address is relative
+                clone = Project(home / "clone", origin=project.folder)
+                assert "Running stage" not in clone.call("bash", "-c", command)
+                continue
+            rows_added |= command.startswith("python -m stages preset add")
+            done = INSTEAD.get(command, command)
+            if rows_added and done == "dvc repro":
+                done = "dvc repro --dry"  # what would run; the stages themselves run elsewhere
+            said[command] = project.call("bash", "-c", done)
+            if done == "dvc repro --dry":
+                assert re.search("evaluate@(mine-iae|my-codes)-lde", said[command])
+        project.call("git", "checkout", "--", "params.yaml")
+
+    assert "make" not in said["make repro"].splitlines()[0]
+    assert "digits-iae-lde" in said["python -m stages"]
+    assert "components" in said["dvc params diff"]
+    shown = said["dvc metrics show"].splitlines()
+    rows = ("digits-ae-lde", "digits-iae-lde", "grid-lde")
+    assert [line.split()[0] for line in shown[1:]] == [f"reports/headline/{row}.json" for row in rows]
+    assert max(map(len, shown)) <= 128
+    assert {line.split()[0] for line in said["dvc metrics diff"].splitlines()[1:]} == {"reports/headline/digits-iae-lde.json"}
+    page = (project.folder / "dvc_plots/index.html").read_text()
+    for column in ("loss", "open_dimensions", "valid_log_likelihood"):
+        assert page.count(f'"{column}"') > 3
     assert "samples.png" in page
-    shutil.rmtree(project.folder / "plots")
+    table = project.call("dvc", "exp", "show", "--csv", *said_options("dvc exp show"))
+    assert len(table.splitlines()[0].split(",")) <= 16, table
+    shutil.rmtree(project.folder / "dvc_plots")
     project.call("git", "checkout", "--", ".")
     assert project.repro() == set()
+
+
+def said_options(start: str) -> list[str]:
+    """The options that the README gives to a command."""
+    (command,) = [command for block in readme_blocks() for command in block if command.startswith(start)]
+    return shlex.split(command.removeprefix(start))
 
 
 @pytest.mark.timeout(1500)

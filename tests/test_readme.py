@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -15,12 +20,84 @@ PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_python_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+LIBRARY = [code for code in PYTHON if not code.startswith("# ")]
+FILES = {code.splitlines()[0].removeprefix("# "): code for code in PYTHON if code.startswith("# ")}  # path -> text
+
+EXTENDED = """\
+datasets:
+  stripes: {source: stripes, root: params.yaml}
+controls: {}
+autoencoders:
+  stripes: {dataset: stripes, objective: sparse, latent_dim: 2, blocks: 1, base_channels: 4, epochs: 1, batch_size: 500}
+densities:
+  stripes: {codes: stripes, dataset: stripes, family: independent, epochs: 1, batch_size: 500}
+sampling: {count: 20}
+evaluations: {stripes: {}}
+"""
+
+
+@pytest.mark.parametrize("code", LIBRARY)
+def test_the_library_example_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(code.splitlines()) <= 14
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert re.search(r"tensor\(-?\d", capsys.readouterr().out)
+    score = float(re.findall(r"tensor\((-?[\d.]+)", capsys.readouterr().out)[0])
+    # The sum of four standard normals after one another: entropy 4 * 0.5 log(2 pi e) = 5.68 nats, and no fit does better.
+    assert -6.2 < score < -5.5
     assert tuple(names["samples"].shape) == (1000, 4)  # type: ignore[attr-defined]
+
+
+ALL_STAGES = """\
+from click.testing import CliRunner
+from stages.__main__ import cli
+for stage in ("prepare", "train", "extract", "fit", "sample", "evaluate"):
+    result = CliRunner().invoke(cli, [stage, "stripes"])
+    assert result.exit_code == 0, result.output
+"""
+
+
+def test_a_data_set_an_objective_and_a_density_take_a_file_each(tmp_path: Path) -> None:
+    for name in ("pipeline", "stages"):
+        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert [Path(path).parent.name for path in FILES] == ["sources", "autoencoders", "densities"]
+    for path, code in FILES.items():
+        assert (tmp_path / path).parent.is_dir()
+        (tmp_path / path).write_text(code)
+    (tmp_path / "params.yaml").write_text(EXTENDED)
+    done = subprocess.run([sys.executable, "-c", ALL_STAGES], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "penalty" in (tmp_path / "reports/curves/train/stripes.tsv").read_text().splitlines()[0]
+    assert (tmp_path / "reports/figures/sample/stripes/samples.png").exists()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| .* \| `([a-z0-9-]+)` \| (.*) \| .* \|$", README, flags=re.MULTILINE))
+def test_results_are_those_on_record(line: tuple[str, str]) -> None:
+    with (PROJECT / "reports/paper/results.csv").open() as file:
+        found = [r for r in csv.DictReader(file) if (r["row"], r["metric"]) == (line[0], "test_log_likelihood")]
+    assert [f"{float(r['value']):.3f} ± {float(r['error']):.3f}" for r in found] == [line[1]]
+    assert (PROJECT / "reports/paper" / line[0] / "params.yaml").exists()
+
+
+# Shell -> what asks for the completions of "stages fit grid" in it, after the README's lines.
+ASK = {
+    "bash": 'COMP_WORDS=(stages fit grid); COMP_CWORD=2; _stages; printf "%s\\n" "${COMPREPLY[@]}"',
+    "zsh": 'compadd() { shift; print -l -- "$@"; }; words=(stages fit grid); CURRENT=3; _stages',
+    "fish": 'complete --do-complete "stages fit grid"',
+}
+
+
+@pytest.mark.parametrize("shell", ASK)
+def test_tab_completion_in_a_shell(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} isn't installed")
+    (lines,) = re.findall(rf"```{shell}\n(.*?)```", README, flags=re.DOTALL)
+    start = "compdef() { :; }\n" if shell == "zsh" else ""  # of an interactive shell
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [shell, "-c", start + lines + ASK[shell]], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["grid-lde"], done.stderr
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m stages ([a-z]+)", README))))

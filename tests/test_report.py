@@ -162,7 +162,8 @@ def test_a_removed_row_vanishes_though_its_files_stay(workspace):
     del tables["densities"]["digits-ae-lde"]
     YAML().dump(tables, Path("params.yaml"))
     assert command().exit_code == 0
-    for name in ("scoreboard.csv", "headline.json", "report.md", "index.html"):
+    assert [path.name for path in sorted(Path("reports/headline").iterdir())] == ["digits-iae-lde.json", "grid-lde.json"]
+    for name in ("scoreboard.csv", "report.md", "index.html"):
         assert "digits-ae-lde" not in Path("reports", name).read_text(encoding="utf-8")
 
 
@@ -302,6 +303,18 @@ def test_pictures_of_enlarged_images_are_labelled_so(workspace):
     write(str(path), json.loads(path.read_text()) | {"enlarged_images": 600})
     figures = len([*Path("reports/combined").glob("digits-*.png"), *Path("reports/figures").glob("*/digits-*/*.png")])
     assert label() == 1 + figures  # in the section's first line, and below each picture
+
+
+def test_curves_of_all_rows_lie_in_one_table(workspace):
+    write("reports/curves/train/grid.tsv", "step\n")  # vectors are their own codes: nothing is trained
+    assert command().exit_code == 0
+    table = pd.read_csv("reports/combined/training-loss.tsv", sep="\t")
+    assert table.to_dict("list") == {
+        "dataset": ["digits"] * 4, "row": ["digits-ae"] * 2 + ["digits-iae"] * 2, "step": [1, 2] * 2, "loss": [0.2, 0.1] * 2,
+    }  # fmt: skip
+    validation = pd.read_csv("reports/combined/validation.tsv", sep="\t")
+    assert validation[validation["row"] == "grid-lde"]["step"].tolist() == [2, 4]  # not where the loss alone was noted
+    assert set(validation["dataset"]) == {"digits", "grid"}
 
 
 def test_the_same_state_gives_the_same_page(workspace):
@@ -535,4 +548,4 @@ def test_page_in_a_browser(workspace, browser):
     assert browser.log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
-    assert {url for url in asked if not url.startswith(("data:", "about:", "chrome:"))} == {page.as_uri()}
+    assert {url for url in asked if not url.startswith(("data:", "about:", "chrome"))} == {page.as_uri()}
