@@ -87,8 +87,10 @@ def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[S
     from stages.pictures import COMBINED
     from stages.scoreboard import headline, read_metrics
 
-    tracker.metrics({f"{row}.{name}": value for row, scores in headline(board).items() for name, value in scores.items()})
-    tracker.metrics({"stages_seconds": sum(state.seconds or 0.0 for state in states)})
+    scores = {f"{row}.{name}": value for row, scores in headline(board).items() for name, value in scores.items()}
+    tracker.metrics(scores)
+    tracker.view(scores)
+    tracker.metrics({"run/seconds": sum(state.seconds or 0.0 for state in states)})
     for path in (PAGE, MARKDOWN, SCOREBOARD):
         tracker.artifact(path)
     tracker.artifact(HEADLINE, "headline")

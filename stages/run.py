@@ -50,14 +50,18 @@ class Run:
         params: All tables.
         settings: The row's settings, for the record.
         flags: Options of the command that were given.
+        summary: What the stage does, in a sentence.
     """
 
-    def __init__(self, stage: str, row: str, params: Params, settings: object, flags: set[str] | None = None) -> None:
-        self.flags = flags or set()
+    def __init__(
+        self, stage: str, row: str, params: Params, settings: object, flags: set[str] | None = None, summary: str = ""
+    ) -> None:
+        self.flags, self.summary = flags or set(), summary
         self.stage, self.row, self.params, self.settings = stage, row, params, settings
         self.first = os.environ.get("RANK", "0") == "0"
         self.scores: dict[str, float] = {}
         self._details: dict[str, Any] = {}
+        self._pictures: list[str] = []
         self._when_finished: list[Callable[[], None]] = []
         self._started = time.monotonic()
         tags = {
@@ -99,6 +103,7 @@ class Run:
             path = workspace.figure_folder(self.stage, self.row) / f"{name}.png"
             save_figure(figure, path)
             self.tracker.artifact(path, "figures")
+            self._pictures.append(name)
 
     def read(self, name: str, digest: str, path: Path, context: str) -> None:
         """Notes that the run reads a data set, for the lineage."""
@@ -122,12 +127,22 @@ class Run:
             "peak_memory_mib": round(_peak_memory_mib(), 1),
         }
         self._details |= {"cores": _cores(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self.tracker.metrics({k: v for k, v in self._details.items() if isinstance(v, (int, float))})
+        # Under a heading of their own in the UI, below the scores.
+        self.tracker.metrics({f"run/{k}": v for k, v in self._details.items() if isinstance(v, (int, float))})
+        self.tracker.describe(self._description())
         run_id = self.tracker.finish()
         write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, **self._details})
         for action in self._when_finished:
             action()
         print(f"{self.stage} {self.row}: {self._details['seconds']:.1f} s" + _headline(self.scores), flush=True)
+
+    def _description(self) -> str:
+        """What the run's page in MLflow says of it, in Markdown."""
+        links = ", ".join(f"[{name}](ARTIFACTS/figures/{name}.png)" for name in self._pictures)
+        text = f"{self.summary}\n\n    python -m stages {self.stage} {self.row}\n\n"
+        return (
+            text + (f"Pictures: {links}. " if links else "") + "The parent run holds the report, with the scores of all rows."
+        )
 
     def fail(self) -> None:
         """Closes the tracked run as failed."""
@@ -242,7 +257,8 @@ def stage(
                         raise PipelineError(f"{path} is missing; run the stage that writes it, or `dvc repro`")
                 if ranks and _relaunch():
                     return
-                run = Run(name, row, params, chosen, {flag for flag, on in given.items() if on})
+                summary = (function.__doc__ or "").partition("\n")[0]
+                run = Run(name, row, params, chosen, {flag for flag, on in given.items() if on}, summary)
                 try:
                     function(run, chosen)
                     run.finish()

@@ -81,6 +81,8 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
             pip_requirements=[],
             metadata={"row": name},
         )
+    about = f"Samples of the row `{name}`: a request of `count` and `seed` gives a row a sample, with its shape."
+    mlflow.MlflowClient().update_model_version(name, str(info.registered_model_version), description=about)
     return str(info.model_uri)
 
 

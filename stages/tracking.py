@@ -8,6 +8,7 @@ Environment: MLFLOW_TRACKING_URI (default: a SQLite file in the project's root) 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import queue
@@ -25,6 +26,15 @@ from stages.workspace import main_checkout
 __all__ = ["EXPERIMENT", "Tracker", "git_state", "prepare_environment", "tracking_uri"]
 
 EXPERIMENT = "latent-density-pipeline"
+# What the experiment's page says of it.
+ABOUT = """\
+Runs named `pipeline` are states of the whole, with the headline scores of every row and a link to the report; their child runs
+are the stages that it is made of, named by stage and row. Search `tags.stage = 'report'` for the former alone, and
+`tags.stage = 'fit'` or `tags.row = 'digits-iae-lde'` to compare trials: settings are logged without the row's name, so that
+rows and trials stand side by side. Seconds, memory and the like are metrics below `run/`.
+"""
+VIEW = "scores"  # name of the run list's view with the headline scores as columns
+VIEW_COLUMNS = 16
 SYSTEM_METRICS_SECONDS = 2.0
 FINISH_SECONDS = 60.0
 
@@ -119,6 +129,10 @@ class Tracker:
         """Describes the run in Markdown; `ARTIFACTS` in it becomes the address of the run's files in the UI."""
         self._send(describe={"markdown": markdown})
 
+    def view(self, metrics: Iterable[str]) -> None:
+        """Makes metrics the columns of the run list's view `scores`; see `_Writer.view`."""
+        self._send(view={"metrics": list(metrics)})
+
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Makes this run the parent of the stages' runs; see `_Writer.pipeline`."""
         self._send(pipeline=children)
@@ -175,6 +189,13 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container without names
+        return "unknown"
+
+
 class _Writer:
     """The tracking process's side: what MLflow is asked to do."""
 
@@ -201,7 +222,7 @@ class _Writer:
                 location = (main_checkout() / "mlartifacts").as_uri()
             with contextlib.suppress(MlflowException):  # another process may have made it meanwhile
                 # Without its kind the UI opens it as one of language models.
-                tags = {"mlflow.experimentKind": "custom_model_development"}
+                tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": ABOUT}
                 return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
         raise RuntimeError(f"experiment '{name}' can't be made")
 
@@ -213,6 +234,7 @@ class _Writer:
         tags = {
             "mlflow.source.name": "python -m stages",
             "mlflow.source.type": "LOCAL",
+            "mlflow.user": _user(),
             "mlflow.source.git.commit": state["commit"],
             "git.dirty": state["dirty"],
             **tags,
@@ -235,7 +257,7 @@ class _Writer:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
-            name=name, digest=digest[:36], source_type="local", source=json.dumps({"uri": path}),
+            name=name, digest=digest[:10], source_type="local", source=json.dumps({"uri": path}),
             profile=json.dumps({"sha256": digest}),
         )  # fmt: skip
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
@@ -255,6 +277,15 @@ class _Writer:
         """Sets the description, with the address of the run's files where it says `ARTIFACTS`."""
         address = f"#/experiments/{self.client.get_run(self.run_id).info.experiment_id}/runs/{self.run_id}/artifacts"
         self.client.set_tag(self.run_id, "mlflow.note.content", markdown.replace("ARTIFACTS", address))
+
+    def view(self, metrics: list[str]) -> None:
+        """Sets the view that `runs?viewStateShareKey=scores` shows: pipeline runs, with these metrics as columns.
+
+        The UI keeps what a person chose to share in such tags, and takes from them what it knows.
+        """
+        columns = [f"metrics.`{name}`" for name in metrics[:VIEW_COLUMNS]]
+        state = {"searchFilter": "tags.stage = 'report'", "selectedColumns": columns}
+        self.client.set_experiment_tag(self.experiment(), f"mlflow.sharedViewState.{VIEW}", json.dumps(state))
 
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Hangs the stages that a state is made of below this run.
@@ -344,7 +375,7 @@ def main() -> None:
                     points = []
                 if message.get("end"):
                     break
-                for name in ("start", "dataset", "artifact", "tag", "describe", "model"):
+                for name in ("start", "dataset", "artifact", "tag", "describe", "view", "model"):
                     if name in message:
                         if name == "start":
                             writer = _Writer()
