@@ -33,7 +33,8 @@ lint: install  ## Check style, annotations, docstrings and types
 	mypy
 
 ui: install  ## Browse the runs at http://127.0.0.1:5000, or another PORT
-	@echo 'Runs: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning'
+	@echo 'Scores: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=scores'
+	@echo 'Runs:   http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning'
 	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port $(PORT)
 
 clean:  ## Remove what the pipeline made; DVC's cache and the MLflow database stay

@@ -193,19 +193,23 @@ def _has_seed(row: Row) -> bool:
 # params.yaml --------------------------------------------------------------------------------------------------------
 
 
-def add_rows(text: str, rows: Iterable[Row], where: str = "params.yaml") -> tuple[str, list[Row], list[Row]]:
+def add_rows(
+    text: str, rows: Iterable[Row], where: str = "params.yaml", replace: bool = False
+) -> tuple[str, list[Row], list[Row]]:
     """Adds rows to the text of params.yaml, each at the end of its table. All that stands there stays as it is, to the byte.
 
     Arguments:
         text: What stands in params.yaml.
         rows: The rows to add.
         where: What to call the file in messages.
+        replace: Whether a row that stands there with other settings gets the new ones, in its place.
 
     Returns:
-        The new text, the rows that were added, and those that stood there already.
+        The new text, the rows that were added or replaced, and those that stood there already.
 
     Raises:
-        SettingsError: When a row stands there with other settings, or the outcome would not pass `check`.
+        SettingsError: When a row stands there with other settings and `replace` isn't set, or the outcome would not pass
+            `check`.
     """
     tables = _plain(_parse(text, where) or {})
     if not isinstance(tables, dict):
@@ -213,6 +217,7 @@ def add_rows(text: str, rows: Iterable[Row], where: str = "params.yaml") -> tupl
     added: list[Row] = []
     present: list[Row] = []
     others: list[str] = []
+    changed: list[Row] = []
     for row in rows:
         table = tables.get(row.table) or {}
         if not isinstance(table, dict):
@@ -221,23 +226,47 @@ def add_rows(text: str, rows: Iterable[Row], where: str = "params.yaml") -> tupl
             added.append(row)
         elif table[row.name] == row.plain():
             present.append(row)
+        elif replace:
+            changed.append(row)
         else:
             others.append(f"{row.dotted} ({_difference(table[row.name], row.plain())})")
     if others:
-        raise SettingsError(f"{where} has these rows with other settings; rename them or take them out: {_some(others)}")
+        raise SettingsError(
+            f"{where} has these rows with other settings; rename them, take them out, or say --replace: {_some(others)}"
+        )
     expected = tables
+    for row in changed:
+        text = _replaced(text, row, where)
+        expected[row.table][row.name] = row.plain()
     for table in dict.fromkeys(row.table for row in added):
         of_table = [row for row in added if row.table == table]
         text = _insert(text, table, of_table, where)
         expected[table] = (expected.get(table) or {}) | {row.name: row.plain() for row in of_table}
     if _plain(_parse(text, where) or {}) != expected:
         raise SettingsError(f"{where} is written in a way that rows can't be added to; write its tables as block mappings")
-    if added:
+    if added or changed:
         problems = list(Params(expected).problems())
         if problems:
             more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
             raise SettingsError(f"nothing was added, since {where} would not pass `check`: {problems[0]}{more}")
-    return text, added, present
+    return text, added + changed, present
+
+
+def _replaced(text: str, row: Row, where: str) -> str:
+    """The text with other settings of a row that stands there; what is above and below it stays."""
+    document = _parse(text, where)
+    table = document[row.table]
+    if table.fa.flow_style():
+        raise SettingsError(f"{where}: {row.table}: a row can't be replaced in a table in braces; write it as a block mapping")
+    lines = text.splitlines()
+    start, column = table.lc.key(row.name)
+    starts = [table.lc.key(name)[0] for name in table] + [document.lc.key(key)[0] for key in document]
+    stop = min((line for line in starts if line > start), default=len(lines))
+    # Blank lines and comments at the end belong to what follows.
+    while stop > start + 1 and (not lines[stop - 1].strip() or lines[stop - 1].lstrip().startswith("#")):
+        stop -= 1
+    body = textwrap.indent(_dump({row.name: row.values}), " " * column).splitlines()
+    return "\n".join([*lines[:start], *body, *lines[stop:]]) + "\n"
 
 
 def _insert(text: str, table: str, rows: list[Row], where: str) -> str:
@@ -379,20 +408,22 @@ def show(name: str, seeds: int | None, quick: bool) -> None:
 @_name
 @_seeds
 @_quick_option
+@click.option("--replace", is_flag=True, help="Give rows that stand there with other settings those of the preset.")
 @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
-def add(name: str, seeds: int | None, quick: bool, params_file: str) -> None:
+def add(name: str, seeds: int | None, quick: bool, replace: bool, params_file: str) -> None:
     """Add the rows of the preset NAME to params.yaml.
 
-    What stands there stays as it is. Rows that stand there already are left alone; where one differs, nothing is added.
+    What stands there stays as it is. Rows that stand there already are left alone; where one differs, nothing is added unless
+    --replace is given.
     """
     with one_line_errors(f"preset add {name}"):
         chosen = load_preset(name)
         path = Path(params_file).resolve()
         before = _read(path)
-        after, added, present = add_rows(before, chosen.chosen(quick, seeds), params_file)
+        after, added, present = add_rows(before, chosen.chosen(quick, seeds), params_file, replace)
         if added:
             write_text(path, after)
-        for rows, word in ((added, "added"), (present, "there already")):
+        for rows, word in ((added, "added or replaced" if replace else "added"), (present, "there already")):
             if rows:
                 click.echo(f"{params_file}: {len(rows)} row{'s' * (len(rows) > 1)} {word}")
             for table in dict.fromkeys(row.table for row in rows):

@@ -296,12 +296,26 @@ def test_a_row_with_other_settings_is_named_and_nothing_is_written(project):
     code, out, err = run("add", "one")
     assert (code, out) == (1, "")
     assert err.startswith(
-        "error: preset add one: params.yaml has these rows with other settings; rename them or take them out: "
+        "error: preset add one: params.yaml has these rows with other settings; rename them, take them out, or say --replace: "
     )
     assert "datasets.mine (root: x there, pipeline/sources/grid.py in the preset)" in err
     assert err.count("\n") == 1
     assert (project / "params.yaml").read_text() == text
     assert [p.name for p in project.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_row_gets_other_settings_in_its_place(project):
+    assert run("add", "one", "--quick")[0] == 0
+    text = (project / "params.yaml").read_text()
+    assert run("add", "one")[0] == 1
+    code, out, _ = run("add", "one", "--replace")
+    assert (code, out.splitlines()[0]) == (0, "params.yaml: 2 rows added or replaced")
+    assert (project / "params.yaml").read_text() == ADDED
+    assert run("add", "one", "--quick", "--replace")[0] == 0
+    assert (project / "params.yaml").read_text() == text  # and back, with its order and comments
+
+    (project / "params.yaml").write_text("datasets: {mine: {source: grid, root: pipeline/sources/grid.py}}\n")
+    assert "can't be replaced in a table in braces" in run("add", "one", "--replace")[2]
 
 
 def test_what_would_not_pass_the_check_is_not_written(project):
