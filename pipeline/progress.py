@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self, TypeVar
 
 __all__ = ["Progress", "track"]
 
-T = TypeVar("T")
+Block = TypeVar("Block", bound=Sized)
 
 LOG_SECONDS = 20.0  # between two lines of a log
 BAR_DELAY = 1.0  # work that is done sooner shows no bar
@@ -87,9 +87,21 @@ class Progress:
             self._bar.close()
 
 
-def track(items: Iterable[T], total: int, label: str, unit: str = "it", quiet: bool = False) -> Iterator[T]:
-    """Yields the items one after another and shows how many are done."""
+def track(blocks: Iterable[Block], total: int, label: str, unit: str = "images", quiet: bool = False) -> Iterator[Block]:
+    """Yields blocks one after another and shows how many of their examples are done.
+
+    Arguments:
+        blocks: The blocks.
+        total: Examples of all blocks together.
+        label: What is being done with them.
+        unit: What an example is.
+        quiet: Whether to show nothing.
+
+    Example:
+        >>> [len(block) for block in track([[1, 2], [3]], 3, "counting", quiet=True)]
+        [2, 1]
+    """
     with Progress(total, label, unit, quiet=quiet) as progress:
-        for item in items:
-            yield item
-            progress.advance()
+        for block in blocks:
+            yield block
+            progress.advance(len(block))

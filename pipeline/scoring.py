@@ -18,7 +18,7 @@ from pipeline.evaluation.interpolation import InterpolationCurve, draw_pairs, lo
 from pipeline.evaluation.moments import GroupedMoments, Moments
 from pipeline.evaluation.parzen import ParzenScore
 from pipeline.fitting import score_codes
-from pipeline.progress import Progress
+from pipeline.progress import Progress, track
 from pipeline.ranks import Ranks
 from pipeline.settings import InterpolationSettings, ParzenSettings, QualitySettings
 from pipeline.shards import ShardReader, scale_pixels
@@ -88,18 +88,20 @@ class Parzen:
         }
 
 
-def parzen_score(samples: Blocks, reader: ShardReader, settings: ParzenSettings, ranks: Ranks) -> Parzen:
+def parzen_score(samples: Blocks, count: int, reader: ShardReader, settings: ParzenSettings, ranks: Ranks) -> Parzen:
     """Bandwidth by grid search on validation images, then the score of all test images; ranks share the samples.
 
     Arguments:
         samples: Gives a pass over blocks of samples in 0..1, each with shape (n, C, H, W).
+        count: Number of samples in a pass, for the progress.
         reader: Shards of the data set.
         settings: The protocol.
         ranks: This process among its peers.
     """
 
     def share() -> Iterator[np.ndarray]:
-        return (block[ranks.rank :: ranks.world] for block in samples())
+        blocks = track(samples(), count, "Parzen window", "samples", quiet=not ranks.first)
+        return (block[ranks.rank :: ranks.world] for block in blocks)
 
     score = parzen.score(
         unit_blocks(reader, "valid", settings.validation_count),
@@ -219,8 +221,9 @@ def quality_scores(
     """
     from pipeline.evaluation.quality import score
 
-    real = extract_features(network, unit_blocks(reader, "test")())
-    drawn = extract_features(network, samples)
+    tests = track(unit_blocks(reader, "test")(), reader.index.count("test"), "features of test images")
+    real = extract_features(network, tests)
+    drawn = extract_features(network, track(samples, settings.samples, "features of samples", "samples"))
     return score(network.name, real, drawn, settings.seed, settings.neighbours).metrics()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 import click
 
@@ -46,4 +47,6 @@ def cli(context: click.Context) -> None:
 
 
 if __name__ == "__main__":
+    # One line, like errors; Python's own form quotes the code that warns.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     cli(prog_name="python -m stages", complete_var="_STAGES_COMPLETE")

@@ -63,8 +63,9 @@ def control(run: Run, settings: Settings) -> None:
             settings.control.kmeans_epochs,
         )
         run.figure(figures.image_grid(centroids[:100], columns=10), "kmeans-centroids")
-        for name, samples in (("training_images", lambda: iter(images())), ("kmeans", lambda: iter([centroids]))):
-            run.metrics(parzen_score(samples, reader, parzen, ranks).metrics(f"{name}_"))
+        controls = ("training_images", lambda: iter(images()), count), ("kmeans", lambda: iter([centroids]), len(centroids))
+        for name, samples, number in controls:
+            run.metrics(parzen_score(samples, number, reader, parzen, ranks).metrics(f"{name}_"))
     if settings.evaluation.quality is not None:
         _quality(run, settings, reader)
     if settings.control.pca_components:

@@ -92,7 +92,7 @@ def evaluate(run: Run, settings: Settings) -> None:
     if settings.evaluation.parzen is not None and reader.index.kind == "images":
         count = parzen_samples(samples.index.count("samples"), reader)
 
-        result = parzen_score(lambda: _first(samples, "samples", count), reader, settings.evaluation.parzen, ranks)
+        result = parzen_score(lambda: _first(samples, "samples", count), count, reader, settings.evaluation.parzen, ranks)
         run.metrics(result.metrics())
         figure = figures.parzen_curves(result.score.bandwidths, {run.row: result.score.valid_curve}, result.protocol)
         run.figure(figure, "parzen-bandwidth")
@@ -127,12 +127,14 @@ def _quality(run: Run, settings: QualitySettings, reader: ShardReader, samples: 
 
     from pipeline import figures
     from pipeline.evaluation.quality import nearest
+    from pipeline.progress import track
     from pipeline.scoring import feature_network, quality_scores, unit_blocks
 
     network = feature_network(settings, reader)
     run.metrics(quality_scores(_first(samples, "samples", settings.samples), reader, network, settings))
     first = np.concatenate(list(_first(samples, "samples", SHOWN)))
-    found, distances = nearest(first, unit_blocks(reader, "train")())
+    train = track(unit_blocks(reader, "train")(), reader.index.count("train"), "nearest training images")
+    found, distances = nearest(first, train)
     run.metrics({"nearest_training_rmse": float(distances.mean())})
     names = [f"{distance:.3f}" for distance in distances]
     run.figure(figures.image_rows({"sample": first, "nearest": found}, column_names=names), "nearest-training-images")

@@ -24,6 +24,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
     from pipeline.codes import CodeReader
     from pipeline.files import atomic_folder
     from pipeline.fitting import fit_density, log_likelihood
+    from pipeline.progress import track
     from pipeline.ranks import join
     from pipeline.training import Checkpoint, code_digest
 
@@ -39,7 +40,9 @@ def fit(run: Run, settings: DensitySettings) -> None:
     if density.has_log_prob:
         for split in ("train", "valid", "test"):
             blocks = (block["codes"] for block in codes.blocks(split, SCORED))
-            mean, error, count = log_likelihood(density, blocks, ranks)
+            number = min(codes.index.count(split), SCORED)
+            shown = track(blocks, number, f"scoring {split} codes of {run.row}", "codes", quiet=not ranks.first)
+            mean, error, count = log_likelihood(density, shown, ranks)
             run.metrics({f"{split}_log_likelihood": mean, f"{split}_log_likelihood_se": error})
             run.metrics({f"{split}_log_likelihood_per_dimension": mean / codes.index.dim})
             run.metrics({f"{split}_log_likelihood_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
@@ -50,7 +53,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
     rows = {int(row["step"]): row for row in training.curve}
     # One table by step: losses and validations that fall on the same step share a row.
     merged = [rows.get(step, {"step": step}) | validations.get(step, {}) for step in sorted({*rows, *validations})]
-    run.curve(merged or [{"step": 0}])
+    run.curve(merged)
     run.details(
         steps=training.steps,
         examples_seen=training.examples,

@@ -124,6 +124,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     from pipeline.autoencoders.vae import VariationalObjective, kl_divergence
     from pipeline.evaluation.moments import Moments
     from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
+    from pipeline.progress import Progress
     from pipeline.shards import scale_pixels
     from stages.arrays import as_bytes, save_arrays
 
@@ -144,13 +145,17 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         moments = objective.encoder.moments((low + (high - low) * images).to(ranks.device))
         return kl_divergence(*moments).sum(1).cpu()
 
-    def mine(split: str) -> Iterator[dict[str, np.ndarray]]:
-        return reader.blocks(split, ranks.share(len(reader.index.shards(split))))
+    def mine(split: str, label: str) -> Iterator[dict[str, np.ndarray]]:
+        total = reader.index.count(split)
+        with Progress(total, f"{label} of {run.row}", unit="images", quiet=not ranks.first) as progress:
+            for block in reader.blocks(split, ranks.share(len(reader.index.shards(split)))):
+                yield block
+                progress.advance(len(block["examples"]) * ranks.world)
 
     shown: tuple[Any, Any] | None = None
     for split in ("train", "valid", "test"):
         score, kl = ReconstructionScore(), Moments()
-        for block in mine(split):
+        for block in mine(split, f"reconstructions ({split})"):
             images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))
             reconstructions = decode(encode(images))
             score.update(images.numpy(), reconstructions.numpy())
@@ -168,7 +173,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         if kl.count:
             run.metrics({f"{split}_kl": kl.mean, f"{split}_kl_se": kl.result().standard_error})
     ks = opened(objective.latent_dim or 0)
-    unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in mine("test"))
+    unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in mine("test", "open dimensions"))
     errors, *rest = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
     for more in rest:
         errors.merge(more)

@@ -137,7 +137,7 @@ INSTEAD = {
         "python -m stages fit bsds300-lde-k10 --dry-run --params reports/paper/bsds300-lde-k10/params.yaml",
     "dvc remote add -d store s3://bucket/path": "dvc remote add -d store ../store",
     # tests/test_ranks.py trains with it.
-    "torchrun --nproc-per-node 2 -m stages train digits-iae":
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29500 -m stages train digits-iae":
         "torchrun --nproc-per-node 2 -m stages train digits-iae --dry-run",
 }  # fmt: skip
 

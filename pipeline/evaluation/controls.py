@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
+from pipeline.progress import Progress
 
 __all__ = ["Blocks", "count_rows", "kmeans_centroids", "rebatch", "training_samples"]
 
@@ -105,14 +106,17 @@ def kmeans_centroids(blocks: Blocks, count: int, seed: int, batch_size: int = 40
         The centroids, float32, with shape (min(count, N), ...).
     """
     start = np.concatenate(list(training_samples(blocks, count, seed)())).astype(np.float32)
-    if len(start) < count or count_rows(blocks) == count:
+    rows = count_rows(blocks)
+    if len(start) < count or rows == count:
         return start
 
     from sklearn.cluster import MiniBatchKMeans  # takes over a second to import
 
     means = MiniBatchKMeans(count, init=start.reshape(count, -1), n_init=1, random_state=seed, compute_labels=False)
     batch_size = max(batch_size, count)  # which scikit-learn asks of the first batch
-    for _ in range(epochs):
-        for batch in rebatch(blocks(), batch_size):
-            means.partial_fit(np.asarray(batch, dtype=np.float32).reshape(len(batch), -1))
+    with Progress(epochs * rows, "k-means", unit="images") as progress:
+        for _ in range(epochs):
+            for batch in rebatch(blocks(), batch_size):
+                means.partial_fit(np.asarray(batch, dtype=np.float32).reshape(len(batch), -1))
+                progress.advance(len(batch))
     return np.asarray(means.cluster_centers_, dtype=np.float32).reshape(start.shape)

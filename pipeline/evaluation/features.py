@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Moments
+from pipeline.progress import Progress
 
 __all__ = [
     "Classifier",
@@ -187,12 +188,15 @@ def train_classifier(blocks: LabelledBlocks, classes: int, seed: int, epochs: in
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=epochs * steps)
-    for _ in range(epochs):
-        for x, y in _batches(blocks, batch_size, generator):
-            optimizer.zero_grad()
-            cross_entropy(network(x), y).backward()
-            optimizer.step()
-            schedule.step()
+    with Progress(epochs * steps, "training the classifier of features", unit="steps") as progress:
+        for _ in range(epochs):
+            for x, y in _batches(blocks, batch_size, generator):
+                optimizer.zero_grad()
+                loss = cross_entropy(network(x), y)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                progress.advance(loss=loss.item())
     network.eval().requires_grad_(False)
     squares = Moments()
     for x, _ in _batches(blocks, 1024, generator):
