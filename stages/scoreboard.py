@@ -168,7 +168,9 @@ def _model(params: Params, name: str) -> dict[str, Any]:
             "error": scored.get("test_log_likelihood_se"),
             "group_error": scored.get("test_log_likelihood_group_se"),
             "test_points": points,
-            "protocol": f"mean log-density of {points:,} test {what}" if points is not None else "no likelihood: samples only",
+            "protocol": f"mean log-density of {int(points):,} test {what}"
+            if points is not None
+            else "no likelihood: samples only",
         }
     line |= _quality(params, density.dataset, scored, "")
     score = "parzen" if line["score"] == PARZEN else "likelihood"

@@ -98,7 +98,12 @@ def make_workspace(protocol: str = "gmmn", extra_row: bool = False) -> None:
     scores = {
         "digits-ae-lde": parzen(257.7, protocol=protocol),
         "digits-iae-lde": parzen(264.0, protocol=protocol),
-        "grid-lde": {"test_log_likelihood": -3.3, "test_log_likelihood_se": 0.008, "test_scored": 10_000, "gap_to_truth": 0.2},
+        "grid-lde": {
+            "test_log_likelihood": -3.3,
+            "test_log_likelihood_se": 0.008,
+            "test_scored": 10_000.0,
+            "gap_to_truth": 0.2,
+        },
     } | ({"digits-more": parzen(227.0)} if extra_row else {})
     for name, score in scores.items():
         write(f"reports/metrics/fit/{name}.json", {"parameters": 100, "test_log_likelihood": -1.0})
@@ -141,6 +146,7 @@ def test_scoreboard_holds_models_and_controls_in_order(workspace):
     assert (iae["autoencoder_parameters"], iae["density_parameters"]) == (1000, 100)
     assert iae["control_difference"] == pytest.approx(264.0 - 233.0)
     assert "4,000 samples" in iae["protocol"]
+    assert board.set_index("row").loc["grid-lde", "protocol"] == "mean log-density of 10,000 test vectors"
     assert "500 validation images" in iae["protocol"]
 
 
