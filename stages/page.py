@@ -158,12 +158,13 @@ def _dataset_summary(params: Params, name: str) -> str:
 
 
 def _enlarged(name: str) -> str:
-    """A warning beside every picture of a data set whose images had fewer pixels than they were brought to; else empty."""
+    """Words beside every picture of a data set whose images had fewer pixels than they were brought to; else empty."""
     counts = read_metrics("prepare", name)
     if not counts.get("enlarged_images"):
         return ""
     total = sum(counts[f"{split}_examples"] for split in SPLITS)
-    return f". Smoke test, and no result: {counts['enlarged_images']:,} of its {total:,} images were enlarged from fewer pixels"
+    smoke_test = " (a smoke test, and no result)" if 2 * counts["enlarged_images"] > total else ""
+    return f". {counts['enlarged_images']:,} of its {total:,} images were enlarged from fewer pixels{smoke_test}"
 
 
 def _autoencoder_summary(params: Params, name: str) -> str:

@@ -49,7 +49,7 @@ def _warnings(report: PreparationReport) -> Iterator[str]:
     if unreadable:
         yield f"{len(unreadable)} files couldn't be read; reports/runs/prepare lists them; the first: {unreadable[0]}"
     if report.enlarged:
-        yield f"{report.enlarged} of {sum(report.counts.values())} images had to be enlarged: a smoke test, and no result"
+        yield f"{report.enlarged} of {sum(report.counts.values())} images were enlarged from fewer pixels"
     for pair, count in report.duplicates.items():
         if count:
             yield f"{count} examples of {pair.replace('_', ' ')} are the same"

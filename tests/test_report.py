@@ -304,11 +304,18 @@ def test_pictures_of_enlarged_images_are_labelled_so(workspace):
         assert command().exit_code == 0
         return Path("reports/report.md").read_text(encoding="utf-8").count("600 of its 5,000 images were enlarged")
 
+    def smoke_tests() -> int:
+        return Path("reports/report.md").read_text(encoding="utf-8").count("a smoke test, and no result")
+
     assert label() == 0
     path = Path("reports/metrics/prepare/digits.json")
     write(str(path), json.loads(path.read_text()) | {"enlarged_images": 600})
     figures = len([*Path("reports/combined").glob("digits-*.png"), *Path("reports/figures").glob("*/digits-*/*.png")])
     assert label() == 1 + figures  # in the section's first line, and below each picture
+    assert smoke_tests() == 0
+    write(str(path), json.loads(path.read_text()) | {"enlarged_images": 5000})
+    assert command().exit_code == 0
+    assert smoke_tests() == 1 + figures
 
 
 def test_curves_of_all_rows_lie_in_one_table(workspace):
