@@ -282,7 +282,7 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
     chosen = {table: {row: params.tables[table][row] for row in rows} for table, rows in tables.items()}
     chosen["sampling"] = dict(params.tables["sampling"])
     with atomic_folder(target) as folder:
-        header = f"# Run by: cp {target}/params.yaml params.yaml && dvc repro\n"
+        header = f"# To repeat it, in the project's root: cp {FOLDER / name}/params.yaml params.yaml && dvc repro\n"
         text = io.StringIO(header)
         text.seek(0, io.SEEK_END)
         YAML().dump(chosen, text)
