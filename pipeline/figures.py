@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,15 +29,13 @@ __all__ = [
     "image_panels",
     "image_rows",
     "interpolation_panels",
-    "interpolations",
     "log_density_maps",
     "open_dimensions",
+    "pair_kinds",
     "parzen_curves",
     "patches_beside_real",
     "reconstructions",
     "save_figure",
-    "scatter_by_label",
-    "scatter_panels",
     "trade_off",
 ]
 
@@ -139,7 +138,6 @@ def _picture(
     title: str = "",
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
-    row_centres: Sequence[float] = (),
 ) -> Figure:
     """A canvas (H, W, 3) at a whole number of screen pixels each, with names beside rows and above columns of equal length.
 
@@ -151,12 +149,12 @@ def _picture(
         title: A line above.
         row_names: Names at the left, top to bottom.
         column_names: Names above, left to right; `title` stands above them.
-        row_centres: Where rows lie, as shares of the height from the top; at equal distances when left out.
     """
     scale = max(1, round(width / canvas.shape[1]))
     drawn_height, drawn_width = canvas.shape[0] * scale, canvas.shape[1] * scale
-    left = 14 + int(7.6 * max(map(len, row_names))) if row_names else 0
-    titles, names = 28 if title else 0, 22 if column_names else 0
+    left = 16 + max(map(_text_width, row_names)) if row_names else 0
+    lines = max((name.count("\n") + 1 for name in column_names), default=0)
+    titles, names = 28 if title else 0, 7 + 15 * lines if lines else 0
     total_height, total_width = drawn_height + titles + names, drawn_width + left
     figure = Figure(figsize=(total_width / DPI, total_height / DPI))
     axes = figure.add_axes((left / total_width, 0, drawn_width / total_width, drawn_height / total_height))
@@ -165,13 +163,21 @@ def _picture(
     if title:
         figure.text((left + drawn_width / 2) / total_width, 1 - 14 / total_height, title, ha="center", va="center", fontsize=10)
     for i, name in enumerate(row_names):
-        centre = row_centres[i] if row_centres else (i + 0.5) / len(row_names)
-        y = drawn_height * (1 - centre) / total_height
+        y = drawn_height * (1 - (i + 0.5) / len(row_names)) / total_height
         figure.text((left - 8) / total_width, y, name, ha="right", va="center", fontsize=9)
     for i, name in enumerate(column_names):
         x = (left + drawn_width * (i + 0.5) / len(column_names)) / total_width
-        figure.text(x, (drawn_height + 11) / total_height, name, ha="center", va="center", fontsize=9)
+        figure.text(x, (drawn_height + names / 2) / total_height, name, ha="center", va="center", fontsize=9)
     return figure
+
+
+def _text_width(text: str, points: float = 9) -> int:
+    """Width of a line in screen pixels."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    extents = TextPath((0, 0), text or " ", size=points, prop=FontProperties(family=STYLE["font.family"])).get_extents()
+    return math.ceil(float(extents.x1) * DPI / 72)
 
 
 def _gap(side: int) -> int:
@@ -211,32 +217,30 @@ def image_rows(rows: Mapping[str, ArrayLike], title: str = "", column_names: Seq
         return _picture(canvas, min(900, 80 * n), title, list(rows), column_names)
 
 
-def reconstructions(inputs: ArrayLike, outputs: Mapping[str, ArrayLike], title: str = "") -> Figure:
-    """Figure 6, turned: the inputs in the first row, the reconstructions of each model below.
+def reconstructions(
+    inputs: ArrayLike, outputs: Mapping[str, ArrayLike], notes: Mapping[str, str] | None = None, title: str = ""
+) -> Figure:
+    """Figure 6: the inputs in the first column, the reconstructions of each model in a column at the right.
 
     Arguments:
         inputs: Images in 0..1 with shape (n, C, H, W).
         outputs: By model, their reconstructions with the same shape.
+        notes: By model, lines that stand below its name, such as its error.
         title: What they are.
     """
-    return image_rows({"input": inputs, **outputs}, title)
-
-
-def interpolations(
-    first: ArrayLike, last: ArrayLike, rows: Mapping[str, ArrayLike], weights: Sequence[float], title: str = ""
-) -> Figure:
-    """Figure 7: interpolated images of each model in a row, between the two original images.
-
-    Arguments:
-        first: The original at weight 0, in 0..1, with shape (C, H, W).
-        last: The original at weight 1.
-        rows: By model, decoded images with shape (len(weights), C, H, W).
-        weights: Weights of the last image.
-        title: What they are.
-    """
-    ends = [np.asarray(image)[None] for image in (first, last)]
-    shown = {name: np.concatenate([ends[0], np.asarray(images), ends[1]]) for name, images in rows.items()}
-    return image_rows(shown, title, ["original", *(f"{w:.1f}" for w in weights), "original"])
+    with _style():
+        columns = [_pixels(images) for images in (inputs, *outputs.values())]
+        names = ["input", *(f"{name}\n{notes[name]}" if notes and name in notes else name for name in outputs)]
+        n, height, width, _ = columns[0].shape
+        scale = max(1, round(110 / width))
+        # Columns as far apart as their names need.
+        widest = max(_text_width(line) for name in names for line in name.split("\n")) + 14
+        gap, apart = _gap(height), max(_gap(height), -(-widest // scale) - width)
+        canvas = np.ones((n * (height + gap) - gap, len(columns) * (width + apart), 3))
+        for i, images in enumerate(columns):
+            left = i * (width + apart) + apart // 2
+            canvas[:, left : left + width] = _mosaic(images, 1, gap)
+        return _picture(canvas, scale * canvas.shape[1], title, column_names=names)
 
 
 def interpolation_panels(
@@ -246,32 +250,50 @@ def interpolation_panels(
 
     Arguments:
         panels: For each pair, what it is; its originals at weight 0 and at 1, in 0..1, each with shape (C, H, W); and by model,
-            decoded images with shape (len(weights), C, H, W).
+            decoded images with shape (len(weights), C, H, W). What a pair is stands above its rows, once for pairs alike.
         weights: Weights of the last image.
         title: What they are.
     """
     with _style():
-        parts: list[NDArray[np.float64]] = []
-        names: list[str] = []
-        centres: list[float] = []
-        top = 0
+        parts: list[tuple[str, NDArray[np.float64]]] = []  # name, a row of images
+        headings: list[str] = []
+        before = ""
         for name, first, last, rows in panels:
-            if parts:
-                parts.append(np.ones((len(parts[0]) // 6, *parts[0].shape[1:])))
-                top += len(parts[-1])
             ends = [np.asarray(image)[None] for image in (first, last)]
-            for model, images in rows.items():
+            for i, (model, images) in enumerate(rows.items()):
                 pixels = _pixels(np.concatenate([ends[0], np.asarray(images), ends[1]]))
-                gap = _gap(pixels.shape[1])
-                canvas = _mosaic(pixels, len(pixels), gap)
-                canvas = np.concatenate([canvas, np.ones((gap, *canvas.shape[1:]))])
-                parts.append(canvas)
-                names.append(f"{name}: {model}" if name else model)
-                centres.append(top + pixels.shape[1] / 2)
-                top += len(canvas)
-        columns = ["original", *(f"{w:.1f}" for w in weights), "original"]
-        whole = np.concatenate(parts)
-        return _picture(whole, 640, title, names, columns, [c / len(whole) for c in centres])
+                parts.append((model, _mosaic(pixels, len(pixels), _gap(pixels.shape[1]))))
+                headings.append("" if i else name if name != before else " ")
+            before = name
+        height, width, _ = parts[0][1].shape
+        scale = max(1, round(700 / width))
+        gap, above = _gap(height) * scale, {"": 0, " ": 14}  # screen pixels
+        left = 16 + max(_text_width(name) for name, _ in parts)
+        tops, y = [], (28 if title else 0) + 20
+        for heading in headings:
+            y += above.get(heading, 30)
+            tops.append(y)
+            y += height * scale + gap
+        total_width, total_height = left + width * scale, y - gap
+        figure = Figure(figsize=(total_width / DPI, total_height / DPI))
+        middle = (left + width * scale / 2) / total_width
+        if title:
+            figure.text(middle, 1 - 14 / total_height, title, ha="center", va="center", fontsize=10)
+        for (name, row), heading, top in zip(parts, headings, tops, strict=True):
+            bottom = 1 - (top + height * scale) / total_height
+            axes = figure.add_axes((left / total_width, bottom, width * scale / total_width, height * scale / total_height))
+            axes.imshow(row, interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+            centre = bottom + height * scale / 2 / total_height
+            figure.text((left - 8) / total_width, centre, name, ha="right", va="center", fontsize=9)
+            if heading.strip():
+                y_text = 1 - (top - 13) / total_height
+                figure.text(left / total_width, y_text, heading, ha="left", va="center", fontsize=9.5, weight="bold")
+        columns = ["original", *(f"a = {w:.1f}" for w in weights), "original"]
+        for i, name in enumerate(columns):
+            x = (left + width * scale * (i + 0.5) / len(columns)) / total_width
+            figure.text(x, 1 - ((28 if title else 0) + 10) / total_height, name, ha="center", va="center", fontsize=9)
+        return figure
 
 
 def image_panels(panels: Mapping[str, ArrayLike], columns: int = 6, across: int = 4, title: str = "") -> Figure:
@@ -371,7 +393,7 @@ def curves(
         title: What is shown.
         bands: By name, half widths of a band about the line with shape (n,), or (2, n) for below and above.
         log_x: Whether x is on a logarithmic scale.
-        log_y: Whether y is on a logarithmic scale.
+        log_y: Whether y is on a logarithmic scale, where its values are positive and spread over a factor of 5.
     """
     with _style():
         figure = _new(6.0, 3.6)
@@ -379,7 +401,9 @@ def curves(
         _plot(axes, x, series, bands or {})
         if log_x:
             axes.set_xscale("log")
-        if log_y:
+        # Over less than a factor of 5 a logarithmic scale may have one label or none.
+        every = np.concatenate([np.asarray(y, dtype=np.float64) for y in series.values()])
+        if log_y and every.min() > 0 and every.max() >= 5 * every.min():
             axes.set_yscale("log")
             for pick in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 pick(_plain_log)
@@ -387,6 +411,19 @@ def curves(
         if len(series) > 1:
             axes.legend()
         return figure
+
+
+def pair_kinds(label: str) -> dict[str, str]:
+    """How kinds of pairs of examples are named in figures.
+
+    Arguments:
+        label: What a label of the data set is called.
+
+    Example:
+        >>> pair_kinds("domain")["different"]
+        'different domains'
+    """
+    return {"same": f"same {label}", "different": f"different {label}s", "any": "any two"}
 
 
 def curve_panels(
@@ -490,9 +527,16 @@ def trade_off(kl_weights: Sequence[float], reconstruction: ArrayLike, kl: ArrayL
             (right, kl, "KL divergence (nats)", 1, "--"),
         )
         for axes, values, label, i, line in axes_and_values:
-            axes.plot(position, np.asarray(values), line, marker="o", markersize=4, color=COLOURS[i])
+            y = np.asarray(values, dtype=np.float64)
+            axes.plot(position, y, line, marker="o", markersize=4, color=COLOURS[i])
             axes.set_ylabel(label, color=COLOURS[i])
             axes.tick_params(axis="y", colors=COLOURS[i])
+            # What nothing holds at weight 0 may lie powers of ten above the rest, and would flatten it.
+            if len(y) > 2 and kl_weights[0] == 0 and y[0] > 5 * (highest := float(y[1:].max())) > 0:
+                axes.set_ylim(-0.05 * highest, 1.25 * highest)
+                axes.annotate(
+                    f"\u2191 {y[0]:.3g}", (0.02, 0.97 - 0.07 * i), xycoords="axes fraction", va="top", color=COLOURS[i]
+                )
         right.spines["right"].set_visible(True)
         right.grid(visible=False)
         left.set_xticks(position, [f"{w:g}" for w in kl_weights])
@@ -519,49 +563,6 @@ def _scatter(axes: Axes, points: NDArray[np.float64], labels: NDArray[Any] | Non
             axes.scatter(some[:, 0], some[:, 1], s=4, color=COLOURS[i % 10], alpha=0.6, linewidths=0, label=str(label))
         )
     return drawn
-
-
-def scatter_by_label(
-    points: ArrayLike, labels: ArrayLike | None = None, title: str = "", x_label: str = "z1", y_label: str = "z2"
-) -> Figure:
-    """Points in the plane, coloured by label.
-
-    Arguments:
-        points: Points with shape (n, 2).
-        labels: Labels with shape (n,), ten at most for distinct colours.
-        title: What is shown.
-        x_label: What the first coordinate is.
-        y_label: What the second coordinate is.
-    """
-    return scatter_panels({title: (points, labels)}, x_label, y_label)
-
-
-def scatter_panels(
-    panels: Mapping[str, tuple[ArrayLike, ArrayLike | None]], x_label: str = "z1", y_label: str = "z2", columns: int = 5
-) -> Figure:
-    """Figure 2: a scatter plot for each name, coloured by label, each with its own scale.
-
-    Arguments:
-        panels: By title, points with shape (n, 2) and their labels with shape (n,) or None.
-        x_label: What the first coordinate is.
-        y_label: What the second coordinate is.
-        columns: Panels in a row at most.
-    """
-    with _style():
-        rows, columns = _arrange(len(panels), columns)
-        side = 4.4 if columns == 1 else 2.4
-        figure = _new(columns * side + 0.6, rows * side + 0.2)
-        grid = figure.subplots(rows, columns, squeeze=False).ravel()
-        legend: list[Any] = []
-        for axes, (name, (points, labels)) in zip(grid, panels.items(), strict=False):
-            drawn = _scatter(axes, np.asarray(points, dtype=np.float64), None if labels is None else np.asarray(labels))
-            legend = drawn if labels is not None else legend
-            axes.set(xlabel=x_label, ylabel=y_label, title=name)
-        for axes in grid[len(panels) :]:
-            axes.set_axis_off()
-        if legend:
-            figure.legend(handles=legend, loc="outside right center", markerscale=3, handletextpad=0.1)
-        return figure
 
 
 def codes_and_reconstructions(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pipeline.errors import PipelineError, SettingsError
 
@@ -188,11 +188,13 @@ class DatasetSettings:
         root: Where the raw files lie; for a packaged set, its source module.
         split_seed: Seed of the split and of whatever the source draws at random.
         shard_examples: Examples in a shard at most.
+        label: What a label is called in figures; no key of the row.
     """
 
     source: str
     root: str
     split_seed: int = 0
+    label: ClassVar[str] = "label"
     shard_examples: int = 4096
 
     def __post_init__(self) -> None:

@@ -101,7 +101,7 @@ def evaluate(run: Run, settings: Settings) -> None:
         if settings.evaluation.quality is not None:
             _quality(run, settings.evaluation.quality, reader, samples)
         if settings.evaluation.interpolation is not None:
-            _interpolation(run, settings.evaluation.interpolation, density, codes, reader)
+            _interpolation(run, settings.evaluation.interpolation, density, codes, reader, settings.dataset.label)
 
     if settings.dataset.source == "grid":
         half_length = float(getattr(settings.dataset, "half_length", 5.0))
@@ -136,11 +136,13 @@ def _quality(run: Run, settings: QualitySettings, reader: ShardReader, samples: 
     train = track(unit_blocks(reader, "train")(), reader.index.count("train"), "nearest training images")
     found, distances = nearest(first, train)
     run.metrics({"nearest_training_rmse": float(distances.mean())})
-    names = [f"{distance:.3f}" for distance in distances]
+    names = [f"RMSE {distance:.3f}" for distance in distances]
     run.figure(figures.image_rows({"sample": first, "nearest": found}, column_names=names), "nearest-training-images")
 
 
-def _interpolation(run: Run, settings: InterpolationSettings, density: Density, codes: CodeReader, reader: ShardReader) -> None:
+def _interpolation(
+    run: Run, settings: InterpolationSettings, density: Density, codes: CodeReader, reader: ShardReader, label: str
+) -> None:
     """Figures 7 and 10: images and log-likelihood of interpolated test codes, as metrics, pictures and arrays."""
     import numpy as np
     import torch
@@ -162,8 +164,7 @@ def _interpolation(run: Run, settings: InterpolationSettings, density: Density, 
             run.metrics({f"interpolation_{kind}_{key}": value for key, value in fall.items()})
             arrays |= {f"{kind}_{edge}": getattr(curve, edge) for edge in ("mean", "lower", "upper")}
         panel = {kind: (curve.mean, np.stack([curve.lower, curve.upper])) for kind, curve in curves.items()}
-        said = {"same": "same label", "different": "different labels", "any": "any two"}
-        labelled = {said[kind]: line for kind, line in panel.items()}
+        labelled = {figures.pair_kinds(label)[kind]: line for kind, line in panel.items()}
         figure = figures.curve_panels(
             {run.row: labelled}, CURVE_WEIGHTS, "weight a of the second code", "log-likelihood of the code (nats)"
         )

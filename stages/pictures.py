@@ -31,6 +31,7 @@ TABLES = {
     "validation": ("fit", "valid_log_likelihood"),
 }
 Values = dict[str, list[tuple[float, float]]]  # by row: (step, value)
+RECONSTRUCTED = 6  # test images in the figure of all autoencoders
 CAPTIONS = Path(__file__).parent / "templates" / "captions.yaml"
 
 
@@ -144,42 +145,54 @@ def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
     controls = [name for name in params.rows("controls") if params.control(name).dataset == dataset]
     incremental = any(getattr(params.autoencoder(name), "incremental", None) for name in autoencoders)
     variational = _by_kl_weight(params, autoencoders)
+    shown = {name: name.removeprefix(f"{dataset}-") for name in (*autoencoders, *densities)}
     return {
-        "samples": _samples(densities),
-        "reconstructions": _reconstructions(autoencoders),
+        "samples": _samples(densities, shown),
+        "reconstructions": _reconstructions(autoencoders, shown),
         "codes": _codes(variational),
         "trade-off": _trade_off(variational),
-        "open-dimensions": _open_dimensions(autoencoders, controls),
-        "interpolations": _interpolations(params, densities),
-        "interpolation-log-likelihood": _interpolation_curves(densities),
-        "training-loss": _curves(_read_curves("train", autoencoders, "loss"), "training loss", log_y=True),
+        "open-dimensions": _open_dimensions(autoencoders, controls, shown),
+        "interpolations": _interpolations(params, densities, shown),
+        "interpolation-log-likelihood": _interpolation_curves(densities, shown, params.dataset(dataset).label),
+        "training-loss": _curves(_read_curves("train", autoencoders, "loss"), shown, "training loss", log_y=True),
         "opened-dimensions": _curves(
-            _read_curves("train", autoencoders if incremental else [], "open_dimensions"), "open dimensions"
+            _read_curves("train", autoencoders if incremental else [], "open_dimensions"), shown, "open dimensions"
         ),
-        "validation": _curves(_read_curves("fit", densities, "valid_log_likelihood"), "validation log-likelihood (nats)"),
+        "validation": _curves(
+            _read_curves("fit", densities, "valid_log_likelihood"), shown, "validation log-likelihood (nats)"
+        ),
     }
 
 
-def _samples(rows: Sequence[str]) -> Figure | None:
+# `shown` gives the name of a row as it stands in a picture: without that of the data set, which stands above all of them.
+
+
+def _samples(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
     """Figures 1, 8, 11 and 12: the first samples of each row."""
     from pipeline.figures import image_panels
 
     found = {row: load_arrays("sample", row, "samples") for row in rows}
-    panels = {row: arrays.values["samples"] / 255 for row, arrays in found.items() if arrays is not None}
+    panels = {shown[row]: arrays.values["samples"] / 255 for row, arrays in found.items() if arrays is not None}
     few = any(len(images) <= 9 for images in panels.values())
     return image_panels(panels, columns=3 if few else 6) if len(panels) > 1 else None
 
 
-def _reconstructions(rows: Sequence[str]) -> Figure | None:
-    """Figure 6: the first test images, and what each autoencoder makes of them."""
+def _reconstructions(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
+    """Figure 6: the first test images, and what each autoencoder makes of them, with its scores over all test images."""
     from pipeline.figures import reconstructions
 
     found = {row: load_arrays("train", row, "reconstructions") for row in rows}
-    shown = {row: arrays.values for row, arrays in found.items() if arrays is not None}
-    if len(shown) < 2:
+    outputs = {row: arrays.values for row, arrays in found.items() if arrays is not None}
+    if len(outputs) < 2:
         return None
-    inputs = next(iter(shown.values()))["inputs"]
-    return reconstructions(inputs / 255, {row: values["reconstructions"] / 255 for row, values in shown.items()})
+    notes = {}
+    for row in outputs:
+        metrics = read_metrics("train", row)
+        scores = (("test_mse", "MSE {:.4f}"), ("test_psnr", "PSNR {:.1f} dB"), ("test_ssim", "SSIM {:.3f}"))
+        notes[shown[row]] = "\n".join(text.format(metrics[key]) for key, text in scores if key in metrics)
+    inputs = next(iter(outputs.values()))["inputs"]
+    columns = {shown[row]: values["reconstructions"][:RECONSTRUCTED] / 255 for row, values in outputs.items()}
+    return reconstructions(inputs[:RECONSTRUCTED] / 255, columns, notes)
 
 
 def _by_kl_weight(params: Params, rows: Sequence[str]) -> dict[str, float]:
@@ -223,7 +236,7 @@ def _trade_off(rows: Mapping[str, float]) -> Figure | None:
     return trade_off(list(scores), [error for error, _ in means], [kl for _, kl in means])
 
 
-def _interpolations(params: Params, rows: Sequence[str]) -> Figure | None:
+def _interpolations(params: Params, rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
     """Figure 7: images between test images, by autoencoder, however many densities it has."""
     from pipeline.figures import interpolation_panels
 
@@ -238,42 +251,41 @@ def _interpolations(params: Params, rows: Sequence[str]) -> Figure | None:
     first = next(iter(found.values()))
     ends = first.values["originals"] / 255
     panels = [
-        (name, ends[i, 0], ends[i, 1], {codes: arrays.values["images"][i] / 255 for codes, arrays in found.items()})
+        (name, ends[i, 0], ends[i, 1], {shown[codes]: arrays.values["images"][i] / 255 for codes, arrays in found.items()})
         for i, name in enumerate(first.names)
     ]
     return interpolation_panels(panels, first.values["weights"].tolist())
 
 
-def _interpolation_curves(rows: Sequence[str]) -> Figure | None:
+def _interpolation_curves(rows: Sequence[str], shown: Mapping[str, str], label: str) -> Figure | None:
     """Figure 10: log-likelihood between test codes of the same label (or domain) and of different ones."""
     import numpy as np
 
-    from pipeline.figures import curve_panels
+    from pipeline.figures import curve_panels, pair_kinds
 
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     weights: Sequence[float] = ()
     for row in rows:
         arrays = load_arrays("evaluate", row, "interpolation")
         values = arrays.values if arrays is not None else {}
-        kinds = {"same": "same label", "different": "different labels", "any": "any two"}
         lines = {
-            label: (values[f"{kind}_mean"], np.stack([values[f"{kind}_lower"], values[f"{kind}_upper"]]))
-            for kind, label in kinds.items()
+            name: (values[f"{kind}_mean"], np.stack([values[f"{kind}_lower"], values[f"{kind}_upper"]]))
+            for kind, name in pair_kinds(label).items()
             if f"{kind}_mean" in values
         }
         if lines:
-            panels[row], weights = lines, values["curve_weights"].tolist()
+            panels[shown[row]], weights = lines, values["curve_weights"].tolist()
     if len(panels) < 2:
         return None
     return curve_panels(panels, weights, "weight a of the second code", "log-likelihood of the code (nats)")
 
 
-def _open_dimensions(rows: Sequence[str], controls: Sequence[str]) -> Figure | None:
+def _open_dimensions(rows: Sequence[str], controls: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
     """Test error against the number of open dimensions: each autoencoder's, and principal components."""
     from pipeline.figures import open_dimensions
 
     series: dict[str, tuple[list[int], list[float]]] = {}
-    sources = [("train", row, "test_mse_first_", row) for row in rows]
+    sources = [("train", row, "test_mse_first_", shown[row]) for row in rows]
     sources += [("control", row, "pca_test_mse_first_", "principal components") for row in controls]
     for stage, row, prefix, name in sources:
         errors = {int(key.removeprefix(prefix)): v for key, v in read_metrics(stage, row).items() if key.startswith(prefix)}
@@ -282,17 +294,17 @@ def _open_dimensions(rows: Sequence[str], controls: Sequence[str]) -> Figure | N
     return open_dimensions(series) if series else None
 
 
-def _curves(values: Values, label: str, log_y: bool = False) -> Figure | None:
+def _curves(values: Values, shown: Mapping[str, str], label: str, log_y: bool = False) -> Figure | None:
     """A line for each row against the step; rows with fewer than two values are left out."""
     from pipeline.figures import curves
 
-    steps = {row: [step for step, _ in points] for row, points in values.items() if len(points) > 1}
-    lines = {row: [value for _, value in points] for row, points in values.items() if len(points) > 1}
+    steps = {shown[row]: [step for step, _ in points] for row, points in values.items() if len(points) > 1}
+    lines = {shown[row]: [value for _, value in points] for row, points in values.items() if len(points) > 1}
     if not lines:
         return None
     # A single line has no legend: name it in the title.
     title = "" if len(lines) > 1 else next(iter(lines))
-    return curves(steps, lines, "step", label, title, log_y=log_y and all(v > 0 for some in lines.values() for v in some))
+    return curves(steps, lines, "step", label, title, log_y=log_y)
 
 
 def _read_curves(stage: str, rows: Sequence[str], column: str) -> Values:

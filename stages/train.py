@@ -182,7 +182,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         return
     assert shown is not None
     arrays = {"inputs": as_bytes(shown[0]), "reconstructions": as_bytes(shown[1])}
-    run.figure(figures.reconstructions(shown[0], {"reconstruction": shown[1]}), "reconstructions")
+    run.figure(figures.image_rows({"input": shown[0], "reconstruction": shown[1]}), "reconstructions")
     run.figure(figures.open_dimensions({run.row: (list(ks), errors.mse.tolist())}), "open-dimensions")
     if objective.latent_dim == 2:
         codes: list[np.ndarray] = []

@@ -21,15 +21,17 @@ X = np.arange(1, 9)
 FIGURES = {
     "image_grid": lambda: figures.image_grid(GREY, title="samples"),
     "image_grid_colour": lambda: figures.image_grid(COLOUR, columns=6),
-    "reconstructions": lambda: figures.reconstructions(GREY[:5], {"AE": GREY[5:10], "IAE": GREY[10:15]}),
-    "interpolations": lambda: figures.interpolations(COLOUR[0], COLOUR[1], {"AE": COLOUR[2:8]}, np.linspace(0, 1, 6)),
+    "reconstructions": lambda: figures.reconstructions(GREY[:5], {"AE": GREY[5:10], "IAE": GREY[10:15]}, {"AE": "MSE 0.1"}),
+    "interpolations": lambda: figures.interpolation_panels(
+        [(name, COLOUR[0], COLOUR[1], {"AE": COLOUR[2:8], "IAE": COLOUR[8:14]}) for name in ("within", "within", "across")],
+        np.linspace(0, 1, 6),
+    ),
     "patches": lambda: figures.patches_beside_real(GREY[:, 0] - 0.5, GREY[:, 0] - 0.4),
     "curves": lambda: figures.curves(X, {"a": X, "b": X**2}, "step", "nats", bands={"a": 0.1 * X}, log_y=True),
     "parzen": lambda: figures.parzen_curves(X / 10, {"model": -np.square(X - 4.0), "control": [-1e6, *X[1:]]}, "gmmn"),
     "open_dimensions": lambda: figures.open_dimensions({"AE": (X, 1 / X), "PCA": (X[:3], 2 / X[:3])}),
     "trade_off": lambda: figures.trade_off([0, 0.01, 1], [1, 2, 3], [300, 20, 1]),
-    "scatter": lambda: figures.scatter_by_label(POINTS, LABELS, "codes"),
-    "scatter_panels": lambda: figures.scatter_panels({"0": (POINTS, LABELS), "0.1": (POINTS, None)}),
+    "codes": lambda: figures.codes_and_reconstructions({"0": (POINTS, LABELS, GREY, GREY), "1": (POINTS, None, GREY, GREY)}),
     "density_panels": lambda: figures.density_panels(POINTS, {"LDE": POINTS, "GMMN": POINTS}, box=(1.6, 2.6, 2.5, 3.5)),
     "log_density_maps": lambda: figures.log_density_maps({"truth": GENERATOR.normal(size=(9, 9)), "LDE": -np.ones((9, 9))}),
 }
@@ -46,7 +48,7 @@ def test_figures_are_modest_files(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("name", ["image_grid", "curves", "scatter", "density_panels"])
+@pytest.mark.parametrize("name", ["image_grid", "curves", "codes", "density_panels"])
 def test_same_bytes_each_time(name, tmp_path):
     figures.save_figure(FIGURES[name](), tmp_path / "a.png")
     with mpl.rc_context({"font.size": 30, "lines.linewidth": 9}):  # as a user's matplotlibrc would

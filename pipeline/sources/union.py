@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Settings(ImageSettings):
     sources: tuple[str, ...]
     roots: tuple[str, ...]
     domains: tuple[str, ...] = ()
+    label: ClassVar[str] = "domain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
