@@ -1,9 +1,9 @@
 """Images a second in training the network of Figure 9: a bare PyTorch loop, the objective `ae`, and the pipeline over shards.
 
-Run with `python benchmarks/autoencoder.py [--experiments mnist celeba64-shoes] [--precisions float32 bfloat16]`. The bare loop
+Run with `python -m benchmarks.autoencoder [--experiments mnist celeba64-shoes] [--precisions float32 bfloat16]`. The bare loop
 is a plain `nn.Sequential` on float batches that lie in memory; `pipeline` reads uint8 shards from disk, checks their digests,
-shuffles, scales, and keeps its curve. All take turns, round after round, in every
-precision and memory format, so that a machine that slows down slows all; of each the fastest round counts.
+shuffles, scales, and keeps its curve. All take turns, round after round, in every precision and memory format, so that a
+machine that slows down slows all; of each the fastest round counts.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ def evaluate(run: Run, settings: Settings) -> None:
         run.figure(figure, "parzen-bandwidth")
 
     if reader.index.kind == "images" and ranks.first:
+        _nearest(run, reader, samples)
         if settings.evaluation.quality is not None:
             _quality(run, settings.evaluation.quality, reader, samples)
         if settings.evaluation.interpolation is not None:
@@ -122,16 +123,22 @@ def evaluate(run: Run, settings: Settings) -> None:
 
 
 def _quality(run: Run, settings: QualitySettings, reader: ShardReader, samples: ShardReader) -> None:
-    """Scores of the samples in a feature space, and the training images nearest to the first of them."""
+    """Scores of the samples in a feature space."""
+    from pipeline.scoring import feature_network, quality_scores
+
+    network = feature_network(settings, reader)
+    run.metrics(quality_scores(_first(samples, "samples", settings.samples), reader, network, settings))
+
+
+def _nearest(run: Run, reader: ShardReader, samples: ShardReader) -> None:
+    """The training images nearest to the first samples."""
     import numpy as np
 
     from pipeline import figures
     from pipeline.evaluation.quality import nearest
     from pipeline.progress import track
-    from pipeline.scoring import feature_network, quality_scores, unit_blocks
+    from pipeline.scoring import unit_blocks
 
-    network = feature_network(settings, reader)
-    run.metrics(quality_scores(_first(samples, "samples", settings.samples), reader, network, settings))
     first = np.concatenate(list(_first(samples, "samples", SHOWN)))
     train = track(unit_blocks(reader, "train")(), reader.index.count("train"), "nearest training images")
     found, distances = nearest(first, train)

@@ -15,7 +15,7 @@ from pipeline.settings import Params, flatten
 from stages.graph import Graph, StageState
 from stages.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
 from stages.published import BENCHMARKS, PUBLISHED
-from stages.scoreboard import against, duration, is_missing, plus_minus, read_metrics
+from stages.scoreboard import NETWORKS, against, duration, is_missing, plus_minus, read_metrics
 from stages.tracking import git_state
 
 if TYPE_CHECKING:
@@ -154,7 +154,20 @@ def _dataset_summary(params: Params, name: str) -> str:
         what = f"Vectors of {settings.shape[0]} numbers" if settings.shape[0] else "Vectors"
     uses = (("train", "to train"), ("valid", "to validate"), ("test", "to test"))
     splits = ", ".join(f"{counts[f'{split}_examples']:,} {use}" for split, use in uses if f"{split}_examples" in counts)
-    return f"{what}: {splits} (source {settings.source}){_enlarged(name)}"
+    return f"{what}: {splits} (source {settings.source}){_duplicates(counts)}{_enlarged(name)}"
+
+
+def _duplicates(counts: Mapping[str, Any]) -> str:
+    """Images of one split that stand in another too, since they flatter a score; else empty."""
+    words = {"train": "training", "valid": "validation", "test": "test"}
+    found = []
+    for earlier, later in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        number = counts.get(f"duplicates_{earlier}_{later}", 0)
+        if number:
+            found.append(
+                f"{number:,} of the {words[later]} images {'are' if number > 1 else 'is'} among the {words[earlier]} images too"
+            )
+    return "".join(f"; {text}" for text in found)
 
 
 def _enlarged(name: str) -> str:
@@ -275,6 +288,7 @@ def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[
             total_ran=duration(sum(s for s, how in seconds if how == "ran") or None),
             known_how=any(state.how for state in states),
             groups=_groups(board),
+            networks=[network for network in NETWORKS if board[f"{network}_kid"].notna().any()],
             sections=list(_sections(params, board)),
             states=states,
             graph=Graph(params, states),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
+    "NETWORKS",
     "as_text",
     "build_scoreboard",
     "duration",
@@ -28,6 +29,22 @@ __all__ = [
     "read_run",
     "stages_and_rows",
 ]
+
+# Networks in whose features samples are compared with test images. Scores of two don't compare: each has columns of its own.
+NETWORKS = ("classifier", "vgg19", "inception")
+QUALITY: Mapping[str, str] = {
+    "kid": "kernel distance of samples and test images; lower is better, 0 where they agree",
+    "kid_se": "its standard error over subsets",
+    "fid": "Frechet distance of samples and test images; lower is better, and it depends on their numbers",
+    "precision": "share of samples that lie among test images",
+    "precision_se": "its standard error over samples",
+    "recall": "share of test images that lie among samples",
+    "recall_se": "its standard error over test images",
+    "density": "number of test images that a sample lies near, over the number of neighbours; 1 where the two agree",
+    "density_se": "its standard error over samples",
+    "coverage": "share of test images with a sample near",
+    "coverage_se": "its standard error over test images",
+}
 
 # Column of the scoreboard -> what it holds. Likelihoods are means over test points, in nats.
 COLUMNS: Mapping[str, str] = {
@@ -55,14 +72,7 @@ COLUMNS: Mapping[str, str] = {
     "test_points": "test points scored",
     "bandwidth": "chosen bandwidth h, in units of the pixel range 0..1",
     "bandwidth_at_edge": "whether h is an end of the grid, so that a wider grid might score higher",
-    "quality_network": "network in whose features samples are compared with test images; columns of two networks don't compare",
-    "kid": "kernel distance of samples and test images; lower is better, 0 where they agree",
-    "kid_error": "its standard error over subsets",
-    "fid": "Frechet distance of samples and test images; lower is better, and it depends on their numbers",
-    "precision": "share of samples that lie among test images",
-    "precision_error": "its standard error over samples",
-    "recall": "share of test images that lie among samples",
-    "recall_error": "its standard error over test images",
+    **{f"{network}_{key}": f"{what}, in the features of {network}" for network in NETWORKS for key, what in QUALITY.items()},
     "test_mse": "mean squared error of reconstructed test images, in 0..1",
     "gap_to_truth": "nats by which the density falls short of the true one",
     "samples_in_dropped_box": "share of samples where the true density is 0",
@@ -222,12 +232,8 @@ def _parzen(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str
 def _quality(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Quality in a feature space; empty where it isn't scored, as for centroids."""
     settings = params.evaluation(dataset).quality
-    if settings is None or f"{prefix}{settings.network}_kid" not in scored:
-        return {}
-    keys = {"kid": "kid", "kid_error": "kid_se", "fid": "fid", "precision": "precision", "precision_error": "precision_se"}
-    keys |= {"recall": "recall", "recall_error": "recall_se"}
-    found = {column: scored.get(f"{prefix}{settings.network}_{key}") for column, key in keys.items()}
-    return {"quality_network": settings.network, **found}
+    names = [] if settings is None else [f"{settings.network}_{key}" for key in QUALITY]
+    return {name: scored[prefix + name] for name in names if prefix + name in scored}
 
 
 def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:

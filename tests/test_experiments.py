@@ -199,17 +199,18 @@ def test_report_gives_quality_in_the_table():
 
     board = pd.read_csv("reports/scoreboard.csv").set_index("row")
     row = board.loc["shapes-ae-lde"]
-    assert row["quality_network"] == "classifier"
-    assert row["kid"] == pytest.approx(scores("evaluate", "shapes-ae-lde")["classifier_kid"])
-    assert row["precision_error"] >= 0
-    assert board.loc["shapes-training-images", "kid"] == pytest.approx(
+    assert row["classifier_kid"] == pytest.approx(scores("evaluate", "shapes-ae-lde")["classifier_kid"])
+    assert row["classifier_precision_se"] >= 0
+    assert pd.isna(row["vgg19_kid"])
+    assert board.loc["shapes-training-images", "classifier_kid"] == pytest.approx(
         scores("control", "shapes")["training_images_classifier_kid"]
     )
-    assert pd.isna(board.loc["shapes-kmeans", "kid"])
+    assert pd.isna(board.loc["shapes-kmeans", "classifier_kid"])
     for page in ("report.md", "index.html"):
         text = Path("reports", page).read_text()
-        assert "KID" in text
-        assert "Precision" in text
+        assert "in the features of classifier" in text
+        assert "in the features of vgg19" not in text
+        assert "coverage" in text.lower()
 
 
 # Settings -----------------------------------------------------------------------------------------------------------

@@ -309,9 +309,10 @@ def test_pictures_of_enlarged_images_are_labelled_so(workspace):
 
     assert label() == 0
     path = Path("reports/metrics/prepare/digits.json")
-    write(str(path), json.loads(path.read_text()) | {"enlarged_images": 600})
+    write(str(path), json.loads(path.read_text()) | {"enlarged_images": 600, "duplicates_train_test": 3})
     figures = len([*Path("reports/combined").glob("digits-*.png"), *Path("reports/figures").glob("*/digits-*/*.png")])
     assert label() == 1 + figures  # in the section's first line, and below each picture
+    assert "3 of the test images are among the training images too" in Path("reports/report.md").read_text(encoding="utf-8")
     assert smoke_tests() == 0
     write(str(path), json.loads(path.read_text()) | {"enlarged_images": 5000})
     assert command().exit_code == 0
