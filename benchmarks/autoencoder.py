@@ -65,10 +65,13 @@ def contenders(
     side = image_side(blocks, filter_side)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     pixels = np.random.default_rng(0).integers(256, size=(steps * batch, channels, side, side), dtype=np.uint8)
-    with ShardWriter(folder, "train", shard_examples=1024) as writer:
-        writer.write(examples=pixels)
+    shards = {}
+    for split, examples in (("train", pixels), ("valid", pixels[:1]), ("test", pixels[:1])):
+        with ShardWriter(folder, split, shard_examples=1024) as writer:
+            writer.write(examples=examples)
+        shards[split] = tuple(writer.shards)
     shape = (channels, side, side)
-    index = ShardIndex(kind="images", shape=shape, dtype="uint8", value_range=(0.0, 1.0), train=tuple(writer.shards))
+    index = ShardIndex(kind="images", shape=shape, dtype="uint8", value_range=(0.0, 1.0), **shards)
     write_index(folder, index)
     memory = [
         torch.from_numpy(scale_pixels(part, (0.0, 1.0))).to(device).contiguous(memory_format=memory_format)

@@ -427,7 +427,7 @@ def pair_kinds(label: str) -> dict[str, str]:
 
 
 def curve_panels(
-    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], x: ArrayLike, x_label: str, y_label: str, columns: int = 3
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], x: ArrayLike, x_label: str, y_label: str, columns: int = 4
 ) -> Figure:
     """Lines with bands by name, in a panel for each model with a scale of its own (Figure 10).
 

@@ -353,7 +353,7 @@ def test_hostile_words_are_escaped(tmp_path, monkeypatch):
     assert not re.search(r"(?<!\\)<", markdown)
     tables = [line for line in markdown.splitlines() if line.startswith("| digits |")]
     assert tables
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 15 for line in tables)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 11 for line in tables)
 
 
 def test_markdown_links_lead_to_pictures(workspace):

@@ -273,6 +273,8 @@ def test_channels_and_range(tmp_path: Path) -> None:
     assert grey.read("train", 0, 3).examples.dtype == np.uint8
     assert grey.value_range == (-1, 1)
     assert open_row("images", folder, train_limit=3).counts["train"] == 3
+    counts = open_row("images", folder, valid_share=0.2, test_share=0.2, valid_limit=2, test_limit=3).counts
+    assert counts == {"train": 12, "valid": 2, "test": 3}
     assert open_row("images", folder).read("train", 2, 2).examples.shape == (0, 3, 8, 8)
 
 

@@ -36,6 +36,8 @@ class ImageSettings(DatasetSettings):
         channels: 3 for colour, 1 for grey.
         pixel_range: What the pixels 0..255 stand for: [0, 1] or [-1, 1].
         train_limit: Images to train on at most; 0 for all.
+        valid_limit: Images to validate with at most; 0 for all.
+        test_limit: Images to test with at most; 0 for all.
         unreadable_share: Share of the files that may be unreadable; beyond it, the stage fails.
     """
 
@@ -43,6 +45,8 @@ class ImageSettings(DatasetSettings):
     channels: int = 3
     pixel_range: tuple[float, ...] = (0.0, 1.0)
     train_limit: int = 0
+    valid_limit: int = 0
+    test_limit: int = 0
     unreadable_share: float = 0.001
 
     def __post_init__(self) -> None:
@@ -50,7 +54,8 @@ class ImageSettings(DatasetSettings):
         check_that(1 <= self.image_px <= 4096, "image_px", "has to lie between 1 and 4096")
         check_that(self.channels in (1, 3), "channels", "has to be 1 or 3")
         check_that(self.pixel_range in ((0, 1), (-1, 1)), "pixel_range", "has to be [0, 1] or [-1, 1]")
-        check_that(self.train_limit >= 0, "train_limit", "has to be 0 or more")
+        for key in ("train_limit", "valid_limit", "test_limit"):
+            check_that(getattr(self, key) >= 0, key, "has to be 0 or more")
         check_that(0 <= self.unreadable_share <= 1, "unreadable_share", "has to lie in 0..1")
 
     @property
@@ -222,9 +227,9 @@ class ImageFiles(Source):
         labels: Mapping[str, np.ndarray] | None = None,
         label_names: tuple[str, ...] | None = None,
     ) -> None:
-        limits = {"train": settings.train_limit or None, "valid": None, "test": None}
+        limits = {"train": settings.train_limit, "valid": settings.valid_limit, "test": settings.test_limit}
         self.path, self.settings, self.crop = path, settings, crop
-        self.names = {split: tuple(names[split])[: limits[split]] for split in SPLITS}
+        self.names = {split: tuple(names[split])[: limits[split] or None] for split in SPLITS}
         self.labels = None if labels is None else {split: np.asarray(labels[split], np.int64) for split in SPLITS}
         self.counts = {split: len(self.names[split]) for split in SPLITS}
         self.value_range = settings.value_range

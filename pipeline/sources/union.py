@@ -24,7 +24,7 @@ def _modules() -> dict[str, ModuleType]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ImageSettings):
-    """A row of `datasets` with `source: union`; `train_limit` holds for each domain.
+    """A row of `datasets` with `source: union`; limits hold for each domain.
 
     Attributes:
         sources: The source of each domain: `celeba`, `shoes` or `images`, with its default settings.
@@ -104,6 +104,7 @@ def open_source(settings: Settings, root: Path) -> Union:
     """
     common: dict[str, Any] = {"split_seed": settings.split_seed, "image_px": settings.image_px, "channels": settings.channels}
     common |= {"pixel_range": settings.pixel_range, "train_limit": settings.train_limit}
+    common |= {"valid_limit": settings.valid_limit, "test_limit": settings.test_limit}
     sources = []
     for name, below in zip(settings.sources, settings.roots, strict=True):
         module = _modules()[name]
