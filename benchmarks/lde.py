@@ -1,6 +1,7 @@
 """The LDE against its literal twin and against what a user would pick instead, as ratios within one run.
 
-Run with `python benchmarks/lde.py [step] [sampling] [memory] [rivals] [--threads 2] [--seconds 60] [--codes FILE.npz ..]`.
+Run with `python -m benchmarks.lde [step] [sampling] [memory] [rivals] [--threads 2] [--seconds 60] [--samples 2000]
+[--codes FILE.npz ..]`.
 
 - `step`: a training step against the literal stack of nn.Conv1d over padded input with a composed loss.
 - `sampling`: `sample(10_000)` against naive ancestral sampling (D passes of the literal stack, extrapolated from a part), and
@@ -54,6 +55,12 @@ def processor() -> str:
     found = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":", 1)[1].strip() for line in found.splitlines() if line.startswith("model name")]
     return (names or [platform.processor() or platform.machine()])[0] + (", AVX-512" if "avx512f" in found else "")
+
+
+def matmul_rate(rounds: int = 5) -> float:
+    """GFLOP/s of the product of two matrices of 2048 x 2048 numbers, float32."""
+    a = torch.randn(2048, 2048)
+    return 2e-9 * len(a) ** 3 / fastest(rounds, product=lambda: a @ a)["product"]
 
 
 clock = "wall"
@@ -196,8 +203,9 @@ def memory() -> list[dict[str, Any]]:
     """Peak memory of a process that does one thing, less that of one which only loads the library."""
 
     def peak(kind: str, count: int) -> float:
-        command = [sys.executable, __file__, "--child", kind, str(count)]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        command = [sys.executable, "-m", "benchmarks.lde", "--child", kind, str(count)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+        return float(done.stdout)
 
     nothing = peak("nothing", 0)
     rows = []
@@ -278,7 +286,7 @@ def contenders(dim: int, mean: Tensor, std: Tensor) -> dict[str, Callable[[], nn
 
         found["pythae MAFSampler"] = lambda: Pythae(dim, mean, std)
     except ImportError as error:
-        print(f"pythae is left out: {error}")
+        print(f"pythae's MAFSampler is left out: {error}; pip install '.[rivals]' brings it")
     return found
 
 
@@ -325,7 +333,7 @@ def fit(model: nn.Module, codes: dict[str, Tensor], seconds: float, batch: int =
     }
 
 
-def rivals(files: list[Path], seconds: float, rounds: int) -> list[dict[str, Any]]:
+def rivals(files: list[Path], seconds: float, rounds: int, n: int) -> list[dict[str, Any]]:
     """All contenders on each set of codes."""
     rows = []
     for name, codes in code_sets(files):
@@ -335,10 +343,9 @@ def rivals(files: list[Path], seconds: float, rounds: int) -> list[dict[str, Any
             model = build()
             row = {"codes": name, "model": label, "parameters": sum(p.numel() for p in model.parameters())}
             row |= fit(model, codes, seconds)
-            n = 2000
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 path = Path(folder) / "model"
-                times = fastest(rounds, sample=lambda m=model, n=n: m.sample(n), save=lambda m=model, p=path: m.save(p))
+                times = fastest(rounds, sample=lambda m=model: m.sample(n), save=lambda m=model, p=path: m.save(p))
                 load = load_density if isinstance(model, Density) else model.load
                 try:
                     times |= fastest(rounds, load=lambda load=load, p=path: load(p))
@@ -385,6 +392,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of fitting for each rival")
+    parser.add_argument("--samples", type=int, default=2000, help="samples that each rival draws at once")
     parser.add_argument("--codes", type=Path, nargs="*", default=[], help="npz files with train, valid and test")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -395,27 +403,28 @@ def main() -> None:
     global clock
     clock = arguments.clock
     torch.set_num_threads(arguments.threads)
-    machine = {
+    machine: dict[str, Any] = {
         "processor": processor(),
         "threads": arguments.threads,
         "clock": clock,
         "torch": torch.__version__,
-        "load_average": round(os.getloadavg()[0], 2),
     }
     print(f"{machine['processor']}, {arguments.threads} threads, {clock} time, torch {torch.__version__}")
     work: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "step": lambda: step(arguments.rounds),
         "sampling": lambda: sampling(max(1, arguments.rounds // 3)),
         "memory": memory,
-        "rivals": lambda: rivals(arguments.codes, arguments.seconds, max(1, arguments.rounds // 3)),
+        "rivals": lambda: rivals(arguments.codes, arguments.seconds, max(1, arguments.rounds // 3), arguments.samples),
     }
     results: dict[str, Any] = read_json(arguments.output) if arguments.output.exists() else {}
     for part in arguments.parts:
         if part not in work:
             parser.error(f"unknown part '{part}'; known: {', '.join(work)}")
+        machine |= {"matmul_gflops": round(matmul_rate(), 1), "load_average": round(os.getloadavg()[0], 2)}
+        print(f"\n{part}: matmul {machine['matmul_gflops']} GFLOP/s, load average {machine['load_average']}", flush=True)
         rows = work[part]()
         table(part, rows)
-        results[part] = {"machine": machine, "rows": rows}
+        results[part] = {"machine": dict(machine), "rows": rows}
         write_json(arguments.output, results)
 
 

@@ -15,8 +15,9 @@ from pipeline.errors import DataError
 from pipeline.evaluation import parzen
 from pipeline.evaluation.features import FeatureNetwork, extract_features
 from pipeline.evaluation.interpolation import InterpolationCurve, draw_pairs, log_likelihood_curve
-from pipeline.evaluation.moments import GroupedMoments, Moments
+from pipeline.evaluation.moments import GroupedMoments
 from pipeline.evaluation.parzen import ParzenScore
+from pipeline.evaluation.two_sample import mmd_squared, share_in_box
 from pipeline.fitting import score_codes
 from pipeline.progress import Progress, track
 from pipeline.ranks import Ranks
@@ -40,18 +41,23 @@ __all__ = [
 Blocks = Callable[[], Iterator[np.ndarray]]
 
 INTERPOLATED = 20_000  # test codes that pairs are drawn from, at most, the first of the split
+COMPARED = 5_000  # samples, and as many test points, whose discrepancy is taken: all pairs count
 SCORED_AT_ONCE = 8192  # codes, between two lines of progress
 CURVE_WEIGHTS = tuple(i / 10 for i in range(11))
 
 
 def unit_blocks(reader: ShardReader, split: str, limit: int = 0) -> Blocks:
-    """A function that gives the images of a split anew each time, as float32 in 0..1, up to `limit` in all (0 for no limit)."""
+    """A function that gives the examples of a split anew each time, float32, up to `limit` in all (0 for no limit).
+
+    Images are scaled to 0..1, vectors are as they are.
+    """
 
     def blocks() -> Iterator[np.ndarray]:
         left = limit or reader.index.count(split)
         for block in reader.blocks(split):
-            yield scale_pixels(block["examples"], (0.0, 1.0))[:left]
-            left -= len(block["examples"])
+            examples = block["examples"][:left]
+            yield scale_pixels(examples, (0.0, 1.0)) if reader.index.kind == "images" else examples
+            left -= len(examples)
             if left <= 0:
                 return
 
@@ -89,10 +95,10 @@ class Parzen:
 
 
 def parzen_score(samples: Blocks, count: int, reader: ShardReader, settings: ParzenSettings, ranks: Ranks) -> Parzen:
-    """Bandwidth by grid search on validation images, then the score of all test images; ranks share the samples.
+    """Bandwidth by grid search on validation examples, then the score of all test examples; ranks share the samples.
 
     Arguments:
-        samples: Gives a pass over blocks of samples in 0..1, each with shape (n, C, H, W).
+        samples: Gives a pass over blocks of samples, as `unit_blocks` gives examples.
         count: Number of samples in a pass, for the progress.
         reader: Shards of the data set.
         settings: The protocol.
@@ -149,24 +155,28 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
     return scores
 
 
-def grid_scores(samples: Iterable[np.ndarray], test: Iterable[np.ndarray], half_length: float) -> dict[str, float]:
-    """The truth's own test log-likelihood in nats, and the share of samples in the dropped box, where it has no mass.
+def grid_scores(samples: np.ndarray, test: np.ndarray, half_length: float) -> dict[str, float]:
+    """Scores of samples of the grid density, whose truth is known.
 
     Arguments:
-        samples: Blocks of samples, each with shape (n, 2).
-        test: Blocks of test points.
+        samples: Samples with shape (n, 2).
+        test: Test points with shape (N, 2).
         half_length: Half the length of a bar.
-    """
-    from pipeline.sources.grid import dropped_box, log_density
 
-    truth = Moments()
-    for block in test:
-        truth.update(log_density(block, half_length))
-    inside = total = 0
-    for block in samples:
-        inside += int(dropped_box(block).sum())
-        total += len(block)
-    return {"truth_test_log_likelihood": truth.mean, "samples_in_dropped_box": inside / total}
+    Returns:
+        The truth's own test log-likelihood in nats; the share of samples in the dropped box, where it has no mass, with its
+        standard error; and the squared maximum mean discrepancy of samples and test points.
+    """
+    from pipeline.sources.grid import DROPPED_BOX, log_density
+
+    low, high = np.array(DROPPED_BOX).T
+    share = share_in_box(samples, low, high)
+    return {
+        "truth_test_log_likelihood": float(log_density(test, half_length).mean()),
+        "samples_in_dropped_box": share.mean,
+        "samples_in_dropped_box_se": share.standard_error,
+        "mmd_squared": mmd_squared(test[:COMPARED], samples[:COMPARED]),
+    }
 
 
 # Quality of images in a feature space -------------------------------------------------------------------------------

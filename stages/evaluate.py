@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.shards import ShardReader
 
 SHOWN = 10  # samples beside their nearest training images
+SHOWN_POINTS = 5000  # of the grid density, in a panel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ def evaluate(run: Run, settings: Settings) -> None:
     """Score samples and density under the protocol of their data set.
 
     NAME is a row of `densities`. Images: Parzen-window log-likelihood; where the settings say so, quality in a feature space
-    and interpolated codes. Vectors: test log-likelihood; for the grid density also the gap to the truth and the share of
-    samples that fall into the dropped box.
+    and interpolated codes. Vectors: test log-likelihood, and where the settings say so a Parzen-window one of the samples; for
+    the grid density also the gap to the truth, the share of samples that fall into the dropped box, and the discrepancy (MMD).
     """
     import numpy as np
 
@@ -89,7 +90,7 @@ def evaluate(run: Run, settings: Settings) -> None:
         by_group = reader.index.kind == "vectors"
         run.metrics(test_log_likelihood(density, codes, by_group, ranks))
 
-    if settings.evaluation.parzen is not None and reader.index.kind == "images":
+    if settings.evaluation.parzen is not None:
         count = parzen_samples(samples.index.count("samples"), reader)
 
         result = parzen_score(lambda: _first(samples, "samples", count), count, reader, settings.evaluation.parzen, ranks)
@@ -106,13 +107,13 @@ def evaluate(run: Run, settings: Settings) -> None:
 
     if settings.dataset.source == "grid":
         half_length = float(getattr(settings.dataset, "half_length", 5.0))
-        scores = grid_scores(_first(samples, "samples"), _first(reader, "test"), half_length)
+        drawn_points = np.concatenate(list(_first(samples, "samples")))
+        scores = grid_scores(drawn_points, np.concatenate(list(_first(reader, "test"))), half_length)
         if "test_log_likelihood" in run.scores:
             scores["gap_to_truth"] = scores["truth_test_log_likelihood"] - run.scores["test_log_likelihood"]
         run.metrics(scores)
-        drawn_points = np.concatenate(list(_first(samples, "samples", 5000)))
-        target_points = np.concatenate(list(_first(reader, "train", 5000)))
-        run.figure(figures.density_panels(target_points, {run.row: drawn_points}), "samples-beside-target")
+        target_points = np.concatenate(list(_first(reader, "train", SHOWN_POINTS)))
+        run.figure(figures.density_panels(target_points, {run.row: drawn_points[:SHOWN_POINTS]}), "samples-beside-target")
         if density.has_log_prob:
             _log_density_map(run, density, half_length)
     elif reader.index.kind == "vectors" and codes.index.dim == 63:

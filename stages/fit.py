@@ -22,6 +22,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
     checkpoint.
     """
     from pipeline.codes import CodeReader
+    from pipeline.densities.gmm import GaussianMixture
     from pipeline.files import atomic_folder
     from pipeline.fitting import fit_density, log_likelihood
     from pipeline.progress import track
@@ -47,6 +48,8 @@ def fit(run: Run, settings: DensitySettings) -> None:
             run.metrics({f"{split}_log_likelihood_per_dimension": mean / codes.index.dim})
             run.metrics({f"{split}_log_likelihood_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
     run.metrics({"parameters": density.parameter_count})
+    if isinstance(density, GaussianMixture):
+        run.metrics({"components": density.components})  # chosen from those that the settings list
     if training.best:
         run.metrics({"best_epoch": training.best["epoch"]})
     validations = {int(row["step"]): row for row in training.validations}

@@ -67,8 +67,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 METRICS: Mapping[str, tuple[str, str, str]] = {
     "test_log_likelihood": ("test log-likelihood, nats", "test_log_likelihood", "test_log_likelihood_se"),
     "gap_to_truth": ("gap to the truth, nats", "gap_to_truth", ""),
-    "samples_in_dropped_box": ("share in the dropped box", "samples_in_dropped_box", ""),
-    "mmd": ("MMD", "mmd", ""),
+    "samples_in_dropped_box": ("share in the dropped box", "samples_in_dropped_box", "samples_in_dropped_box_se"),
+    "mmd_squared": ("squared MMD", "mmd_squared", ""),
     "kid": ("KID", "{network}_kid", "{network}_kid_se"),
     "fid": ("FID", "{network}_fid", ""),
     "precision": ("precision", "{network}_precision", "{network}_precision_se"),
@@ -77,7 +77,8 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
     "test_mse": ("test MSE", "test_mse", "test_mse_se"),
 }
 PARZEN = ("parzen_test_log_likelihood", "parzen_test_se")
-ERROR_KIND = {"kid": "standard error over subsets", "precision": "standard error over samples"}
+ERROR_KIND = {"kid": "standard error over subsets"}
+ERROR_KIND |= dict.fromkeys(("precision", "samples_in_dropped_box"), "standard error over samples")
 
 
 @dataclass(frozen=True)

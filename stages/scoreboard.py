@@ -76,6 +76,7 @@ COLUMNS: Mapping[str, str] = {
     "test_mse": "mean squared error of reconstructed test images, in 0..1",
     "gap_to_truth": "nats by which the density falls short of the true one",
     "samples_in_dropped_box": "share of samples where the true density is 0",
+    "mmd_squared": "squared maximum mean discrepancy of samples and test points, unbiased; lower is better, 0 where they agree",
     "autoencoder_parameters": "numbers trained in the autoencoder",
     "density_parameters": "numbers trained in the density",
     "seconds": "of train, extract, fit, sample and evaluate together, or of control, each when it last ran",
@@ -157,19 +158,21 @@ def _model(params: Params, name: str) -> dict[str, Any]:
         "objective": autoencoder.objective + (f", incremental ({incremental.mode})" if incremental else ""),
         "latent_dim": read_metrics("extract", density.codes).get("dimensions"),
         "family": density.family,
-        "components": getattr(density, "components", None),
+        "components": fitted.get("components", getattr(density, "components", None)),
         "test_mse": trained.get("test_mse"),
         "gap_to_truth": scored.get("gap_to_truth"),
         "samples_in_dropped_box": scored.get("samples_in_dropped_box"),
+        "mmd_squared": scored.get("mmd_squared"),
         "autoencoder_parameters": read_run("train", density.codes).get("parameters"),
         "density_parameters": fitted.get("parameters"),
     }
     runs = [read_run(stage, density.codes if stage in ("train", "extract") else name) for stage in CHAIN]
     line |= _cost(runs)
-    if "parzen_test_log_likelihood" in scored:
+    images = len(dataset.shape) == 3
+    # Of vectors an exact log-likelihood goes before one by Parzen windows.
+    if "parzen_test_log_likelihood" in scored and (images or "test_log_likelihood" not in scored):
         line |= _parzen(params, density.dataset, scored, "")
     else:
-        images = len(dataset.shape) == 3
         points = scored.get("test_scored")
         what = "codes, comparable between densities of the same codes only" if images else "vectors"
         line |= {
@@ -213,10 +216,10 @@ def _parzen(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str
     settings = params.evaluation(dataset).parzen
     keys = ("samples", "valid_points", "test_points", "protocol")
     samples, valid, test, name = (scored[f"{prefix}parzen_{key}"] for key in keys)
-    grid = ""
+    grid, what = "", "images" if len(params.dataset(dataset).shape) == 3 else "vectors"
     if settings is not None and settings.bandwidth_count > 1:
         h = settings.bandwidths
-        grid = f"bandwidth from {h[0]:g}, {h[1]:g} .. {h[-1]:g} by {valid:,} validation images, "
+        grid = f"bandwidth from {h[0]:g}, {h[1]:g} .. {h[-1]:g} by {valid:,} validation {what}, "
     return {
         "score": PARZEN,
         "value": scored[f"{prefix}parzen_test_log_likelihood"],
@@ -225,7 +228,7 @@ def _parzen(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str
         "test_points": test,
         "bandwidth": scored[f"{prefix}parzen_bandwidth"],
         "bandwidth_at_edge": bool(scored[f"{prefix}parzen_bandwidth_at_edge"]),
-        "protocol": f"Parzen window over {samples:,} samples, {grid}mean over {test:,} test images ({name})",
+        "protocol": f"Parzen window over {samples:,} samples, {grid}mean over {test:,} test {what} ({name})",
     }
 
 
@@ -261,7 +264,7 @@ def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
         name = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
         chosen = {name: line["value"], "test_mse": line["test_mse"], "gap_to_truth": line["gap_to_truth"]}
         if is_missing(line["value"]):
-            chosen["samples_in_dropped_box"] = line["samples_in_dropped_box"]
+            chosen |= {key: line[key] for key in ("samples_in_dropped_box", "mmd_squared")}
         numbers[line["row"]] = {key: float(value) for key, value in chosen.items() if not is_missing(value)}
     return numbers
 

@@ -195,9 +195,9 @@ def test_headline_is_short_and_free_of_times(workspace):
 
 
 def test_a_density_without_likelihood_is_shown(workspace):
-    write("reports/metrics/evaluate/grid-lde.json", {"samples_in_dropped_box": 0.01})
+    write("reports/metrics/evaluate/grid-lde.json", {"samples_in_dropped_box": 0.01, "mmd_squared": 0.002})
     board = build_scoreboard(read_params())
-    assert headline(board)["grid-lde"] == {"samples_in_dropped_box": 0.01}
+    assert headline(board)["grid-lde"] == {"samples_in_dropped_box": 0.01, "mmd_squared": 0.002}
     assert command().exit_code == 0
     assert "no likelihood" in Path("reports/index.html").read_text(encoding="utf-8")
 

@@ -96,9 +96,14 @@ class GaussianMixture(Density):
         self.chunk_examples = max(64, 2**22 // (count * self.dim))
 
     @property
+    def components(self) -> int:
+        """The number of Gaussians, as chosen by the fit."""
+        return len(self.means)
+
+    @property
     def parameter_count(self) -> int:
         """Weights, which sum to 1, means, and covariances."""
-        return len(self.means) * (1 + self.dim + self.dim * (self.dim + 1) // 2) - 1
+        return self.components * (1 + self.dim + self.dim * (self.dim + 1) // 2) - 1
 
     def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
         from sklearn.exceptions import ConvergenceWarning
