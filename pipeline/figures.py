@@ -603,7 +603,7 @@ def density_panels(
     target: ArrayLike,
     samples: Mapping[str, ArrayLike],
     limit: float = 6.0,
-    box: tuple[float, float, float, float] | None = None,
+    box: tuple[tuple[float, float], tuple[float, float]] | None = None,
     columns: int = 4,
 ) -> Figure:
     """Figure 5: points of the target in orange, samples of each model in blue over it.
@@ -612,7 +612,7 @@ def density_panels(
         target: Points of the target with shape (n, 2).
         samples: By model, samples with shape (m, 2).
         limit: Both axes go from -limit to limit.
-        box: Dropped region (x1 from, x1 to, x2 from, x2 to), outlined.
+        box: Bounds of x1 and of x2 of the region where the target has no mass, outlined.
         columns: Panels in a row at most.
     """
     with _style():
@@ -628,7 +628,7 @@ def density_panels(
             if drawn is not None:
                 axes.scatter(drawn[:, 0], drawn[:, 1], color=SAMPLES, alpha=0.5, **dots)
             if box is not None:
-                x0, x1, y0, y1 = box
+                (x0, x1), (y0, y1) = box
                 axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#444444", linewidth=0.8)
             axes.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
             if i + columns >= len(panels):

@@ -74,6 +74,7 @@ def evaluate(run: Run, settings: Settings) -> None:
     from pipeline.ranks import join
     from pipeline.scoring import grid_scores, parzen_samples, parzen_score, test_log_likelihood
     from pipeline.shards import ShardReader
+    from stages.arrays import save_arrays
 
     ranks = join()
     reader = ShardReader(workspace.shards_folder(settings.density.dataset))
@@ -106,6 +107,8 @@ def evaluate(run: Run, settings: Settings) -> None:
             _interpolation(run, settings.evaluation.interpolation, density, codes, reader, settings.dataset.label)
 
     if settings.dataset.source == "grid":
+        from pipeline.sources.grid import DROPPED_BOX
+
         half_length = float(getattr(settings.dataset, "half_length", 5.0))
         drawn_points = np.concatenate(list(_first(samples, "samples")))
         scores = grid_scores(drawn_points, np.concatenate(list(_first(reader, "test"))), half_length)
@@ -113,9 +116,12 @@ def evaluate(run: Run, settings: Settings) -> None:
             scores["gap_to_truth"] = scores["truth_test_log_likelihood"] - run.scores["test_log_likelihood"]
         run.metrics(scores)
         target_points = np.concatenate(list(_first(reader, "train", SHOWN_POINTS)))
-        run.figure(figures.density_panels(target_points, {run.row: drawn_points[:SHOWN_POINTS]}), "samples-beside-target")
+        arrays = {"target": target_points, "samples": drawn_points[:SHOWN_POINTS]}
+        figure = figures.density_panels(arrays["target"], {run.row: arrays["samples"]}, half_length + 1, DROPPED_BOX)
+        run.figure(figure, "samples-beside-target")
         if density.has_log_prob:
-            _log_density_map(run, density, half_length)
+            arrays |= _log_density_maps(run, density, half_length)
+        save_arrays(run, "grid", arrays)
     elif reader.index.kind == "vectors" and codes.index.dim == 63:
         real = next(reader.blocks("test"))["examples"][:50]
         drawn_vectors = next(samples.blocks("samples"))["examples"][:50]
@@ -211,7 +217,8 @@ def _first(reader: ShardReader, split: str, count: int = sys.maxsize) -> Iterato
             return
 
 
-def _log_density_map(run: Run, density: Density, half_length: float) -> None:
+def _log_density_maps(run: Run, density: Density, half_length: float) -> dict[str, np.ndarray]:
+    """Log-densities (221, 221) in nats of the `truth` and the `model` on a square, rows along x2."""
     import numpy as np
 
     from pipeline import figures
@@ -220,7 +227,9 @@ def _log_density_map(run: Run, density: Density, half_length: float) -> None:
 
     limit = half_length + 1
     axis = np.linspace(-limit, limit, 221, dtype=np.float32)
-    points = np.stack(np.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)  # rows along x2
-    model = np.concatenate(list(score_codes(density, np.array_split(points, 16)))).reshape(len(axis), len(axis))
-    truth = log_density(points, half_length).reshape(len(axis), len(axis))
-    run.figure(figures.log_density_maps({"truth": truth, run.row: model}, limit=limit), "log-density")
+    points = np.stack(np.meshgrid(axis, axis, indexing="xy"), -1).reshape(-1, 2)
+    model = np.concatenate(list(score_codes(density, np.array_split(points, 16))))
+    maps = {"truth": log_density(points, half_length), "model": model}
+    maps = {name: values.astype(np.float32).reshape(len(axis), len(axis)) for name, values in maps.items()}
+    run.figure(figures.log_density_maps({"truth": maps["truth"], run.row: maps["model"]}, limit=limit), "log-density")
+    return maps

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.files import write_text
 from pipeline.settings import Params
@@ -19,6 +19,7 @@ from stages.scoreboard import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 __all__ = ["COMBINED", "Picture", "autoencoders_of", "combined_pictures", "densities_of", "draw_combined", "pictures"]
 
@@ -148,6 +149,8 @@ def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
     shown = {name: name.removeprefix(f"{dataset}-") for name in (*autoencoders, *densities)}
     return {
         "samples": _samples(densities, shown),
+        "grid-samples": _grid_samples(params, dataset, shown),
+        "grid-log-density": _grid_log_density(params, dataset, shown),
         "reconstructions": _reconstructions(autoencoders, shown),
         "codes": _codes(variational),
         "trade-off": _trade_off(variational),
@@ -175,6 +178,37 @@ def _samples(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
     panels = {shown[row]: arrays.values["samples"] / 255 for row, arrays in found.items() if arrays is not None}
     few = any(len(images) <= 9 for images in panels.values())
     return image_panels(panels, columns=3 if few else 6) if len(panels) > 1 else None
+
+
+def _grid_arrays(params: Params, dataset: str, shown: Mapping[str, str]) -> tuple[dict[str, Mapping[str, NDArray[Any]]], float]:
+    """What `evaluate` left of each row on the grid density, by the name shown, and the end of the axes."""
+    found = {shown[row]: load_arrays("evaluate", row, "grid") for row in densities_of(params, dataset)}
+    half_length = float(getattr(params.dataset(dataset), "half_length", 5.0))
+    return {row: arrays.values for row, arrays in found.items() if arrays is not None}, half_length + 1
+
+
+def _grid_samples(params: Params, dataset: str, shown: Mapping[str, str]) -> Figure | None:
+    """Figure 5: samples of each row over the target's."""
+    from pipeline.figures import density_panels
+    from pipeline.sources.grid import DROPPED_BOX
+
+    found, limit = _grid_arrays(params, dataset, shown)
+    if len(found) < 2:
+        return None
+    target = next(iter(found.values()))["target"]
+    return density_panels(target, {row: arrays["samples"] for row, arrays in found.items()}, limit, DROPPED_BOX)
+
+
+def _grid_log_density(params: Params, dataset: str, shown: Mapping[str, str]) -> Figure | None:
+    """Figure 5, as heat maps: log-density of the truth and of each row that has one."""
+    from pipeline.figures import log_density_maps
+
+    found, limit = _grid_arrays(params, dataset, shown)
+    maps = {row: arrays["model"] for row, arrays in found.items() if "model" in arrays}
+    if len(maps) < 2:
+        return None
+    truth = next(arrays["truth"] for arrays in found.values() if "truth" in arrays)
+    return log_density_maps({"truth": truth} | maps, limit)
 
 
 def _reconstructions(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:

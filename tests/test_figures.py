@@ -32,7 +32,7 @@ FIGURES = {
     "open_dimensions": lambda: figures.open_dimensions({"AE": (X, 1 / X), "PCA": (X[:3], 2 / X[:3])}),
     "trade_off": lambda: figures.trade_off([0, 0.01, 1], [1, 2, 3], [300, 20, 1]),
     "codes": lambda: figures.codes_and_reconstructions({"0": (POINTS, LABELS, GREY, GREY), "1": (POINTS, None, GREY, GREY)}),
-    "density_panels": lambda: figures.density_panels(POINTS, {"LDE": POINTS, "GMMN": POINTS}, box=(1.6, 2.6, 2.5, 3.5)),
+    "density_panels": lambda: figures.density_panels(POINTS, {"LDE": POINTS, "GMMN": POINTS}, box=((1.6, 2.6), (2.5, 3.5))),
     "log_density_maps": lambda: figures.log_density_maps({"truth": GENERATOR.normal(size=(9, 9)), "LDE": -np.ones((9, 9))}),
 }
 

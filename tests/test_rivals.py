@@ -49,6 +49,9 @@ def test_families_are_fitted_scored_sampled_and_compared_alike(tmp_path: Path, m
     result = run("report")
     assert result.exit_code == 0, result.output
 
+    # Figure 5: a panel for each row, and a heat map for each that has a density.
+    for name in ("grid-samples", "grid-log-density"):
+        assert Path(f"reports/combined/grid-{name}.png").stat().st_size > 10_000
     board = pd.read_csv("reports/scoreboard.csv", index_col="row").loc[[f"grid-{family}" for family in FAMILIES]]
     assert (board[["density_parameters", "seconds", "peak_memory_mib"]] > 0).all(axis=None)
     assert board["samples_in_dropped_box"].between(0, 1).all()
