@@ -31,6 +31,7 @@ class Project:
         }
         if origin is not None:
             self.call("git", "clone", "-q", str(origin), ".")
+            self._name_author()
             return
         for name in ("pipeline", "stages", "presets"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,7 +43,12 @@ class Project:
         shutil.copytree(ROOT / ".dvc/plots", folder / ".dvc/plots")
         (folder / "params.yaml").write_text(params)
         self.call("git", "init", "-q")
+        self._name_author()
         self.commit()
+
+    def _name_author(self) -> None:
+        self.call("git", "config", "user.name", "T")  # `dvc exp run` commits, too
+        self.call("git", "config", "user.email", "t@example.org")
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -57,7 +63,7 @@ class Project:
 
     def commit(self) -> None:
         self.call("git", "add", "-A")
-        self.call("git", "-c", "user.name=T", "-c", "user.email=t@example.org", "commit", "-q", "--allow-empty", "-m", "state")
+        self.call("git", "commit", "-q", "--allow-empty", "-m", "state")
 
     def repro(self) -> set[str]:
         """Runs what is out of date; the names of the stages that ran."""
