@@ -22,7 +22,7 @@ VARIANTS = {
     "tanh-capped": {"activation": "tanh", "channel_cap": 24},
     "residual": {"blocks": "residual", "width": 12, "layers": 5, "dropout": 0.3},
     "residual-batch": {"blocks": "residual", "width": 12, "normalisation": "batch", "activation": "elu"},
-    "gated": {"blocks": "gated", "width": 10, "min_log_scale": -3.0},
+    "gated": {"blocks": "gated", "width": 10, "min_log_scale": -3.0, "max_log_scale": 1.0},
     "separate": {"blocks": "separate", "width": 8, "dropout": 0.2},
 }
 
@@ -285,6 +285,8 @@ def test_samples_of_a_patch_come_in_all_orders():
         ("channel_cap", {"channel_cap": -4}),
         ("dropout", {"dropout": 1.0}),
         ("min_log_scale", {"min_log_scale": math.inf}),
+        ("max_log_scale", {"max_log_scale": math.nan}),
+        ("max_log_scale", {"min_log_scale": 1.0, "max_log_scale": 1.0}),
         ("width", {"blocks": "gated"}),
         ("normalisation", {"blocks": "separate", "width": 4, "normalisation": "batch"}),
     ],

@@ -39,6 +39,8 @@ class Settings(DensitySettings):
         channel_cap: Filters of a layer at most; 0 for no limit.
         dropout: Share of a layer's outputs that is dropped in training.
         min_log_scale: Soft floor on the log standard deviations, in standardised units; null for none.
+        max_log_scale: Soft ceiling on them; null for none. It keeps samples from running away where a conditional is asked
+            about values beyond those it was trained on, as in heavy-tailed data such as pixels.
         patch_orders: Orders of the pixels of a square patch that the density is averaged over, 1, 2, 4 or 8; training is that
             of the first alone, scoring takes as many times as long.
     """
@@ -52,6 +54,7 @@ class Settings(DensitySettings):
     channel_cap: int = 0
     dropout: float = 0.0
     min_log_scale: float | None = None
+    max_log_scale: float | None = None
     patch_orders: int = 1
 
     def __post_init__(self) -> None:
@@ -70,6 +73,7 @@ def _check(
     channel_cap: int,
     dropout: float,
     min_log_scale: float | None,
+    max_log_scale: float | None,
     patch_orders: int,
 ) -> None:
     check_that(components >= 1, "components", "has to be at least 1")
@@ -85,6 +89,9 @@ def _check(
     check_that(channel_cap >= 0, "channel_cap", "has to be 0 (for none) or more")
     check_that(0 <= dropout < 1, "dropout", "has to lie in [0, 1)")
     check_that(min_log_scale is None or math.isfinite(min_log_scale), "min_log_scale", "has to be finite, or null for none")
+    check_that(max_log_scale is None or math.isfinite(max_log_scale), "max_log_scale", "has to be finite, or null for none")
+    if min_log_scale is not None and max_log_scale is not None:
+        check_that(min_log_scale < max_log_scale, "max_log_scale", "has to be greater than min_log_scale")
     check_that(blocks == "plain" or width > 0, "width", f"has to be set for {blocks} blocks")
     check_that(blocks != "separate" or normalisation == "none", "normalisation", "is for convolutions only")
     check_that(blocks != "separate" or channel_cap == 0, "channel_cap", "is for convolutions only")
@@ -146,7 +153,8 @@ class LatentDensityEstimator(Density):
         width: The number of filters of every layer; 0 for the paper's.
         channel_cap: The number of filters of a layer at most; 0 for no limit.
         dropout: The share of a layer's outputs that is dropped in training.
-        min_log_scale: A soft floor on :math:`\log \sigma`, in standardised units.
+        min_log_scale: A soft floor on :math:`\log \sigma`, in standardised units: a, in a + softplus(log sigma - a).
+        max_log_scale: A soft ceiling on it: b, in b - softplus(b - log sigma).
         patch_orders: The number of orders :math:`M`, 1, 2, 4 or 8.
 
     Raises:
@@ -181,6 +189,7 @@ class LatentDensityEstimator(Density):
         channel_cap: int = 0,
         dropout: float = 0.0,
         min_log_scale: float | None = None,
+        max_log_scale: float | None = None,
         patch_orders: int = 1,
     ) -> None:
         super().__init__(
@@ -194,10 +203,11 @@ class LatentDensityEstimator(Density):
             channel_cap=channel_cap,
             dropout=dropout,
             min_log_scale=min_log_scale,
+            max_log_scale=max_log_scale,
             patch_orders=patch_orders,
         )
         _check(**{key: value for key, value in self.arguments.items() if key != "dim"})
-        self.components, self.min_log_scale = components, min_log_scale
+        self.components, self.min_log_scale, self.max_log_scale = components, min_log_scale, max_log_scale
         several = orders.patch_orders(dim, patch_orders) if patch_orders > 1 else None
         self.register_buffer("orders", several, persistent=False)
         self.network: CausalNetwork | SeparateNetworks
@@ -212,14 +222,19 @@ class LatentDensityEstimator(Density):
         self.chunk_examples = max(32, 2**21 // (dim * self.network.features))
         self.sample_chunk_examples = min(1024, max(32, 2**26 // max(self.network.kept, 1)))
 
-    def _floored(self, outputs: Tensor) -> Tensor:
-        if self.min_log_scale is None:
+    def _bounded(self, outputs: Tensor) -> Tensor:
+        """The network's outputs with the log standard deviations above their floor and below their ceiling."""
+        if self.min_log_scale is None and self.max_log_scale is None:
             return outputs
         logits, means, log_scales = mixtures.unpack(outputs)
-        return torch.cat([logits, means, self.min_log_scale + F.softplus(log_scales - self.min_log_scale)], dim=-1)
+        if self.max_log_scale is not None:
+            log_scales = self.max_log_scale - F.softplus(self.max_log_scale - log_scales)
+        if self.min_log_scale is not None:
+            log_scales = self.min_log_scale + F.softplus(log_scales - self.min_log_scale)
+        return torch.cat([logits, means, log_scales], dim=-1)
 
     def _log_prob(self, z: Tensor, generator: Generator | None = None) -> Tensor:
-        first, others = map(self._floored, self.network(z, generator))
+        first, others = map(self._bounded, self.network(z, generator))
         value = mixtures.log_likelihood(first.expand(len(z), -1), z[:, 0])
         return value + mixtures.log_likelihood(others, z[:, 1:].T).sum(dim=0)
 
@@ -263,7 +278,7 @@ class LatentDensityEstimator(Density):
             Three tensors with shape (B, D, K), in the units of the data.
         """
         standardised = self._standardised(z)
-        first, others = map(self._floored, self.network(standardised))
+        first, others = map(self._bounded, self.network(standardised))
         outputs = torch.cat([first.expand(1, len(z), -1), others]).transpose(0, 1)  # (B, D, 3K)
         logits, means, log_scales = mixtures.unpack(outputs)
         shift = self.shift if self.factor is None else self.shift + standardised @ self.factor.tril(-1).T  # (D) or (B, D)
@@ -277,7 +292,7 @@ class LatentDensityEstimator(Density):
         z, walk = torch.empty_like(normals), self.network.walk()
         outputs = walk.first.expand(n, -1)
         for i in range(self.dim):
-            z[:, i] = mixtures.draw(self._floored(outputs), uniforms[:, i], normals[:, i])
+            z[:, i] = mixtures.draw(self._bounded(outputs), uniforms[:, i], normals[:, i])
             if i + 1 < self.dim:
                 outputs = walk(z[:, : i + 1])
         return z
