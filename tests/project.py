@@ -23,7 +23,9 @@ class Project:
 
     def __init__(self, folder: Path, params: str = "", origin: Path | None = None) -> None:
         self.folder = folder
-        self.environment = os.environ | {
+        # Of a `make test` around this: with it, a `make` below says which folder it enters.
+        outer = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        self.environment = outer | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "TRACKING": "on",
             "HOME": str(folder.parent),
