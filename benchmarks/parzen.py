@@ -66,7 +66,8 @@ def score(folder: Path, samples: int, threads: int) -> dict[str, float]:
     drawn, reader = ShardReader(folder / "samples"), ShardReader(folder / "images")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, worked = time.perf_counter(), time.process_time()
-    result = parzen_score(unit_blocks(drawn, "samples", samples), reader, ParzenSettings(validation_count=0), join()).score
+    blocks, settings = unit_blocks(drawn, "samples", samples), ParzenSettings(validation_count=0)
+    result = parzen_score(blocks, samples, reader, settings, join()).score
     return {
         "samples": result.samples,
         "valid_points": result.valid_points,
