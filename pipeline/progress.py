@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -27,14 +28,17 @@ class Progress:
         unit: What is counted, for example "images".
         initial: How much was done before, when resuming.
         quiet: Whether to show nothing, as on every rank but the first.
+        seconds: Time after which the work ends, all done or not; what can be done by then is shown as the total.
 
     Example:
         >>> with Progress(2, "counting", unit="steps", quiet=True) as progress:
         ...     progress.advance(2, loss=0.5)
     """
 
-    def __init__(self, total: int, label: str, unit: str = "it", initial: int = 0, quiet: bool = False) -> None:
-        self.total, self.label, self.unit = total, label, unit
+    def __init__(
+        self, total: int, label: str, unit: str = "it", initial: int = 0, quiet: bool = False, seconds: float = math.inf
+    ) -> None:
+        self.total, self.label, self.unit, self.seconds = total, label, unit, seconds
         self.done, self.initial = initial, initial
         self.quiet = quiet
         self._bar = None
@@ -51,29 +55,41 @@ class Progress:
         self.done += count
         if self.quiet:
             return
+        now = time.monotonic()
+        rate, total = self._rate(now), self._expected(now)
         if self._bar is not None:
+            self._bar.total = total
             if values:
                 self._bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False)
             self._bar.update(count)
             return
-        now = time.monotonic()
         if now - self._logged >= LOG_SECONDS:
             self._logged = now
-            rate = max(self.done - self.initial, 1) / (now - self._start)
-            left = max(self.total - self.done, 0) / rate
+            left = max(total - self.done, 0) / rate
             shown = "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in values.items())
             print(
-                f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.4g} {self.unit}/s, {left:.0f} s left{shown}",
+                f"{self.label}: {self.done}/{total} {self.unit}, {rate:.4g} {self.unit}/s, {left:.0f} s left{shown}",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _rate(self, now: float) -> float:
+        """What is done in a second."""
+        return max(self.done - self.initial, 1) / max(now - self._start, 1e-9)
+
+    def _expected(self, now: float) -> int:
+        """What will have been done at the end."""
+        if self.seconds == math.inf:
+            return self.total
+        return min(self.total, max(self.done, round(self.initial + self._rate(now) * self.seconds)))
 
     def note(self, **values: float) -> None:
         """Prints a line of results, such as those of a validation, above the bar; nothing for work that is quick."""
         if self.quiet or not values or time.monotonic() - self._logged < LOG_SECONDS:
             return
         self._logged = time.monotonic()
-        line = f"{self.label}: {self.done}/{self.total} {self.unit}, " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+        line = f"{self.label}: {self.done}/{self._expected(self._logged)} {self.unit}, {shown}"
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:

@@ -402,7 +402,8 @@ def train(
         model.train()
         progress.note(**values)
 
-    progress = Progress(total, label, unit="steps", initial=index, quiet=not ranks.first)
+    left = max_minutes * 60 - record.seconds if max_minutes else math.inf
+    progress = Progress(total, label, unit="steps", initial=index, quiet=not ranks.first, seconds=left)
     with _signals() as received, progress:
         for epoch in range(index // steps_per_epoch, settings.epochs):
             if ended:
