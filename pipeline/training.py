@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batches import Batches
-from pipeline.errors import PipelineError, TrainingError
+from pipeline.errors import DataError, PipelineError, TrainingError
 from pipeline.files import atomic_file
 from pipeline.progress import Progress
 from pipeline.ranks import Ranks, synchronise_batch_norm
@@ -83,7 +83,8 @@ class Training:
 
     Attributes:
         curve: Rows of the training curve: step, epoch, learning_rate, the means of the logged losses since the row before.
-        validations: A row for each validation: step, epoch, seconds, and what `validate` gave.
+        validations: A row for each validation: step, epoch, and what `validate` gave.
+        validation_seconds: When each validation ended, in seconds of the loop; apart, since the rows are the same in every run.
         best: Step and value of the best validation, where a key was given.
         steps: Steps taken in all.
         seconds: Time spent in the loop, over all pieces of a resumed run.
@@ -94,6 +95,7 @@ class Training:
 
     curve: list[dict[str, float]] = field(default_factory=list)
     validations: list[dict[str, float]] = field(default_factory=list)
+    validation_seconds: list[float] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
@@ -165,12 +167,13 @@ class Checkpoint:
         self.path = self.folder / f"{key}.pt"
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Writes tensors and plain types, whole or not at all."""
+        """Writes tensors and plain types, whole or not at all, and their digest, since PyTorch checks only part of its file."""
         # By way of memory: of a full disk PyTorch's own writer says no more than that something went wrong.
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
-        with atomic_file(self.path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+        with atomic_file(self.path) as temporary, temporary.open("wb") as file:
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+            file.write(buffer.getbuffer())
         for other in self.folder.glob("*.pt"):
             if other != self.path:
                 other.unlink(missing_ok=True)
@@ -180,7 +183,11 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, weights_only=True, map_location="cpu")
+            with self.path.open("rb") as file:
+                digest, data = file.read(32), file.read()
+            if hashlib.sha256(data).digest() != digest:
+                raise DataError("its digest is another")
+            state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except Exception as error:
             print(f"warning: {self.path} can't be read ({type(error).__name__}); starting from the beginning", file=sys.stderr)
             self.path.unlink(missing_ok=True)
@@ -320,6 +327,7 @@ def train(
             "record": {
                 "curve": record.curve,
                 "validations": record.validations,
+                "validation_seconds": record.validation_seconds,
                 "best": record.best,
                 "seconds": record.seconds,
             },
@@ -391,6 +399,7 @@ def train(
             record.seconds = time.monotonic() - started + seconds_before
             row: dict[str, float] = {"step": index, "epoch": index / steps_per_epoch, **values}
             record.validations.append(row)
+            record.validation_seconds.append(record.seconds)
             if best is not None:
                 if not math.isfinite(values[best]):
                     raise TrainingError(

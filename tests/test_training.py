@@ -231,15 +231,16 @@ def test_a_broken_checkpoint_is_put_aside(tmp_path: Path, capsys: pytest.Capture
     assert not Path("owned").exists()
 
 
-def test_any_flipped_byte_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+def test_any_flipped_byte_of_a_checkpoint_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = Checkpoint(tmp_path, {})
     with pytest.raises(PipelineError, match="stopped by"):
         run(checkpoint, prepare=Interrupt(3))
     data = bytearray(checkpoint.path.read_bytes())
     whole = run()
-    for place in range(100, len(data), len(data) // 12):
+    for place in range(5, len(data), len(data) // 24):
         checkpoint.path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
         same(whole, run(checkpoint))
+    assert "going on" not in capsys.readouterr().err
 
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
