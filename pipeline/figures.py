@@ -599,26 +599,35 @@ def codes_and_reconstructions(
         return figure
 
 
+def _plane(points: ArrayLike) -> NDArray[np.float64]:
+    """The first two numbers of each vector with shape (n, 2); a single number beside its place in the order."""
+    values = np.asarray(points, dtype=np.float64)
+    return values[:, :2] if values.shape[1] > 1 else np.column_stack([values, np.linspace(0, 1, len(values))])
+
+
 def density_panels(
     target: ArrayLike,
     samples: Mapping[str, ArrayLike],
-    limit: float = 6.0,
+    limit: float | None = None,
     box: tuple[tuple[float, float], tuple[float, float]] | None = None,
     columns: int = 4,
 ) -> Figure:
-    """Figure 5: points of the target in orange, samples of each model in blue over it.
+    """Figure 5: points of the target in orange, samples of each model in blue over it; of longer vectors the first two numbers.
 
     Arguments:
-        target: Points of the target with shape (n, 2).
-        samples: By model, samples with shape (m, 2).
-        limit: Both axes go from -limit to limit.
+        target: Points of the target with shape (n, D); where D = 1, the second axis is their order.
+        samples: By model, samples with shape (m, D).
+        limit: Both axes go from -limit to limit; where it's left out, a little further than the target on every side.
         box: Bounds of x1 and of x2 of the region where the target has no mass, outlined.
         columns: Panels in a row at most.
     """
     with _style():
-        points = np.asarray(target, dtype=np.float64)
+        points = _plane(target)
+        low, high = (points.min(axis=0), points.max(axis=0)) if limit is None else (np.full(2, -limit), np.full(2, limit))
+        margin = 0.05 * (high - low) + 1e-6 if limit is None else np.zeros(2)
+        (left, bottom), (right, top) = low - margin, high + margin
         panels: dict[str, NDArray[np.float64] | None] = {"target": None}
-        panels |= {name: np.asarray(values, dtype=np.float64) for name, values in samples.items()}
+        panels |= {name: _plane(values) for name, values in samples.items()}
         rows, columns = _arrange(len(panels), columns)
         figure = _new(columns * 2.6, rows * 2.65 + 0.35)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -630,12 +639,12 @@ def density_panels(
             if box is not None:
                 (x0, x1), (y0, y1) = box
                 axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="#444444", linewidth=0.8)
-            axes.set(title=name, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+            axes.set(title=name, xlim=(left, right), ylim=(bottom, top), aspect="auto" if limit is None else "equal")
             if i + columns >= len(panels):
                 axes.set_xlabel("x1")
                 axes.tick_params(labelbottom=True)
             if i % columns == 0:
-                axes.set_ylabel("x2")
+                axes.set_ylabel("x2" if np.shape(target)[1] > 1 else "order")
         for axes in grid.ravel()[len(panels) :]:
             axes.set_axis_off()
         return figure

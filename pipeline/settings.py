@@ -189,12 +189,15 @@ class DatasetSettings:
         split_seed: Seed of the split and of whatever the source draws at random.
         shard_examples: Examples in a shard at most.
         label: What a label is called in figures; no key of the row.
+        drawn_as: What figures draw a vector as: `points` of its first two numbers, those of the `grid` density, or image
+            `patches`; no key of the row.
     """
 
     source: str
     root: str
     split_seed: int = 0
     label: ClassVar[str] = "label"
+    drawn_as: ClassVar[str] = "points"
     shard_examples: int = 4096
 
     def __post_init__(self) -> None:

@@ -122,7 +122,7 @@ def evaluate(run: Run, settings: Settings) -> None:
         if density.has_log_prob:
             arrays |= _log_density_maps(run, density, half_length)
         save_arrays(run, "grid", arrays)
-    elif reader.index.kind == "vectors" and codes.index.dim == 63:
+    elif settings.dataset.drawn_as == "patches":
         real = next(reader.blocks("test"))["examples"][:50]
         drawn_vectors = next(samples.blocks("samples"))["examples"][:50]
         run.figure(figures.patches_beside_real(restore(real), restore(drawn_vectors)), "patches-beside-real")

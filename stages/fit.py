@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pipeline.settings import DensitySettings, Params
 from stages import workspace
 from stages.run import Run, stage
+
+if TYPE_CHECKING:
+    from pipeline.training import Training
 
 SCORED = 20_000  # codes of a split that are scored here, at most, the first; evaluate scores every test code
 
@@ -64,6 +69,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
         examples_per_second=training.examples / max(training.seconds, 1e-9),
         parameters=density.parameter_count,
         ended_by=training.ended_by,
+        validations=_learning_curve(training),
         device=str(ranks.device),
         processes=ranks.world,
         resumed_at=training.resumed_at,
@@ -71,3 +77,12 @@ def fit(run: Run, settings: DensitySettings) -> None:
     if ranks.first:
         run.when_finished(checkpoint.remove)
     ranks.barrier()
+
+
+def _learning_curve(training: Training) -> list[dict[str, float]]:
+    """Examples seen, minutes, and scores of each validation."""
+    batch = training.examples // max(training.steps, 1)
+    return [
+        {"examples": int(row["step"]) * batch, "minutes": round(seconds / 60, 3), **row}
+        for row, seconds in zip(training.validations, training.validation_seconds, strict=False)
+    ]

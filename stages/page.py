@@ -92,8 +92,8 @@ class _Section:
 def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
     lines = {line["row"]: line for line in board.to_dict("records")}
     for dataset in params.rows("datasets"):
-        shape = params.dataset(dataset).shape
-        dimensions = shape[0] if len(shape) == 1 else None
+        settings = params.dataset(dataset)
+        drawn_as = settings.drawn_as if len(settings.shape) == 1 else None
         warning = _enlarged(dataset).removeprefix(". ")
 
         def warned(picture: Picture, warning: str = warning) -> Picture:
@@ -107,11 +107,11 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
             name: str,
             summary: str,
             *stages: str,
-            dimensions: int | None = dimensions,
+            drawn_as: str | None = drawn_as,
             skip: list[str] = skip,
             warned: Callable[[Picture], Picture] = warned,
         ) -> _Block:
-            shown = [warned(picture) for stage in stages for picture in pictures(stage, name, dimensions, skip)]
+            shown = [warned(picture) for stage in stages for picture in pictures(stage, name, drawn_as, skip)]
             metrics = [(stage, key, _cell(value)) for stage in stages for key, value in read_metrics(stage, name).items()]
             return _Block(name, summary, shown, metrics)
 

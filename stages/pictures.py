@@ -85,25 +85,23 @@ def _captions() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
     return loaded
 
 
-def _picture(path: Path, stage: str, name: str, dimensions: int | None = None) -> Picture:
+def _picture(path: Path, stage: str, name: str, drawn_as: str | None = None) -> Picture:
     known = _captions().get(stage, {})
-    found = (
-        known.get(f"{name}/{dimensions}") or known.get(name) or {"title": name.replace("-", " ").capitalize(), "caption": ""}
-    )
+    found = known.get(f"{name}/{drawn_as}") or known.get(name) or {"title": name.replace("-", " ").capitalize(), "caption": ""}
     return Picture(path, found["title"], found["caption"])
 
 
-def pictures(stage: str, row: str, dimensions: int | None = None, skip: Sequence[str] = ()) -> list[Picture]:
+def pictures(stage: str, row: str, drawn_as: str | None = None, skip: Sequence[str] = ()) -> list[Picture]:
     """The pictures that a stage left, in order of their names.
 
     Arguments:
         stage: Name of the stage.
         row: Name of the row.
-        dimensions: Numbers in an example that is a vector, for captions that depend on it.
+        drawn_as: What vectors are drawn as, for captions that depend on it.
         skip: Names of files that aren't shown.
     """
     paths = sorted(workspace.figure_folder(stage, row).glob("*.png"))
-    return [_picture(path, stage, path.stem, dimensions) for path in paths if path.stem not in skip]
+    return [_picture(path, stage, path.stem, drawn_as) for path in paths if path.stem not in skip]
 
 
 # Rows side by side ---------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     run.metrics({"unreadable_files": len(report.unreadable)})
     run.metrics({"enlarged_images": report.enlarged} if report.enlarged else {})
     run.read(f"raw {run.row}", report.digest, Path(settings.root), "raw")
-    run.details(digest=report.digest, unreadable=report.unreadable[:1000])
+    run.details(digest=report.digest, unreadable=report.unreadable)
     for line in _warnings(report):
         print(f"prepare {run.row}: {line}", flush=True)
 

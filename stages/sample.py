@@ -73,7 +73,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
             assert decoder is not None
             if density.dim > 1:
                 run.figure(_truncated(block["codes"][:TRUNCATED], decoder), "truncated")
-        elif density.dim == 63:
+        elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
             run.figure(figures.image_grid(0.5 + restore(first), columns=10), "samples")
         else:
             run.figure(figures.density_panels(next(codes.blocks("train"))["codes"], {run.row: first}), "samples")

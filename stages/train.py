@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.settings import AutoencoderSettings, Params
@@ -59,7 +58,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         with atomic_folder(folder) as temporary:
             (temporary / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
         run.curve([])
-        _show_vectors(run, reader)
+        _show_vectors(run, reader, run.params.dataset(settings.dataset).drawn_as)
         return
 
     objective.to(ranks.device)
@@ -199,15 +198,13 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     save_arrays(run, "reconstructions", arrays)
 
 
-def _show_vectors(run: Run, reader: ShardReader) -> None:
-    """A figure of the data: points in the plane as they lie, vectors of 63 numbers as image patches."""
+def _show_vectors(run: Run, reader: ShardReader, drawn_as: str) -> None:
+    """A figure of the data."""
     from pipeline import figures
     from pipeline.patches import restore
 
     vectors = next(reader.blocks("train"))["examples"]
-    if vectors.shape[1] == 2:
-        run.figure(figures.density_panels(vectors, {}), "training-points")
-    elif vectors.shape[1] == 63:
+    if drawn_as == "patches":
         run.figure(figures.image_grid(0.5 + restore(vectors[:100]), columns=10), "training-patches")
     else:
-        Path(workspace.figure_folder("train", run.row)).mkdir(parents=True, exist_ok=True)
+        run.figure(figures.density_panels(vectors, {}), "training-points")

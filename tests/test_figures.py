@@ -33,6 +33,8 @@ FIGURES = {
     "trade_off": lambda: figures.trade_off([0, 0.01, 1], [1, 2, 3], [300, 20, 1]),
     "codes": lambda: figures.codes_and_reconstructions({"0": (POINTS, LABELS, GREY, GREY), "1": (POINTS, None, GREY, GREY)}),
     "density_panels": lambda: figures.density_panels(POINTS, {"LDE": POINTS, "GMMN": POINTS}, box=((1.6, 2.6), (2.5, 3.5))),
+    "points in one dimension": lambda: figures.density_panels(POINTS[:, :1], {"LDE": POINTS[:, :1]}),
+    "points in many": lambda: figures.density_panels(100 + np.tile(POINTS, 3), {"LDE": 100 + np.tile(POINTS, 3)}),
     "log_density_maps": lambda: figures.log_density_maps({"truth": GENERATOR.normal(size=(9, 9)), "LDE": -np.ones((9, 9))}),
 }
 
@@ -54,6 +56,16 @@ def test_same_bytes_each_time(name, tmp_path):
     with mpl.rc_context({"font.size": 30, "lines.linewidth": 9}):  # as a user's matplotlibrc would
         figures.save_figure(FIGURES[name](), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_points_lie_within_the_axes_wherever_they_are():
+    figure = figures.density_panels(1000 + POINTS, {"LDE": 1000 + POINTS})
+    for axes in figure.axes[:2]:
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert left < 1000 + POINTS[:, 0].min()
+        assert 1000 + POINTS[:, 0].max() < right
+        assert bottom < 1000 + POINTS[:, 1].min()
+        assert 1000 + POINTS[:, 1].max() < top
 
 
 def test_a_grid_shows_every_pixel_as_given(tmp_path):

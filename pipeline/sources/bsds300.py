@@ -14,7 +14,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class Settings(DatasetSettings):
     valid_count: int = 20_000
     test_count: int = 1_000_000
     valid_images: int = 20
+    drawn_as: ClassVar[str] = "patches"
 
     def __post_init__(self) -> None:
         super().__post_init__()

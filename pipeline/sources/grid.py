@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class Settings(DatasetSettings):
     train_count: int = 50_000
     valid_count: int = 5_000
     test_count: int = 10_000
+    drawn_as: ClassVar[str] = "grid"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,6 +39,7 @@ class Settings(DatasetSettings):
     train_count: int = 50_000
     valid_count: int = 2_000
     test_count: int = 5_000
+    drawn_as: ClassVar[str] = "patches"
 
     def __post_init__(self) -> None:
         super().__post_init__()
