@@ -206,7 +206,7 @@ def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
 def _verdict(part: pd.DataFrame) -> str:
     """The outcome of a data set in a sentence; empty where nothing is scored."""
     lines = [line for line in part.to_dict("records") if not is_missing(line["value"])]
-    models, controls = ([line for line in lines if line["kind"] == kind] for kind in ("model", "control"))
+    models = [line for line in lines if line["kind"] == "model"]
     if not models:
         return ""
     best = models[0]
@@ -214,7 +214,7 @@ def _verdict(part: pd.DataFrame) -> str:
     if not is_missing(best["against_control"]):
         gap = f"{abs(best['control_difference']):.1f} nats"
         words = {"better": f"{gap} above", "worse": f"{gap} below", "level": "level with"}[best["against_control"]]
-        text += f", {words} the best control ({controls[0]['row']})"
+        text += f", {words} the best control ({best['best_control']})"
     if not is_missing(best["gap_to_truth"]):
         text += f", {best['gap_to_truth']:.3f} nats short of the true density"
     if not is_missing(best["paper"]):

@@ -60,8 +60,9 @@ COLUMNS: Mapping[str, str] = {
     "value": "the score, in nats; higher is better",
     "error": "its standard error over test points",
     "group_error": "its standard error over the images that test patches come from",
-    "against_control": "`better`, `worse`, or `level`: within 2 standard errors of the best control",
-    "control_difference": "the score less the best control's",
+    "against_control": "`better`, `worse`, or `level`: within 2 standard errors of the best control of as many samples",
+    "best_control": "that control",
+    "control_difference": "the score less that control's",
     "paper": "the paper's value for this method, where the protocol is the same",
     "paper_error": "what stands after the paper's +-",
     "best_published": "the highest published score under the same protocol",
@@ -246,15 +247,15 @@ def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
-    """Sets a model's line beside the best control of the same data set and score."""
-    rivals = [c for c in controls if c["dataset"] == line["dataset"] and c["score"] == line["score"]]
+    """Sets a model's line beside the best control of the same data set, score and number of samples."""
+    rivals = [c for c in controls if all(c.get(key) == line.get(key) for key in ("dataset", "score", "samples"))]
     if line["kind"] == "control" or not rivals or line["value"] is None:
         return
     best = max(rivals, key=lambda c: float(c["value"]))
     difference = line["value"] - best["value"]
     error = math.hypot(line["error"] or 0.0, best["error"] or 0.0)
     word = "level" if abs(difference) <= 2 * error else "better" if difference > 0 else "worse"
-    line |= {"control_difference": difference, "against_control": word}
+    line |= {"control_difference": difference, "against_control": word, "best_control": best["row"]}
 
 
 def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -353,5 +354,5 @@ def as_text(board: pd.DataFrame) -> str:
         title = f"{dataset}: {', '.join(part['score'].drop_duplicates())}"
         blocks.append("\n".join([title, *(f"  {text.rstrip()}" for text in shown)]))
     if (board["kind"] == "control").any():
-        blocks.append("* control: images of the data set taken as samples. Level: within 2 standard errors.")
+        blocks.append("* control: images of the data set taken as samples; compared where n is the same. Level: within 2 standard errors.")
     return "\n\n".join(blocks)

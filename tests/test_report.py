@@ -144,7 +144,8 @@ def test_scoreboard_holds_models_and_controls_in_order(workspace):
     assert (iae["samples"], iae["components"], iae["latent_dim"]) == (4000, 30, 2)
     assert iae["seconds"] == 5 * 2.5
     assert (iae["autoencoder_parameters"], iae["density_parameters"]) == (1000, 100)
-    assert iae["control_difference"] == pytest.approx(264.0 - 233.0)
+    assert iae["control_difference"] == pytest.approx(264.0 - 224.0)
+    assert iae["best_control"] == "digits-training-images"
     assert "4,000 samples" in iae["protocol"]
     assert board.set_index("row").loc["grid-lde", "protocol"] == "mean log-density of 10,000 test vectors"
     assert "500 validation images" in iae["protocol"]
@@ -161,6 +162,17 @@ def test_against_control_takes_errors_into_account(tmp_path, monkeypatch):
     scores = json.loads(Path("reports/metrics/evaluate/digits-more.json").read_text())
     write("reports/metrics/evaluate/digits-more.json", scores | {"parzen_test_log_likelihood": 200.0})
     assert build_scoreboard(read_params()).set_index("row").loc["digits-more", "against_control"] == "worse"
+
+
+def test_controls_of_another_number_of_samples_give_no_verdict(workspace):
+    # 2,000 centroids score 233, above 4,000 training images.
+    verdict = render("report.md", read_params(), build_scoreboard(read_params()), [], HEAD).replace("\\", "")
+    assert "40.0 nats above the best control (digits-training-images)" in verdict
+    controls = parzen(224.0, "training_images_", 2000) | parzen(233.0, "kmeans_", 2000)
+    write("reports/metrics/control/digits.json", controls)
+    board = build_scoreboard(read_params()).set_index("row")
+    assert board[["against_control", "best_control", "control_difference"]].isna().all(axis=None)
+    assert board.loc["digits-kmeans", "value"] == 233.0
 
 
 def test_a_removed_row_vanishes_though_its_files_stay(workspace):
@@ -362,7 +374,7 @@ def test_markdown_links_lead_to_pictures(workspace):
     links = [link.replace("\\", "") for link in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)]
     assert len(links) == 10
     assert all(Path("reports", link).is_file() for link in links)
-    assert "| digits | digits-iae-lde | 264 ± 5 | ▲ better (+31.0)" in text.replace("\\", "")
+    assert "| digits | digits-iae-lde | 264 ± 5 | ▲ better (+40.0)" in text.replace("\\", "")
 
 
 def test_stages_tell_ran_from_cached(workspace):
