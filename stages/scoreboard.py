@@ -188,7 +188,8 @@ def _model(params: Params, name: str) -> dict[str, Any]:
         }
     line |= _quality(params, density.dataset, scored, "")
     score = "parzen" if line["score"] == PARZEN else "likelihood"
-    benchmark = benchmark_of(asdict(dataset), score, line.get("samples"))
+    counts = read_metrics("prepare", density.dataset)
+    benchmark = benchmark_of(asdict(dataset), score, counts, line.get("samples"), scored.get("parzen_protocol", ""))
     paper, best = paper_value(benchmark, asdict(autoencoder), asdict(density)), best_published(benchmark)
     if benchmark is not None:
         line["protocol"] += f"; comparable to {BENCHMARKS[benchmark].title}"
@@ -354,5 +355,7 @@ def as_text(board: pd.DataFrame) -> str:
         title = f"{dataset}: {', '.join(part['score'].drop_duplicates())}"
         blocks.append("\n".join([title, *(f"  {text.rstrip()}" for text in shown)]))
     if (board["kind"] == "control").any():
-        blocks.append("* control: images of the data set taken as samples; compared where n is the same. Level: within 2 standard errors.")
+        blocks.append(
+            "* control: images of the data set as samples, compared where n is the same. Level: within 2 standard errors."
+        )
     return "\n\n".join(blocks)

@@ -239,12 +239,41 @@ def test_dry_run_writes_nothing(workspace):
 # Published scores ----------------------------------------------------------------------------------------------------
 
 
+def compares(source: str, train: int, test: int, *window: object, **settings: object) -> str | None:
+    counts = {"train_examples": train, "test_examples": test}
+    return benchmark_of({"source": source, **settings}, "parzen" if window else "likelihood", counts, *window)
+
+
 def test_published_scores_need_the_same_protocol():
-    assert benchmark_of({"source": "mnist"}, "parzen", 10_000) == "mnist"
-    assert benchmark_of({"source": "mnist"}, "parzen", 4_000) is None
-    assert benchmark_of({"source": "digits5k"}, "parzen", 10_000) is None
-    assert benchmark_of({"source": "bsds300", "split": "maf"}, "likelihood", None) == "bsds300-maf"
-    assert benchmark_of({"source": "patches"}, "likelihood", None) is None
+    assert compares("mnist", 50_000, 10_000, 10_000, "gmmn") == compares("mnist", 55_000, 10_000, 10_000, "gmmn") == "mnist"
+    assert compares("mnist", 50_000, 10_000, 4_000, "gmmn") is None
+    assert compares("mnist", 50_000, 10_000, 10_000, "goodfellow") is None
+    assert compares("mnist", 10_000, 10_000, 10_000, "gmmn") is None  # --quick
+    assert compares("digits5k", 50_000, 10_000, 10_000, "gmmn") is None
+    assert compares("bsds300", 1_000_000, 250_000, split="maf") == "bsds300-maf"
+    assert compares("bsds300", 4_000_000, 1_000_000, split="rnade") == "bsds300-rnade"
+    assert compares("bsds300", 50_000, 20_000, split="rnade") is None  # --quick
+    assert compares("patches", 50_000, 1_000_000) is None
+    assert benchmark_of({"source": "bsds300", "split": "maf"}, "likelihood", {}) is None
+
+
+def test_stand_in_faces_are_not_the_toronto_face_database():
+    assert compares("tfd", 98_058, 835, 10_000, "tfd-authors", train_on="unlabelled") == "tfd"
+    assert compares("tfd", 98_058, 835, 10_000, "gmmn", train_on="unlabelled") is None
+    assert compares("tfd", 12_000, 835, 10_000, "tfd-authors", train_on="unlabelled") is None
+    assert compares("tfd", 100_983, 835, 10_000, "tfd-authors", train_on="all") is None
+
+
+@pytest.mark.parametrize(("train", "best"), [(50_000, 345.0), (10_000, None)])
+def test_the_board_looks_at_the_prepared_counts(train, best, workspace):
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    tables["datasets"]["digits"] = {"source": "mnist", "root": "raw"}
+    YAML().dump(tables, Path("params.yaml"))
+    write("reports/metrics/prepare/digits.json", {"train_examples": train, "valid_examples": 10_000, "test_examples": 10_000})
+    write("reports/metrics/evaluate/digits-ae-lde.json", parzen(330.0, samples=10_000))
+    line = build_scoreboard(read_params()).set_index("row").loc["digits-ae-lde"]
+    assert line["best_published"] == best or (best is None and pd.isna(line["best_published"]))
+    assert ("comparable to MNIST" in line["protocol"]) == (best is not None)
 
 
 def test_paper_values_follow_the_method():
