@@ -9,6 +9,8 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.settings import read_params
+from pipeline.settings import Params, read_params
 from stages.graph import Graph, stage_states
 from stages.page import description, render
 from stages.published import BENCHMARKS, PUBLISHED, benchmark_of, best_published, paper_value
@@ -276,17 +278,66 @@ def test_the_board_looks_at_the_prepared_counts(train, best, workspace):
     assert ("comparable to MNIST" in line["protocol"]) == (best is not None)
 
 
-def test_paper_values_follow_the_method():
-    identity, plain = {"objective": "identity"}, {"objective": "ae", "incremental": None}
-    incremental = {"objective": "ae", "incremental": {"mode": "linear"}}
-    lde = {"family": "lde", "components": 30}
-    assert paper_value("tfd", plain, lde).value == 2476
-    assert paper_value("tfd", incremental, lde).value == 2507
-    assert paper_value("bsds300-rnade", identity, lde).value == 158.02
-    assert paper_value("bsds300-rnade", identity, {"family": "lde", "components": 7}) is None
-    assert paper_value("bsds300-maf", identity, lde) is None  # the paper's split is RNADE's
-    assert paper_value("tfd", plain, {"family": "gaussian"}) is None
-    assert paper_value(None, plain, lde) is None
+def row(objective: str, family: str, autoencoder: Mapping[str, object] | None = None, **density: object) -> tuple[dict, dict]:
+    """Settings of an autoencoder and a density, with their defaults."""
+    more = {"latent_dim": 8, "blocks": 1, **(autoencoder or {})} if objective != "identity" else {}
+    source = "bsds300" if objective == "identity" else "mnist" if more["blocks"] == 1 else "tfd"
+    tables = {
+        "datasets": {"d": {"source": source, "root": "raw"}},
+        "autoencoders": {"a": {"dataset": "d", "objective": objective, **more}},
+        "densities": {"d": {"codes": "a", "dataset": "d", "family": family, **density}},
+    }
+    params = Params(tables)
+    return asdict(params.autoencoder("a")), asdict(params.density("d"))
+
+
+FACES = {"latent_dim": 15, "blocks": 2}
+OPENED = {"incremental": {"mode": "linear", "warm_up_epochs": 4}}
+
+
+@pytest.mark.parametrize(("benchmark", "settings", "value"), [
+    ("mnist", row("ae", "lde"), 326),
+    ("mnist", row("ae", "lde", OPENED), 326),
+    ("tfd", row("ae", "lde", FACES), 2476),
+    ("tfd", row("ae", "lde", FACES | OPENED), 2507),
+    ("mnist", row("ae", "lde", standardise="none", epochs=3, batch_size=9), 326),  # how it is trained is free
+    ("mnist", row("aae", "prior"), 340),
+    ("tfd", row("aae", "prior", FACES), 2252),
+    ("mnist", row("ae", "gmmn"), 282),
+    ("tfd", row("ae", "gmmn", FACES), 2204),
+    ("bsds300-rnade", row("identity", "lde"), 158.02),
+    ("bsds300-rnade", row("identity", "lde", components=100, standardise="cholesky"), 157.03),
+])  # fmt: skip
+def test_paper_values_follow_the_method(benchmark, settings, value):
+    assert paper_value(benchmark, *settings).value == value
+
+
+@pytest.mark.parametrize(("benchmark", "settings"), [
+    (None, row("ae", "lde")),
+    ("mnist", row("ae", "lde", {"latent_dim": 12})),
+    ("mnist", row("ae", "lde", {"base_channels": 32})),
+    ("mnist", row("ae", "lde", FACES)),
+    ("mnist", row("ae", "lde", {"incremental": {"mode": "nested_dropout"}})),
+    ("mnist", row("ae", "lde", components=10)),
+    ("mnist", row("ae", "lde", blocks="separate", width=96)),
+    ("mnist", row("ae", "lde", layers=4)),
+    ("mnist", row("ae", "lde", width=64)),
+    ("mnist", row("ae", "lde", channel_cap=16)),
+    ("mnist", row("ae", "lde", normalisation="batch")),
+    ("mnist", row("ae", "gaussian")),
+    ("mnist", row("vae", "lde")),
+    ("mnist", row("vae", "prior")),
+    ("mnist", row("aae", "lde")),
+    ("mnist", row("aae", "prior", {"prior": "two_normals"}, prior="two_normals")),
+    ("bsds300-rnade", row("identity", "lde", components=7)),
+    ("bsds300-rnade", row("identity", "lde", patch_orders=4)),
+    ("bsds300-maf", row("identity", "lde")),  # the paper's split is RNADE's
+])  # fmt: skip
+def test_other_networks_have_no_value_in_the_paper(benchmark, settings):
+    assert paper_value(benchmark, *settings) is None
+
+
+def test_the_best_published_score_is_that_of_the_benchmark():
     assert best_published("bsds300-maf").value == 159.80
     assert best_published(None) is None
     assert {p.benchmark for p in PUBLISHED} == set(BENCHMARKS)
