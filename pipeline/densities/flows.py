@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from pipeline.densities.density import Density, own_settings, standard_normal
 from pipeline.errors import DataError
@@ -118,8 +120,63 @@ class NormalisingFlow(Density):
         return value
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
-        z: Tensor = self.flow().transform.inv(standard_normal((n, self.dim), self.shift, generator))
+        z = standard_normal((n, self.dim), self.shift, generator)
+        inverse = _columnwise_inverse if self.family == "naf" and self.dim > 1 else _inverse
+        for transform in reversed(self.flow.transform.transforms):
+            z = inverse(transform, z)
         return z
+
+
+def _inverse(transform: Any, y: Tensor) -> Tensor:
+    x: Tensor = transform().inv(y)
+    return x
+
+
+def _columnwise_inverse(transform: Any, y: Tensor) -> Tensor:
+    r"""The inverse of an autoregressive transformation of NAF, :math:`x_i = f^{-1}(y_i; s(x_{<i}))`.
+
+    It equals zuko's, which bisects all D columns in each of D passes, where only one of them has all that it depends on.
+
+    Arguments:
+        transform: The transformation, zuko's `MaskedAutoregressiveTransform` of an `MNN`.
+        y: Its outputs, with shape (n, D).
+
+    Returns:
+        Its inputs, with shape (n, D), to the tolerance of zuko's bisection.
+    """
+    from zuko.transforms import MonotonicTransform
+
+    if not hasattr(transform, "hyper"):  # the soft clipping between two of them
+        return _inverse(transform, y)
+    *hidden, last = transform.hyper
+    weights = (last.mask * last.weight).unflatten(0, (y.shape[1], -1))  # (D, S, H)
+    biases = last.bias.unflatten(0, (y.shape[1], -1))  # (D, S)
+    x = torch.zeros_like(y)
+    for column in transform.order.argsort().tolist():
+        features = x
+        for layer in hidden:
+            features = layer(features)
+        signal = F.linear(features, weights[column], biases[column])  # (n, S)
+        f = _monotonic(transform.univariate.network, column, signal)
+        x[:, column] = MonotonicTransform(f).inv(y[:, column])
+    return x
+
+
+def _monotonic(network: Any, column: int, signal: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function of one column, (n) -> (n), from a stack of D monotonic networks, given its signal (n, S)."""
+    first, *rest = (
+        (layer.weight[column].abs(), layer.bias[column]) if hasattr(layer, "weight") else layer for layer in network
+    )
+    weight, bias = first
+    start = F.linear(signal, weight[:, 1:], bias)  # (n, H): what doesn't depend on the column's value
+
+    def f(x: Tensor) -> Tensor:
+        h = torch.addcmul(start, x[:, None], weight[:, 0])
+        for layer in rest:
+            h = F.linear(h, *layer) if isinstance(layer, tuple) else layer(h)
+        return h[:, 0]
+
+    return f
 
 
 Model = NormalisingFlow
