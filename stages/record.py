@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 import shutil
 import statistics
@@ -20,7 +19,17 @@ from pipeline.files import atomic_folder, write_json, write_text
 from pipeline.settings import Params, read_params
 from stages.run import one_line_errors
 
-__all__ = ["COLUMNS", "EXPERIMENTS", "METRICS", "Experiment", "Line", "markdown_tables", "read_lines", "scored_lines", "trials"]
+__all__ = [
+    "COLUMNS",
+    "EXPERIMENTS",
+    "METRICS",
+    "Experiment",
+    "Line",
+    "markdown_tables",
+    "read_lines",
+    "scored_lines",
+    "trials",
+]
 
 FOLDER = Path("reports/paper")
 RESULTS, README = "results.csv", "README.md"
@@ -66,6 +75,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 # Metric of results.csv -> (heading, metric of `evaluate`, its standard error there). {network} is that of the quality scores.
 METRICS: Mapping[str, tuple[str, str, str]] = {
     "test_log_likelihood": ("test log-likelihood, nats", "test_log_likelihood", "test_log_likelihood_se"),
+    # The same score's standard error over the images that test patches come from.
+    "test_log_likelihood_group_se": ("± over images", "test_log_likelihood_group_se", ""),
     "gap_to_truth": ("gap to the truth, nats", "gap_to_truth", ""),
     "samples_in_dropped_box": ("share in the dropped box", "samples_in_dropped_box", "samples_in_dropped_box_se"),
     "mmd_squared": ("squared MMD", "mmd_squared", ""),
@@ -76,6 +87,7 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
     "code_log_likelihood": ("log-likelihood of the codes, nats", "test_log_likelihood", "test_log_likelihood_se"),
     "test_mse": ("test MSE", "test_mse", "test_mse_se"),
 }
+IN_FEATURES = ("kid", "fid", "precision", "recall")  # their protocol is the network
 PARZEN = ("parzen_test_log_likelihood", "parzen_test_se")
 ERROR_KIND = {"kid": "standard error over subsets"}
 ERROR_KIND |= dict.fromkeys(("precision", "samples_in_dropped_box"), "standard error over samples")
@@ -93,8 +105,8 @@ class Line:
         error: What stands after +-; empty where there is none.
         error_kind: What the error is.
         seeds: Number of trials.
-        samples: Number of samples of the Parzen window or of the quality scores, or of test points scored.
-        protocol: Name of the protocol.
+        samples: Number of samples of the Parzen window or of the quality scores, or of test points or images scored.
+        protocol: Name of the protocol; of the quality scores, the network whose features they are taken in.
         minutes: Of train, extract, fit, sample and evaluate together, mean of the trials.
         cores: Cores that the runs could use.
         commit: Commit of the code that ran.
@@ -126,7 +138,8 @@ def record(experiment: str | None, names: Sequence[str], only_tables: bool, fold
     """Keep scores of evaluated rows in reports/paper, for git: results.csv, settings, metrics, curves, tables.
 
     NAME is a row of `densities`, or what its trials NAME-s0, NAME-s1 .. have in common: their mean is recorded, with its
-    standard error. A row of `controls` gives two lines. What was recorded of a row under the same protocol before is replaced.
+    standard error, or on BSDS300 with 2 standard deviations over trials, as in the paper. A row of `controls` gives two lines.
+    What was recorded of a row under the same protocol before is replaced.
     """
     with one_line_errors("record"):
         if not only_tables:
@@ -187,6 +200,8 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
 def _lines(
     params: Params, dataset: str, scores: list[dict[str, Any]], runs: list[list[dict[str, Any]]], experiment: str, row: str
 ) -> Iterator[Line]:
+    from stages.scoreboard import error_over_trials
+
     evaluation, settings = params.evaluation(dataset), params.dataset(dataset)
     network = evaluation.quality.network if evaluation.quality is not None else ""
     images = PARZEN[0] in scores[0]
@@ -210,19 +225,22 @@ def _lines(
             continue
         error = scores[0].get(error_key) if error_key else None
         kind = ERROR_KIND.get(metric, kind) if error is not None else ""
-        if len(values) > 1:
-            error = statistics.stdev(values) / math.sqrt(len(values))
-            kind = f"standard error over {len(values)} seeds"
-        in_features = metric in ("kid", "fid", "precision", "recall")
-        count = evaluation.quality.samples if in_features and evaluation.quality else scores[0].get("test_scored", "")
+        over_images = metric == "test_log_likelihood_group_se"
+        if len(values) > 1 and not over_images:
+            error, kind = error_over_trials(values, settings.source)
+        count = scores[0].get("test_groups" if over_images else "test_scored", "")
+        if metric in IN_FEATURES and evaluation.quality is not None:
+            count = evaluation.quality.samples
+        elif metric == "test_log_likelihood" and images:
+            count = scores[0]["parzen_samples"]
         yield Line(
             experiment, row, metric,
-            value=f"{statistics.fmean(values):.6g}",
+            value=f"{statistics.fmean(values):.{2 if over_images else 6}g}",
             error="" if error is None else f"{error:.2g}",
             error_kind=kind,
             seeds=str(len(values)),
-            samples=str(scores[0]["parzen_samples"] if images and metric == "test_log_likelihood" else count),
-            protocol=network if in_features else protocol,
+            samples=str(count and int(count)),  # metrics hold counts as 1000000.0
+            protocol=network if metric in IN_FEATURES else protocol,
             minutes=f"{minutes:.3g}",
             cores=str(cores),
             commit=" ".join(commits),
@@ -315,19 +333,19 @@ def markdown_tables(lines: Iterable[Line]) -> str:
         parts.append(f"## {known.title}")
         headed = [line for line in of if line.metric == "test_log_likelihood"] or of
         for protocol in dict.fromkeys(line.protocol for line in headed):
-            metrics = [m for m in METRICS if any(line.metric == m for line in of)]
+            columns = [c for m in METRICS for c in dict.fromkeys(_column(line) for line in of if line.metric == m)]
             rows = dict.fromkeys(line.row for line in headed if line.protocol == protocol)
             table = []
             for row in rows:
-                own = {line.metric: line for line in of if line.row == row and line.metric != "test_log_likelihood"}
-                own |= {line.metric: line for line in headed if line.row == row and line.protocol == protocol}
-                first = next(iter(own[m] for m in metrics if m in own and own[m].protocol == protocol))
-                cells = [_cell(own.get(metric)) for metric in metrics]
+                of_row = [line for line in of if line.row == row]
+                own = {_column(line): line for line in of_row if line.protocol == protocol or line.metric in IN_FEATURES}
+                first = next(iter(own[c] for c in columns if c in own and own[c].protocol == protocol))
+                cells = [_cell(own.get(column)) for column in columns]
                 table.append(
-                    (own.get(metrics[0], first), [f"`{row}`", *cells, first.seeds, first.samples, first.minutes, first.commit])
+                    (own.get(columns[0], first), [f"`{row}`", *cells, first.seeds, first.samples, first.minutes, first.commit])
                 )
             table.sort(key=lambda pair: -float(pair[0].value))
-            heads = ["row", *(METRICS[m][0] for m in metrics), "seeds", "samples or test points", "minutes", "commit"]
+            heads = ["row", *columns, "seeds", "samples or test points", "minutes", "commit"]
             kinds = dict.fromkeys(f"{line.error_kind}" for line in headed if line.protocol == protocol and line.error_kind)
             parts.append(f"Protocol `{protocol}`. Errors of the first column: {', '.join(kinds) or 'none'}.")
             parts.append(_table(heads, [cells for _, cells in table]))
@@ -337,6 +355,12 @@ def markdown_tables(lines: Iterable[Line]) -> str:
             rows_ = [[p.method, plus_minus(p.value, p.error), p.source] for p in published]
             parts.append(_table(["method", "test log-likelihood, nats", "source"], rows_))
     return "\n\n".join(parts)
+
+
+def _column(line: Line) -> str:
+    """Heading of the column that a line stands in; scores in the features of two networks never stand in one."""
+    heading = METRICS[line.metric][0]
+    return f"{heading} ({line.protocol})" if line.metric in IN_FEATURES else heading
 
 
 def _cell(line: Line | None) -> str:

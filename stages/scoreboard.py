@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "as_text",
     "build_scoreboard",
     "duration",
+    "error_over_trials",
     "headline",
     "plus_minus",
     "read_metrics",
@@ -257,6 +259,25 @@ def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
     error = math.hypot(line["error"] or 0.0, best["error"] or 0.0)
     word = "level" if abs(difference) <= 2 * error else "better" if difference > 0 else "worse"
     line |= {"control_difference": difference, "against_control": word, "best_control": best["row"]}
+
+
+def error_over_trials(values: Sequence[float], source: str) -> tuple[float, str]:
+    """What stands after the +- of a mean over trials, and what it is: the convention of the paper's table of that data.
+
+    Arguments:
+        values: A score of each trial, two or more.
+        source: Source of the data set: on `bsds300` 2 standard deviations of a trial, elsewhere the standard error of the mean.
+
+    Example:
+        >>> error_over_trials([155.0, 157.0, 159.0], "bsds300")
+        (4.0, '2 standard deviations over 3 trials')
+        >>> error_over_trials([325.0, 327.0], "mnist")
+        (1.0, 'standard error over 2 seeds')
+    """
+    deviation = statistics.stdev(values)
+    if source == "bsds300":
+        return 2 * deviation, f"2 standard deviations over {len(values)} trials"
+    return deviation / math.sqrt(len(values)), f"standard error over {len(values)} seeds"
 
 
 def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ TABLES = {
     "densities": {
         **{f"mnist-lde-s{i}": {"codes": f"mnist-ae-s{i}", "dataset": "mnist", "family": "lde", "seed": i} for i in range(3)},
         "bsds-lde": {"codes": "bsds", "dataset": "bsds", "family": "lde", "components": 10},
+        **{f"bsds-two-s{i}": {"codes": "bsds", "dataset": "bsds", "family": "lde", "seed": i} for i in range(2)},
     },
     "sampling": {"count": 10_000},
     "evaluations": {
@@ -66,8 +68,12 @@ def workspace(tmp_path, monkeypatch):
     write("reports/metrics/control/mnist.json", both)
     write("reports/metrics/train/bsds.json", {})
     write("reports/metrics/fit/bsds-lde.json", {"parameters": 10})
-    scores = {"test_log_likelihood": 156.039, "test_log_likelihood_se": 0.07, "test_scored": 1_000_000}
-    write("reports/metrics/evaluate/bsds-lde.json", scores)
+    scores = {"test_log_likelihood": 156.039, "test_log_likelihood_se": 0.07, "test_scored": 1e6}
+    over_images = {"test_log_likelihood_group_se": 3.9, "test_groups": 100}
+    write("reports/metrics/evaluate/bsds-lde.json", scores | over_images)
+    for i in range(2):
+        write(f"reports/metrics/fit/bsds-two-s{i}.json", {})
+        write(f"reports/metrics/evaluate/bsds-two-s{i}.json", scores | over_images | {"test_log_likelihood": 157.0 + i})
     return tmp_path
 
 
@@ -109,9 +115,35 @@ def test_settings_metrics_and_curves_are_kept_so_that_it_can_be_repeated(workspa
 
 def test_a_single_row_has_the_error_over_its_test_points(workspace):
     assert run("record", "bsds300", "bsds-lde").exit_code == 0
-    (line,) = lines()
+    line, over_images = lines()
     assert (line["value"], line["error"], line["error_kind"]) == ("156.039", "0.07", "standard error over patches")
     assert (line["protocol"], line["samples"], line["seeds"]) == ("rnade-split", "1000000", "1")
+    assert [over_images[key] for key in ("metric", "value", "error", "samples")] == [
+        "test_log_likelihood_group_se", "3.9", "", "100",
+    ]  # fmt: skip
+    text = Path("reports/paper/README.md").read_text()
+    assert "| row | test log-likelihood, nats | ± over images | seeds |" in text
+    assert "| `bsds-lde` | 156.039 ± 0.070 | 3.9 | 1 | 1000000 |" in text
+
+
+def test_trials_on_bsds300_have_two_standard_deviations_as_in_the_paper(workspace):
+    assert run("record", "bsds300", "bsds-two").exit_code == 0
+    line, over_images = lines()
+    assert (line["value"], line["error"], line["error_kind"]) == ("157.5", "1.4", "2 standard deviations over 2 trials")
+    assert (over_images["value"], over_images["error"], over_images["seeds"]) == ("3.9", "", "2")
+
+
+def test_scores_in_the_features_of_two_networks_stand_in_two_columns(workspace):
+    run("record", "mnist-parzen", "mnist-lde")
+    first = read_lines(Path("reports/paper"))
+    other = [replace(line, value="0.7", protocol="vgg19") for line in first if line.metric == "kid"]
+    for kept in ([*first, *other], [*other, *first]):
+        head, _, row = markdown_tables(kept).splitlines()[4:7]
+        cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+        assert cells["KID (classifier)"].startswith("0.1")
+        assert cells["KID (vgg19)"].startswith("0.7")
+        assert "precision (vgg19)" not in cells
+        assert "KID" not in cells
 
 
 def test_a_control_gives_two_lines(workspace):
@@ -134,7 +166,9 @@ def test_what_was_recorded_before_is_replaced_and_the_rest_stays(workspace):
     )
     run("record", "bsds300", "bsds-lde")
     assert len(lines()) == before + 1
-    assert [line["value"] for line in lines() if line["experiment"] == "bsds300"] == ["151"]
+    assert [line["value"] for line in lines() if line["metric"] == "test_log_likelihood" and line["row"] == "bsds-lde"] == [
+        "151"
+    ]
 
 
 def test_tables_stand_beside_the_published_scores_and_prose_stays(workspace):
@@ -184,4 +218,5 @@ def test_the_readme_holds_the_tables_of_its_lines():
     kept = read_lines(ROOT / "reports/paper")
     assert {line.metric for line in kept} <= set(METRICS)
     assert {line.experiment for line in kept} <= set(EXPERIMENTS)
+    assert all(line.samples.isdecimal() for line in kept)
     assert markdown_tables(kept) in (ROOT / "reports/paper/README.md").read_text()
