@@ -21,9 +21,10 @@ from pipeline.ranks import Ranks
 from pipeline.settings import DensitySettings, implementation
 from pipeline.training import Checkpoint, Step, Trainable, Training, train
 
-__all__ = ["cholesky_factor", "fit_density", "log_likelihood", "score_codes"]
+__all__ = ["cholesky_factor", "discrepancy", "fit_density", "log_likelihood", "score_codes"]
 
 VALID_CODES = 100_000  # codes that steer the choice of the epoch, at most
+DISCREPANCY_CODES = 2_000  # the same of a family without likelihood, whose cost grows with their square
 ESTIMATE_CODES = 100_000  # validation codes that a family without gradient may choose on, at most
 
 
@@ -61,6 +62,13 @@ def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks 
     return moments.result()
 
 
+@torch.no_grad()
+def discrepancy(density: Density, blocks: Iterable[np.ndarray], seed: int) -> float:
+    """How far as many samples, drawn from the seed, are from blocks of codes (n, D): a squared maximum mean discrepancy."""
+    codes = torch.from_numpy(np.concatenate(list(blocks))).to(density.shift.device)
+    return float(density.discrepancy(codes, torch.Generator().manual_seed(seed)))
+
+
 def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor) -> Tensor:
     """The lower triangular L with L L^T the covariance of codes.
 
@@ -96,7 +104,11 @@ def fit_density(
     label: str = "fitting",
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Density, Training]:
-    """Fits a density on cached codes, and keeps the weights of the epoch with the best validation likelihood.
+    """Fits a density on cached codes, and keeps the weights of the best validation.
+
+    The best has the highest mean log-likelihood of validation codes, `valid_log_likelihood`; of a family without likelihood
+    the lowest squared discrepancy between them and as many samples of the same noise each time, kept with its sign turned as
+    `valid_minus_squared_mmd`.
 
     Arguments:
         settings: A row of `densities`.
@@ -137,9 +149,12 @@ def fit_density(
     def prepare(arrays: dict[str, Any]) -> dict[str, Tensor]:
         return {"codes": torch.from_numpy(arrays["codes"]).to(ranks.device)}
 
+    best = "valid_log_likelihood" if density.has_log_prob else "valid_minus_squared_mmd"
+
     def validate() -> dict[str, float]:
-        mean = log_likelihood(density, _first(codes, "valid", VALID_CODES), ranks).mean
-        return {"valid_log_likelihood": mean}
+        if density.has_log_prob:
+            return {best: log_likelihood(density, _first(codes, "valid", VALID_CODES), ranks).mean}
+        return {best: -discrepancy(density, _first(codes, "valid", DISCREPANCY_CODES), settings.seed)}
 
     training = train(
         _Fit(density),
@@ -149,8 +164,8 @@ def fit_density(
         prepare=prepare,
         label=label,
         checkpoint=checkpoint,
-        validate=validate if density.has_log_prob else None,
-        best="valid_log_likelihood" if density.has_log_prob else None,
+        validate=validate,
+        best=best,
         validate_steps=settings.validate_steps,
         max_minutes=settings.max_minutes,
     )

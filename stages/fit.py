@@ -23,8 +23,8 @@ SCORED = 20_000  # codes of a split that are scored here, at most, the first; ev
 def fit(run: Run, settings: DensitySettings) -> None:
     """Fit a density on cached codes: the latent density estimator (LDE) or one of its rivals.
 
-    NAME is a row of `densities`. The epoch with the best validation likelihood is kept. A killed run goes on from its last
-    checkpoint.
+    NAME is a row of `densities`. The epoch with the best validation likelihood is kept; of a family without likelihood, the one
+    whose samples are closest to validation codes. A killed run goes on from its last checkpoint.
     """
     from pipeline.codes import CodeReader
     from pipeline.densities.gmm import GaussianMixture
@@ -57,6 +57,8 @@ def fit(run: Run, settings: DensitySettings) -> None:
         run.metrics({"components": density.components})  # chosen from those that the settings list
     if training.best:
         run.metrics({"best_epoch": training.best["epoch"]})
+        if not density.has_log_prob:
+            run.metrics({key: value for key, value in training.best.items() if key.startswith("valid_")})
     validations = {int(row["step"]): row for row in training.validations}
     rows = {int(row["step"]): row for row in training.curve}
     # One table by step: losses and validations that fall on the same step share a row.

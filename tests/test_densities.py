@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.densities import ALIASES, Density, load_density, mixtures
+from pipeline.densities import ALIASES, Density, gmmn, load_density, mixtures
 from pipeline.densities.flows import NormalisingFlow
 from pipeline.densities.gaussian import Gaussian
 from pipeline.densities.gmm import GaussianMixture
@@ -269,12 +269,15 @@ def test_naf_bisects_each_column_once_and_finds_what_zuko_finds(dim, residual):
     torch.testing.assert_close(back, noise, rtol=0, atol=1e-4)
 
 
-def test_discrepancy_equals_its_sum():
+def test_discrepancy_equals_its_sum(monkeypatch):
     torch.manual_seed(0)
     x, y = torch.randn(6, 3).double(), torch.randn(9, 3).double() + 1
     k = lambda a, b: sum(torch.exp(-torch.cdist(a, b).square() / (2 * h * h)) for h in (0.5, 2.0))  # noqa: E731
     expected = k(x, x).mean() - 2 * k(x, y).mean() + k(y, y).mean()
     torch.testing.assert_close(squared_discrepancy(x, y, (0.5, 2.0)), expected)
+    monkeypatch.setattr(gmmn, "CHUNK_EXAMPLES", 4)
+    with torch.no_grad():
+        torch.testing.assert_close(squared_discrepancy(x, y, (0.5, 2.0)), expected)
     assert squared_discrepancy(x, x, (0.5, 2.0)).item() == pytest.approx(0, abs=1e-12)
 
 

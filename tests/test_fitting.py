@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline import fitting
 from pipeline.codes import CodeIndex, CodeReader, Moments, write_index, write_part
-from pipeline.errors import DataError
-from pipeline.fitting import cholesky_factor, fit_density, log_likelihood
+from pipeline.errors import DataError, PipelineError
+from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
 from pipeline.ranks import join
 from pipeline.settings import DensitySettings, build, implementation
+from pipeline.training import Checkpoint
 
 
 def write(folder: Path, train: np.ndarray) -> CodeReader:
@@ -71,3 +75,34 @@ def test_whitened_codes_start_near_the_gaussian_and_the_file_says_so(tmp_path: P
     assert torch.equal(loaded.log_prob(points), density.log_prob(points))
     assert loaded.factor is not None
     assert training.best["valid_log_likelihood"] > -13  # -11.0 for the Gaussian; -29 with independent dimensions
+
+
+GMMN = {"epochs": 6, "batch_size": 50, "learning_rate": 0.1, "hidden": [8], "noise_dim": 3}  # so fast that it gets worse again
+
+
+def test_gmmn_keeps_the_epoch_with_the_least_discrepancy(tmp_path: Path) -> None:
+    codes = correlated(300)
+    density, training = fit_density(row("gmmn", **GMMN), write(tmp_path, codes), join())
+    scores = [validation["valid_minus_squared_mmd"] for validation in training.validations]
+    assert [validation["epoch"] for validation in training.validations] == [1, 2, 3, 4, 5, 6]
+    assert training.best["valid_minus_squared_mmd"] == max(scores) > scores[-1]
+    assert not any("likelihood" in key for key in training.best)
+    assert -discrepancy(density, [codes[:100], codes[100:]], seed=0) == max(scores)
+
+
+def test_gmmn_stopped_and_resumed_keeps_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = write(tmp_path / "codes", correlated(300))
+    whole, expected = fit_density(row("gmmn", **GMMN), reader, join())
+    checkpoint = Checkpoint(tmp_path / "checkpoint", {})
+
+    def stopped(*arguments: object) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return discrepancy(*arguments)
+
+    monkeypatch.setattr(fitting, "discrepancy", stopped)
+    with pytest.raises(PipelineError, match="stopped by SIGTERM at step 6"):
+        fit_density(row("gmmn", **GMMN), reader, join(), checkpoint=checkpoint)
+    monkeypatch.undo()
+    resumed, training = fit_density(row("gmmn", **GMMN), reader, join(), checkpoint=checkpoint)
+    assert (training.resumed_at, training.validations) == (6, expected.validations)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))

@@ -192,6 +192,10 @@ class Density(nn.Module):
             self.train(training)
         return samples
 
+    def discrepancy(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+        """How far samples are from codes, with shape (): what a family without likelihood is validated by."""
+        raise NotImplementedError
+
     def estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int = 0) -> None:
         """Fits a family that isn't trained by gradient.
 

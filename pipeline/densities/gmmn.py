@@ -16,10 +16,12 @@ from pipeline.settings import DensitySettings, check_that
 
 __all__ = ["MomentMatchingNetwork", "Settings", "build", "squared_discrepancy"]
 
+CHUNK_EXAMPLES = 512  # rows of the kernel matrix computed at once where there is no gradient
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(DensitySettings):
-    """A generative moment matching network; it has no likelihood.
+    """A generative moment matching network; it has no likelihood: what chooses the epoch is `discrepancy` on validation codes.
 
     Attributes:
         noise_dim: Dimensions of the uniform noise.
@@ -63,10 +65,14 @@ def squared_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Te
         tensor(0.7869)
     """
     both = torch.cat([x, y])
+    rows = max(len(both), 1) if torch.is_grad_enabled() else CHUNK_EXAMPLES
     signs = torch.cat([x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), -1 / len(y))])
     squares = both.square().sum(dim=1)
-    distances = (squares[:, None] + squares - 2 * both @ both.T).clamp_min(0)
-    return sum((signs @ torch.exp(distances / (-2 * h * h)) @ signs for h in bandwidths), start=x.new_zeros(()))
+    total = x.new_zeros(())
+    for part, square, sign in zip(both.split(rows), squares.split(rows), signs.split(rows), strict=True):
+        distances = (square[:, None] + squares - 2 * part @ both.T).clamp_min(0)
+        total = sum((sign @ torch.exp(distances / (-2 * h * h)) @ signs for h in bandwidths), start=total)
+    return total
 
 
 class MomentMatchingNetwork(Density):
@@ -128,6 +134,15 @@ class MomentMatchingNetwork(Density):
         with torch.autocast(z.device.type, enabled=False):  # a small difference of large sums
             value = squared_discrepancy(self._standardised(z), samples.to(z.dtype), self.bandwidths)
         return value.clamp_min(1e-12).sqrt()
+
+    def discrepancy(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+        """Squared maximum mean discrepancy, in float64, between codes and as many samples, with the bandwidths of the loss.
+
+        Arguments:
+            z: The codes in the units of the data, with shape (B, D).
+            generator: Source of the samples' noise.
+        """
+        return squared_discrepancy(self._standardised(z).double(), self._sample(len(z), generator).double(), self.bandwidths)
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
         return self._generate(n, generator)
