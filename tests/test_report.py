@@ -445,7 +445,38 @@ def test_hostile_words_are_escaped(tmp_path, monkeypatch):
     assert not re.search(r"(?<!\\)<", markdown)
     tables = [line for line in markdown.splitlines() if line.startswith("| digits |")]
     assert tables
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 11 for line in tables)
+    head = next(line for line in markdown.splitlines() if line.startswith("| data set |"))
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {head.count("|")}
+
+
+def scoreboard_cells() -> dict[str, dict[str, str]]:
+    """Row -> column -> cell, of the first table of report.md with a column for rows."""
+    text = Path("reports/report.md").read_text(encoding="utf-8").replace("\\", "")
+    table = text[text.index("| data set | row |") :].split("\n\n")[0].splitlines()
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table if not line.startswith("|---"))
+    return {row[1]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_markdown_shows_every_column_that_a_row_fills(workspace):
+    assert command().exit_code == 0
+    cells = scoreboard_cells()
+    assert [cells["grid-lde"][key] for key in ("gap to truth", "n", "seconds", "parameters, density")] == [
+        "0.200",
+        "–",
+        "12",
+        "100",
+    ]
+    assert [cells["digits-ae-lde"][key] for key in ("gap to truth", "n", "bandwidth")] == ["–", "4,000", "0.18"]
+    assert cells["digits-ae-lde"]["parameters, autoencoder"] == "1,000"
+    assert cells["digits-kmeans (control)"]["peak memory, MiB"] == "100"
+    assert not {"± over images", "in dropped box", "MMD²"} & set(cells["grid-lde"])
+    scores = {"test_log_likelihood": -3.3, "test_log_likelihood_se": 0.01, "test_scored": 1e4}
+    more = {"test_log_likelihood_group_se": 3.9, "samples_in_dropped_box": 0.0123, "mmd_squared": 0.002}
+    write("reports/metrics/evaluate/grid-lde.json", scores | more)
+    assert command().exit_code == 0
+    found = scoreboard_cells()["grid-lde"]
+    assert [found[key] for key in ("± over images", "in dropped box", "MMD²")] == ["3.9", "1.23%", "0.002"]
+    assert "gap to truth" not in found
 
 
 def test_markdown_links_lead_to_pictures(workspace):
