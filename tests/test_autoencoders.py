@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -183,6 +184,14 @@ def test_the_second_head_starts_at_zero_and_needs_to_be_asked_for():
     assert not log_variance.any()
     with pytest.raises(TypeError, match="variational"):
         small().encoder.moments(images)
+
+
+def test_log_variances_are_bounded_smoothly():
+    encoder = small(variational=True).encoder
+    images = torch.rand(3, 1, 8, 8, generator=generator())
+    for bias, expected in ((1e6, 10.0), (-1e6, -10.0), (10.0, 10 * math.tanh(1.0)), (0.01, 0.01)):
+        torch.nn.init.constant_(encoder.log_variance_head.bias, bias)
+        torch.testing.assert_close(encoder.moments(images)[1], torch.full((3, 3), expected), rtol=1e-5, atol=1e-5)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

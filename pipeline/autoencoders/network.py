@@ -19,6 +19,8 @@ __all__ = ["Autoencoder", "Decoder", "Encoder", "filter_side", "image_side"]
 BatchNormGain = Literal["paper", "ones"]
 OutputRange = Literal["sigmoid", "tanh"]
 
+LOG_VARIANCE_BOUND = 10.0  # deviations between 0.007 and 148
+
 
 def image_side(blocks: int, filter_side: int) -> int:
     """Side of the images, S * 2^(N+1) pixels for N blocks and the filter side S.
@@ -172,11 +174,16 @@ class Encoder(_Half):
         return features
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the variational posterior, each with shape (B, D)."""
+        r"""Mean and log-variance of the variational posterior, each with shape (B, D).
+
+        The log-variance l that the head gives is bounded as :math:`10 \tanh(l / 10)`: in the first steps nothing else keeps it from
+        growing until the noise overflows, least of all with a divergence of small weight.
+        """
         if self.log_variance_head is None:
             raise TypeError("this encoder has no log-variances: it was built with variational=False")
         features = self.features(images)
-        return self._read(self.head, features), self._read(self.log_variance_head, features)
+        log_variance = self._read(self.log_variance_head, features)
+        return self._read(self.head, features), LOG_VARIANCE_BOUND * torch.tanh(log_variance / LOG_VARIANCE_BOUND)
 
     @staticmethod
     def _read(head: nn.Conv2d, features: Tensor) -> Tensor:
