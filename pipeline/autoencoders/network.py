@@ -176,8 +176,8 @@ class Encoder(_Half):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         r"""Mean and log-variance of the variational posterior, each with shape (B, D).
 
-        The log-variance l that the head gives is bounded as :math:`10 \tanh(l / 10)`: in the first steps nothing else keeps it from
-        growing until the noise overflows, least of all with a divergence of small weight.
+        The log-variance l that the head gives is bounded as :math:`10 \tanh(l / 10)`: in the first steps nothing else keeps it
+        from growing until the noise overflows, least of all with a divergence of small weight.
         """
         if self.log_variance_head is None:
             raise TypeError("this encoder has no log-variances: it was built with variational=False")
