@@ -137,8 +137,8 @@ class Line:
 def record(experiment: str | None, names: Sequence[str], only_tables: bool, folder: Path, params_file: str) -> None:
     """Keep scores of evaluated rows in reports/paper, for git: results.csv, settings, metrics, curves, tables.
 
-    NAME is a row of `densities`, or what its trials NAME-s0, NAME-s1 .. have in common: their mean is recorded, with its
-    standard error, or on BSDS300 with 2 standard deviations over trials, as in the paper. A row of `controls` gives two lines.
+    NAME is a row of `densities` or of `controls`, or what its trials NAME-s0, NAME-s1 .. have in common: their mean is recorded, with its
+    standard error, or on BSDS300 with 2 standard deviations over trials, as in the paper. A control gives two lines.
     What was recorded of a row under the same protocol before is replaced.
     """
     with one_line_errors("record"):
@@ -156,17 +156,17 @@ def record(experiment: str | None, names: Sequence[str], only_tables: bool, fold
 # Scores -> lines ----------------------------------------------------------------------------------------------------
 
 
-def trials(params: Params, name: str) -> list[str]:
-    """The rows of `densities` that a name stands for: itself, or NAME-s0, NAME-s1 ..
+def trials(params: Params, name: str) -> tuple[str, list[str]]:
+    """What a name stands for: `densities` or `controls`, and the row itself, or NAME-s0, NAME-s1 ..
 
     Raises:
         PipelineError: When there is none.
     """
-    rows = params.rows("densities")
-    found = [name] if name in rows else [row for row in rows if re.fullmatch(rf"{re.escape(name)}-s\d+", row)]
-    if not found:
-        raise PipelineError(f"{name} is neither a row of densities or controls nor what the names of trials begin with")
-    return found
+    for table in ("densities", "controls"):
+        rows = params.rows(table)
+        if found := [name] if name in rows else [row for row in rows if re.fullmatch(rf"{re.escape(name)}-s\d+", row)]:
+            return table, found
+    raise PipelineError(f"{name} is neither a row of densities or controls nor what the names of trials begin with")
 
 
 def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
@@ -177,14 +177,17 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
     """
     from stages.scoreboard import CONTROLS, read_metrics, read_run
 
-    if name in params.rows("controls"):
-        dataset = params.control(name).dataset
-        scores, run = read_metrics("control", name), [[read_run("control", name)]]
+    table, rows = trials(params, name)
+    if table == "controls":
+        dataset = params.control(rows[0]).dataset
+        runs = [[read_run("control", row)] for row in rows]
         for prefix, label in CONTROLS.items():
-            own = {key.removeprefix(f"{prefix}_"): value for key, value in scores.items() if key.startswith(f"{prefix}_")}
-            yield from _lines(params, dataset, [own], run, experiment, f"{name}-{label}")
+            every = [read_metrics("control", row) for row in rows]
+            own = [
+                {k.removeprefix(f"{prefix}_"): v for k, v in scores.items() if k.startswith(f"{prefix}_")} for scores in every
+            ]
+            yield from _lines(params, dataset, own, runs, experiment, f"{name}-{label}")
         return
-    rows = trials(params, name)
     scores_of: list[dict[str, Any]] = []
     runs = []
     for row in rows:
@@ -286,18 +289,18 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
     from stages import workspace
     from stages.scoreboard import read_metrics, read_run
 
-    stages: list[tuple[str, str]] = [("control", name)]
     tables: dict[str, Any] = {"datasets": [], "controls": [], "autoencoders": [], "densities": [], "evaluations": []}
-    if name in params.rows("controls"):
-        tables["controls"].append(name)
-        dataset = params.control(name).dataset
+    table, rows = trials(params, name)
+    tables[table] = rows
+    if table == "controls":
+        datasets = [params.control(row).dataset for row in rows]
+        stages = [("control", row) for row in rows]
     else:
-        rows = trials(params, name)
-        tables["densities"], dataset = rows, params.density(rows[0]).dataset
+        datasets = [params.density(row).dataset for row in rows]
         tables["autoencoders"] = list(dict.fromkeys(params.density(row).codes for row in rows))
         stages = [("train", codes) for codes in tables["autoencoders"]]
         stages += [(stage, row) for row in rows for stage in ("fit", "evaluate")]
-    tables["datasets"] = tables["evaluations"] = [dataset]
+    tables["datasets"] = tables["evaluations"] = list(dict.fromkeys(datasets))
     chosen = {table: {row: params.tables[table][row] for row in rows} for table, rows in tables.items()}
     chosen["sampling"] = dict(params.tables["sampling"])
     with atomic_folder(target) as folder:
@@ -314,7 +317,18 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
 
 
 def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: run[key] for key in ("seconds", "cores", "peak_memory_mib", "commit", "finished", "inputs") if key in run}
+    kept = (
+        "seconds",
+        "training_seconds",
+        "examples_seen",
+        "validations",
+        "cores",
+        "peak_memory_mib",
+        "commit",
+        "finished",
+        "inputs",
+    )
+    return {key: run[key] for key in kept if key in run}
 
 
 # Lines -> tables ----------------------------------------------------------------------------------------------------
