@@ -137,9 +137,9 @@ class Line:
 def record(experiment: str | None, names: Sequence[str], only_tables: bool, folder: Path, params_file: str) -> None:
     """Keep scores of evaluated rows in reports/paper, for git: results.csv, settings, metrics, curves, tables.
 
-    NAME is a row of `densities` or of `controls`, or what its trials NAME-s0, NAME-s1 .. have in common: their mean is recorded, with its
-    standard error, or on BSDS300 with 2 standard deviations over trials, as in the paper. A control gives two lines.
-    What was recorded of a row under the same protocol before is replaced.
+    NAME is a row of `densities` or of `controls`, or what its trials NAME-s0, NAME-s1 .. have in common: their mean is
+    recorded, with its standard error, or on BSDS300 with 2 standard deviations over trials, as in the paper. A control gives
+    two lines. What was recorded of a row under the same protocol before is replaced.
     """
     with one_line_errors("record"):
         if not only_tables:
