@@ -134,7 +134,7 @@ def fit_density(
         density.standardise(mean, cholesky_factor(codes.stream("train")(), mean))
     density.to(ranks.device)
     if not density.trained_by_gradient:
-        return density, _estimate(density, codes, settings)
+        return density, _estimate(density, codes, settings, ranks, label)
 
     batches = Batches(
         lambda number: codes.load("train", number),
@@ -176,18 +176,30 @@ def _first(codes: CodeReader, split: str, limit: int) -> Iterator[np.ndarray]:
     return (block["codes"] for block in codes.blocks(split, limit))
 
 
-def _estimate(density: Density, codes: CodeReader, settings: DensitySettings) -> Training:
+def _estimate(density: Density, codes: CodeReader, settings: DensitySettings, ranks: Ranks, label: str) -> Training:
     started = time.monotonic()
     device = density.shift.device
-    with Progress(1, f"estimating {settings.family}", unit="fit") as progress:
+    tried: dict[str, float] = {}
+    over = False
+    limit = settings.max_minutes * 60 or math.inf
+    with Progress(density.candidates, label, unit="fits", quiet=not ranks.first, seconds=limit) as progress:
+
+        def proceed(name: str, value: float) -> bool:
+            nonlocal over
+            tried[f"valid_log_likelihood of {name}"] = value
+            progress.advance(1, **tried)
+            over = bool(ranks.greatest(time.monotonic() - started >= limit)[0])  # all ranks stop at the same candidate
+            return not over
+
         blocks: Callable[[], Iterable[Tensor]] = lambda: (  # noqa: E731
             torch.from_numpy(b).to(device) for b in codes.stream("train")()
         )
         valid = torch.from_numpy(np.concatenate(list(_first(codes, "valid", ESTIMATE_CODES)))).to(device)
-        density.estimate(blocks, valid, settings.seed)
-        progress.advance()
+        density.estimate(blocks, valid, settings.seed, proceed)
     density.eval()
     training = Training(steps=1, examples=codes.index.count("train"), seconds=time.monotonic() - started)
+    if over and len(tried) < density.candidates:
+        training.ended_by = "max_minutes"
     if density.has_log_prob:
         value = log_likelihood(density, _first(codes, "valid", VALID_CODES)).mean
         training.validations = [{"step": 1, "epoch": 1.0, "valid_log_likelihood": value}]

@@ -60,13 +60,13 @@ class Progress:
         if self._bar is not None:
             self._bar.total = total
             if values:
-                self._bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}, refresh=False)
+                self._bar.set_postfix({k: _shown(v) for k, v in values.items()}, refresh=False)
             self._bar.update(count)
             return
         if now - self._logged >= LOG_SECONDS:
             self._logged = now
             left = max(total - self.done, 0) / rate
-            shown = "".join(f", {k} {v:.4g}" if isinstance(v, float) else f", {k} {v}" for k, v in values.items())
+            shown = "".join(f", {k} {_shown(v)}" for k, v in values.items())
             print(
                 f"{self.label}: {self.done}/{total} {self.unit}, {rate:.4g} {self.unit}/s, {left:.0f} s left{shown}",
                 file=sys.stderr,
@@ -88,7 +88,7 @@ class Progress:
         if self.quiet or not values or time.monotonic() - self._logged < LOG_SECONDS:
             return
         self._logged = time.monotonic()
-        shown = ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+        shown = ", ".join(f"{k} {_shown(v)}" for k, v in values.items())
         line = f"{self.label}: {self.done}/{self._expected(self._logged)} {self.unit}, {shown}"
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
@@ -101,6 +101,10 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _shown(value: float | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def track(blocks: Iterable[Block], total: int, label: str, unit: str = "images", quiet: bool = False) -> Iterator[Block]:

@@ -289,7 +289,7 @@ class DensitySettings(TrainingSettings):
             prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
             such as pixels. The log-determinant is added back in every likelihood.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
-            on the speed of the machine.
+            on the speed of the machine. `gmm` reads the clock between two numbers of Gaussians.
         validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.
         shuffle_examples: Codes held in memory for shuffling, in a window of whole files that is drawn from at random.
     """

@@ -411,6 +411,11 @@ def train(
         model.train()
         progress.note(**values)
 
+    def latest() -> dict[str, float]:
+        # Beside each loss, since the line of a validation is left out soon after another.
+        row = record.validations[-1] if record.validations else {}
+        return {name: value for name, value in row.items() if name not in ("step", "epoch")}
+
     left = max_minutes * 60 - record.seconds if max_minutes else math.inf
     progress = Progress(total, label, unit="steps", initial=index, quiet=not ranks.first, seconds=left)
     with _signals() as received, progress:
@@ -459,7 +464,7 @@ def train(
                         | (extra(step) if extra is not None else {})
                     )
                     sums, summed = {}, 0
-                progress.advance(1, loss=shown)
+                progress.advance(1, loss=shown, **latest())
                 record.seconds = time.monotonic() - started + seconds_before
                 if max_minutes and ranks.greatest(record.seconds / 60)[0] >= max_minutes:
                     ended, record.ended_by = True, "max_minutes"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import fitting
+from pipeline import fitting, progress
 from pipeline.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 from pipeline.errors import DataError, PipelineError
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
@@ -75,6 +75,27 @@ def test_whitened_codes_start_near_the_gaussian_and_the_file_says_so(tmp_path: P
     assert torch.equal(loaded.log_prob(points), density.log_prob(points))
     assert loaded.factor is not None
     assert training.best["valid_log_likelihood"] > -13  # -11.0 for the Gaussian; -29 with independent dimensions
+
+
+@pytest.mark.parametrize(("max_minutes", "tried", "ended_by"), [(0.0, [1, 2], "epochs"), (1e-9, [1], "max_minutes")])
+def test_gmm_reads_the_clock_between_candidates_and_tells_of_each(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    max_minutes: float,
+    tried: list[int],
+    ended_by: str,
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    codes = np.concatenate([correlated(300), correlated(300) + 50])
+    settings = row("gmm", components=[1, 2], max_minutes=max_minutes)
+    density, training = fit_density(settings, write(tmp_path, codes), join(), "fitting")
+    value = training.best["valid_log_likelihood"]
+    assert (density.arguments["components"], training.ended_by) == ([tried[-1]], ended_by)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(tried)
+    assert [f"of {k} Gaussians" in lines[-1] for k in (1, 2)] == [k in tried for k in (1, 2)]
+    assert float(lines[-1].rsplit(" ", 1)[1]) == pytest.approx(value, abs=1e-3)
 
 
 GMMN = {"epochs": 6, "batch_size": 50, "learning_rate": 0.1, "hidden": [8], "noise_dim": 3}  # so fast that it gets worse again

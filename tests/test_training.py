@@ -301,6 +301,17 @@ def test_a_time_limit_ends_training_with_a_validation() -> None:
     assert (record.ended_by, record.steps, len(record.validations)) == ("max_minutes", 1, 1)
 
 
+def test_the_latest_validation_stands_beside_each_loss(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.progress.LOG_SECONDS", 0.0)
+    _, record = run()
+    lines = [line for line in capsys.readouterr().err.splitlines() if " left, loss " in line]
+    assert len(lines) == record.steps
+    shown = [line.partition(", score ")[2] for line in lines]
+    assert shown == [""] * 5 + [f"{row['score']:.6g}" for row in record.validations[:3] for _ in range(5)]
+
+
 # Golden curve ---------------------------------------------------------------------------------------------------------
 
 GOLDEN = [0.173793, 0.165923, 0.156134, 0.142392, 0.124362, 0.104851, 0.0879579, 0.0727064]

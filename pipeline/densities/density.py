@@ -22,7 +22,9 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.files import atomic_file
 from pipeline.settings import DensitySettings
 
-__all__ = ["Density", "dropout_mask", "load_density", "own_settings", "standard_normal", "uniform"]
+__all__ = ["Density", "Proceed", "dropout_mask", "load_density", "own_settings", "standard_normal", "uniform"]
+
+Proceed = Callable[[str, float], bool]  # name and validation log-likelihood of a candidate -> whether to try another
 
 METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed order, and equal models have to be equal files
 
@@ -47,6 +49,7 @@ class Density(nn.Module):
         family: Name of the family, as in params.yaml.
         has_log_prob: Whether the family has a likelihood.
         has_meta: Whether it can be built on torch's `meta` device, which holds shapes but no values.
+        candidates: Fits that `estimate` chooses from, at most.
         trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
         chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
         sample_chunk_examples: Samples drawn at once.
@@ -56,6 +59,7 @@ class Density(nn.Module):
     has_log_prob: ClassVar[bool] = True
     has_meta: ClassVar[bool] = True
     trained_by_gradient: ClassVar[bool] = True
+    candidates: int = 1
     chunk_examples: int = 4096
     sample_chunk_examples: int = 4096
 
@@ -83,7 +87,7 @@ class Density(nn.Module):
         """Standardised samples (n, D), for n up to `sample_chunk_examples`."""
         raise NotImplementedError
 
-    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
+    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
         """`estimate` on standardised codes."""
         raise PipelineError(f"'{self.family}' is trained by gradient steps on its loss, not in one go")
 
@@ -196,19 +200,27 @@ class Density(nn.Module):
         """How far samples are from codes, with shape (): what a family without likelihood is validated by."""
         raise NotImplementedError
 
-    def estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int = 0) -> None:
+    def estimate(
+        self,
+        blocks: Callable[[], Iterable[Tensor]],
+        valid: Tensor,
+        seed: int = 0,
+        proceed: Proceed = lambda name, value: True,
+    ) -> None:
         """Fits a family that isn't trained by gradient.
 
         Arguments:
             blocks: Gives a new pass over the training codes, in blocks with shape (B, D) in the units of the data.
             valid: Codes that choices are made on, with shape (N, D), in the units of the data.
             seed: Seed of initial values.
+            proceed: Told the name of each candidate and its mean log-likelihood of validation codes, in nats in the units of
+                the data; says whether there is time for another.
 
         Raises:
             PipelineError: When the family is trained by gradient.
         """
         with torch.no_grad():
-            self._estimate(lambda: (self._standardised(block) for block in blocks()), self._standardised(valid), seed)
+            self._estimate(lambda: (self._standardised(block) for block in blocks()), self._standardised(valid), seed, proceed)
 
     @property
     def parameter_count(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.density import Density, own_settings, standard_normal
+from pipeline.densities.density import Density, Proceed, own_settings, standard_normal
 from pipeline.errors import DataError
 from pipeline.settings import DensitySettings, check_that
 
@@ -71,7 +71,7 @@ class Gaussian(Density):
         """Mean and half of the covariance, with its diagonal."""
         return self.dim + self.dim * (self.dim + 1) // 2
 
-    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
+    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
         # Moments about the origin in float64 lose nothing: codes are standardised.
         count, first, second = 0, torch.zeros(self.dim).double(), torch.zeros(self.dim, self.dim).double()
         for block in blocks():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -11,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.density import Density, own_settings, standard_normal, uniform
+from pipeline.densities.density import Density, Proceed, own_settings, standard_normal, uniform
 from pipeline.errors import DataError
 from pipeline.settings import DensitySettings, check_that
 
 __all__ = ["GaussianMixture", "Settings", "build"]
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(DensitySettings):
-    """A mixture of Gaussians with full covariances; only `standardise` and `seed` of the common keys matter.
+    """A mixture of Gaussians with full covariances; only `standardise`, `seed` and `max_minutes` of the common keys matter.
+
+    The clock is read between two numbers of Gaussians: at least one is fitted, and the best so far is kept.
 
     Attributes:
         components: Numbers of Gaussians to try, in ascending order, until the validation likelihood falls.
@@ -86,6 +85,7 @@ class GaussianMixture(Density):
     ) -> None:
         super().__init__(dim, components=list(components))  # the others matter to the fit only: they aren't saved
         self.iterations, self.tolerance, self.ridge, self.max_examples = iterations, tolerance, ridge, max_examples
+        self.candidates = len(components)
         self._set_components(components[-1])
 
     def _set_components(self, count: int) -> None:
@@ -105,7 +105,7 @@ class GaussianMixture(Density):
         """Weights, which sum to 1, means, and covariances."""
         return self.components * (1 + self.dim + self.dim * (self.dim + 1) // 2) - 1
 
-    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
+    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Estimator
 
@@ -130,10 +130,12 @@ class GaussianMixture(Density):
                 except ValueError as error:
                     raise DataError(f"a mixture of {count} Gaussians doesn't fit ({error}); raise `ridge`") from None
             value = float(estimator.score(held_out)) if len(held_out) else -float(estimator.bic(codes))
-            log.info("%d Gaussians: %.4f nats on validation codes", count, value)
+            time_left = proceed(f"{count} Gaussians", value - float(self.scale.double().log().sum()))
             if value <= best_value:
                 break
             best, best_value = estimator, value
+            if not time_left:
+                break
         if best is None:
             raise DataError(
                 f"{len(codes)} training codes are too few for a mixture of {self.arguments['components'][0]} Gaussians"

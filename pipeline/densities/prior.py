@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.density import Density, own_settings, standard_normal, uniform
+from pipeline.densities.density import Density, Proceed, own_settings, standard_normal, uniform
 from pipeline.errors import PipelineError
 from pipeline.settings import DensitySettings, check_that
 
@@ -62,7 +62,7 @@ class Prior(Density):
         """Refused: a prior is fixed in the units of the codes."""
         raise PipelineError("a prior is fixed in the units of the codes: set `standardise: none`")
 
-    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int) -> None:
+    def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
         pass
 
     def _log_prob(self, z: Tensor) -> Tensor:
