@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.errors import SettingsError
 from pipeline.files import atomic_folder
 
-__all__ = ["Ranks", "join", "shared_folder", "synchronise_batch_norm"]
+__all__ = ["Ranks", "batch_mean", "join", "shared_folder", "synchronise_batch_norm"]
 
 PATIENCE = datetime.timedelta(days=1)  # the first rank scores and writes alone, while the others wait
 
@@ -139,6 +139,37 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
+class _SynchronisedVectorNorm(nn.BatchNorm1d):
+    """Weights and statistics of a batch norm that `batch_mean` computes over all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refused in training mode: its owner normalises."""
+        if self.training:
+            raise NotImplementedError("a batch norm over vectors is synchronised by its owner, with batch_mean")
+        return super().forward(x)
+
+
+def batch_mean(norm: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, int]:
+    r"""Mean over all but the last dimension, of all ranks where the norm is synchronised, with its gradient.
+
+    .. math:: \frac{\sum_r \sum_i x_{ri}}{\sum_r n_r}
+
+    Arguments:
+        norm: The batch norm that the mean is for.
+        x: The features of this rank, with shape (*, C).
+
+    Returns:
+        The mean, with shape (C), and the number of vectors that it is taken over.
+    """
+    dims = tuple(range(x.ndim - 1))
+    count = x.numel() // x.shape[-1]
+    if not isinstance(norm, _SynchronisedVectorNorm):
+        return x.mean(dim=dims), count
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = _SumOverRanks.apply(torch.cat([wide.sum(dim=dims), wide.new_full((1,), count)]))  # (C + 1,)
+    return total[:-1] / total[-1].detach(), int(total[-1])
+
+
 class _SynchronisedBatchNorm(nn.BatchNorm2d):
     r"""Batch norm in training mode with mean and variance over the batches of all ranks, on any device.
 
@@ -170,7 +201,9 @@ class _SynchronisedBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Makes every batch norm over images take its statistics over all ranks; names of weights stay as they are."""
+    """Makes every batch norm take its statistics over all ranks; names of weights stay as they are."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = _SynchronisedBatchNorm
+        elif type(module) is nn.BatchNorm1d:
+            module.__class__ = _SynchronisedVectorNorm

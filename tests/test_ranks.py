@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from pipeline.densities.lde import LatentDensityEstimator
 from pipeline.ranks import synchronise_batch_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,41 @@ def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch(tmp_path: Path) ->
         assert torch.allclose(sum(parts) / 2, mine, atol=1e-12)
     assert list(ranks[0]["state"]) == list(network.state_dict())
     for name, value in network.state_dict().items():
+        for rank in ranks:
+            assert torch.allclose(rank["state"][name].double(), value.double(), atol=1e-12), name
+
+
+def small_density(dim: int) -> LatentDensityEstimator:
+    torch.manual_seed(0)
+    return LatentDensityEstimator(dim, components=2, width=4, normalisation="batch").double().train()
+
+
+def density_gradients(density: LatentDensityEstimator, share: slice) -> list[torch.Tensor]:
+    z = torch.randn(5, density.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = density.loss(z[share]) * len(z[share]) / len(z)  # losses of two and of three codes add up to that of five
+    loss.backward()
+    return [p.grad if p.grad is not None else torch.zeros_like(p) for p in density.parameters()]
+
+
+def _normalise_density(rank: int, folder: str, dim: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    density = small_density(dim)
+    synchronise_batch_norm(density)
+    found = density_gradients(density, (slice(0, 2), slice(2, 5))[rank])
+    torch.save({"gradients": found, "state": density.state_dict()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 6])
+def test_density_with_batch_norm_over_two_ranks_is_that_of_the_whole_batch(tmp_path: Path, dim: int) -> None:
+    mp.start_processes(_normalise_density, (str(tmp_path), dim), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    density = small_density(dim)
+    whole = density_gradients(density, slice(None))
+    for mine, *parts in zip(whole, *(r["gradients"] for r in ranks), strict=True):
+        assert torch.allclose(sum(parts), mine, atol=1e-12)
+    for name, value in density.state_dict().items():
         for rank in ranks:
             assert torch.allclose(rank["state"][name].double(), value.double(), atol=1e-12), name
 

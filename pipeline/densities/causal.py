@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.densities import mixtures
 from pipeline.densities.density import dropout_mask
 from pipeline.densities.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
+from pipeline.ranks import batch_mean
 
 __all__ = ["CausalNetwork", "causal_convolution"]
 
@@ -118,18 +119,21 @@ class _Layer(nn.Module):
 
     def _normalised(self, x: Tensor, padding: Tensor, padded: int) -> tuple[Tensor, Tensor]:
         # Batch norm in training mode over all that a padded convolution computes: `padded` columns of padding for each
-        # example, all alike, and the real ones.
+        # example, all alike, and the real ones; where the norm is synchronised, over the examples of all ranks.
         assert self.norm is not None
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
         share = padded / (padded + len(x))  # of padding among the columns
-        mean = share * padding + (1 - share) * (x.mean(dim=(0, 1)) if len(x) else 0)
+        examples, mean = x.shape[1], share * padding
+        if len(x):
+            real, count = batch_mean(self.norm, x)
+            examples, mean = count // len(x), mean + (1 - share) * real
         deviation, padding_deviation = x - mean, padding - mean
         variance = share * padding_deviation.square()
         if len(x):
-            variance = variance + (1 - share) * deviation.square().mean(dim=(0, 1))
+            variance = variance + (1 - share) * batch_mean(self.norm, deviation.square())[0]
         with torch.no_grad():
-            count = (padded + len(x)) * x.shape[1]
+            count = (padded + len(x)) * examples
             momentum = self.norm.momentum or 0.0
             self.norm.running_mean.lerp_(mean, momentum)
             self.norm.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
