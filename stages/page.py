@@ -15,7 +15,7 @@ from pipeline.settings import Params, flatten
 from stages.graph import Graph, StageState
 from stages.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
 from stages.published import BENCHMARKS, PUBLISHED
-from stages.scoreboard import NETWORKS, against, duration, is_missing, plus_minus, read_metrics
+from stages.scoreboard import NETWORKS, against, duration, is_missing, plus_minus, read_metrics, remark
 from stages.tracking import git_state
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _environment(html: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plus_minus": plus_minus, "duration": duration, "against": against}
+    environment.filters |= {"plus_minus": plus_minus, "duration": duration, "against": against, "remark": remark}
     environment.tests["missing"] = is_missing
     return environment
 

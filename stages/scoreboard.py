@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -50,8 +51,9 @@ QUALITY: Mapping[str, str] = {
 
 # Column of the scoreboard -> what it holds. Likelihoods are means over test points, in nats.
 COLUMNS: Mapping[str, str] = {
-    "row": "row of `densities`, or a control",
-    "kind": "`model`, or `control`: images of the data set taken as samples",
+    "row": "row of `densities`, what the names of its trials begin with, or a control",
+    "kind": "`model`; `mean` of trials; or `control`: images of the data set taken as samples",
+    "trials": "number of trials that `mean` is over",
     "dataset": "row of `datasets`",
     "autoencoder": "row of `autoencoders`",
     "objective": "objective of the autoencoder, with the mode of incremental learning where there is one",
@@ -60,7 +62,7 @@ COLUMNS: Mapping[str, str] = {
     "components": "components K of its mixtures",
     "score": "what `value` is",
     "value": "the score, in nats; higher is better",
-    "error": "its standard error over test points",
+    "error": "its standard error over test points; of `mean` the error over trials, as the protocol says",
     "group_error": "its standard error over the images that test patches come from",
     "against_control": "`better`, `worse`, or `level`: within 2 standard errors of the best control of as many samples",
     "best_control": "that control",
@@ -86,7 +88,11 @@ COLUMNS: Mapping[str, str] = {
     "peak_memory_mib": "the most memory that any of these processes took",
 }
 
-COUNTS = ("latent_dim", "components", "samples", "test_points", "autoencoder_parameters", "density_parameters")
+COUNTS = ("trials", "latent_dim", "components", "samples", "test_points", "autoencoder_parameters", "density_parameters")
+AVERAGED = (
+    *("value", "test_mse", "gap_to_truth", "samples_in_dropped_box", "mmd_squared"),
+    *(f"{network}_{key}" for network in NETWORKS for key in QUALITY if not key.endswith("_se")),
+)
 PARZEN, LIKELIHOOD = "Parzen test log-likelihood", "test log-likelihood"
 CONTROLS = {"training_images": "training-images", "kmeans": "kmeans"}  # prefix of the metric -> end of the row's name
 CHAIN = ("train", "extract", "fit", "sample", "evaluate")
@@ -121,7 +127,7 @@ def read_run(stage: str, row: str) -> dict[str, Any]:
 
 
 def build_scoreboard(params: Params) -> pd.DataFrame:
-    """One line for each density and two for each control, sorted by value within a data set.
+    """One line for each density and for the mean of trials, two for each control, sorted by value within a data set.
 
     Arguments:
         params: All tables. What they don't name isn't read.
@@ -134,7 +140,8 @@ def build_scoreboard(params: Params) -> pd.DataFrame:
     for stage, row in stages_and_rows(params):
         read_metrics(stage, row)
     lines = [line for name in params.rows("controls") for line in _controls(params, name)]
-    lines += [_model(params, name) for name in params.rows("densities")]
+    models = [_model(params, name) for name in params.rows("densities")]
+    lines += [*_means(params, models), *models]
     for line in lines:
         _compare(line, [other for other in lines if other["kind"] == "control"])
     board = pd.DataFrame([{column: line.get(column) for column in COLUMNS} for line in lines], columns=list(COLUMNS))
@@ -203,6 +210,24 @@ def _model(params: Params, name: str) -> dict[str, Any]:
     return line
 
 
+def _means(params: Params, models: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The mean of rows NAME-s0, NAME-s1 .. with the error over them; the columns that they don't share stay empty."""
+    trials: dict[str, list[dict[str, Any]]] = {}
+    for line in models:
+        if (found := re.fullmatch(r"(.+)-s\d+", line["row"])) and line["value"] is not None:
+            trials.setdefault(found[1], []).append(line)
+    for name, lines in trials.items():
+        alike = all(len({line.get(key) for line in lines}) == 1 for key in ("dataset", "score", "samples"))
+        if len(lines) < 2 or not alike or name in params.rows("densities"):
+            continue
+        shared = {key: value for key, value in lines[0].items() if all(line.get(key) == value for line in lines)}
+        columns = {key: [line[key] for line in lines if line.get(key) is not None] for key in AVERAGED}
+        means = {key: statistics.fmean(values) for key, values in columns.items() if len(values) == len(lines)}
+        error, kind = error_over_trials([line["value"] for line in lines], params.dataset(lines[0]["dataset"]).source)
+        protocol = f"mean of {len(lines)} trials, ± {kind}; {lines[0]['protocol']}"
+        yield shared | means | {"row": name, "kind": "mean", "trials": len(lines), "error": error, "protocol": protocol}
+
+
 def _controls(params: Params, name: str) -> Iterator[dict[str, Any]]:
     dataset = params.control(name).dataset
     scored = read_metrics("control", name)
@@ -252,7 +277,7 @@ def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
     """Sets a model's line beside the best control of the same data set, score and number of samples."""
     rivals = [c for c in controls if all(c.get(key) == line.get(key) for key in ("dataset", "score", "samples"))]
-    if line["kind"] == "control" or not rivals or line["value"] is None:
+    if line["kind"] != "model" or not rivals or line["value"] is None:
         return
     best = max(rivals, key=lambda c: float(c["value"]))
     difference = line["value"] - best["value"]
@@ -336,6 +361,16 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def remark(line: Mapping[str, Any]) -> str:
+    """What a line is, where it isn't a row of `densities`.
+
+    Example:
+        >>> remark({"kind": "mean", "trials": 3}), remark({"kind": "control"}), remark({"kind": "model"})
+        ('mean of 3', 'control', '')
+    """
+    return f"mean of {line['trials']:.0f}" if line["kind"] == "mean" else "control" if line["kind"] == "control" else ""
+
+
 ARROWS = {"better": "▲", "worse": "▼", "level": "≈"}
 
 
@@ -359,7 +394,7 @@ def as_text(board: pd.DataFrame) -> str:
         part = board[board["dataset"] == dataset]
         cells = [heads] + [
             (
-                line["row"] + (" *" if line["kind"] == "control" else ""),
+                line["row"] + {"control": " *", "mean": f" ({remark(line)})"}.get(line["kind"], ""),
                 plus_minus(line["value"], line["error"]) or "-",
                 against(line),
                 plus_minus(line["paper"], line["paper_error"]) or "-",

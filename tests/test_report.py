@@ -177,6 +177,51 @@ def test_controls_of_another_number_of_samples_give_no_verdict(workspace):
     assert board.loc["digits-kmeans", "value"] == 233.0
 
 
+def with_trials(scores: Mapping[str, dict[str, object]], codes: str, family: str = "lde") -> None:
+    """Adds rows of densities with these scores."""
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    for name, score in scores.items():
+        tables["densities"][name] = {"codes": codes, "dataset": codes.split("-")[0], "family": family}
+        for stage, metrics in {"fit": {"parameters": 100}, "sample": {}, "evaluate": score}.items():
+            write(f"reports/metrics/{stage}/{name}.json", metrics)
+    YAML().dump(tables, Path("params.yaml"))
+
+
+def test_trials_have_a_line_with_their_mean(workspace):
+    with_trials({f"digits-lde-s{i}": parzen(value) for i, value in enumerate((300.0, 306.0, 303.0))}, "digits-ae")
+    with_trials(
+        {"digits-one-s0": parzen(250.0), "digits-mixed-s0": parzen(1.0), "digits-mixed-s1": parzen(2.0, "", 9)}, "digits-ae"
+    )
+    board = build_scoreboard(read_params())
+    assert board["row"].tolist()[:4] == ["digits-lde-s1", "digits-lde", "digits-lde-s2", "digits-lde-s0"]
+    line = board.set_index("row").loc["digits-lde"]
+    assert (line["kind"], line["trials"], line["value"], line["samples"]) == ("mean", 3, 303.0, 4000)
+    assert line["error"] == pytest.approx(3 / 3**0.5)
+    assert line["test_mse"] == pytest.approx(0.02)
+    assert line["protocol"].startswith("mean of 3 trials, ± standard error over 3 seeds; Parzen window over 4,000 samples")
+    assert pd.isna(line["against_control"])
+    assert set(board[board["kind"] == "mean"]["row"]) == {"digits-lde"}  # neither one trial nor two numbers of samples
+    assert "digits-lde" not in headline(board)
+    assert "digits-lde (mean of 3)" in as_text(board)
+    assert "digits-lde (mean of 3)" in description(board).replace("\\", "")
+    states = stage_states(read_params(), None)
+    page = render("report.html", read_params(), board, states, HEAD)
+    assert all(link[1:] in parse(page).ids for link in parse(page).links)
+    assert "<small>mean of 3</small>" in page
+    assert "digits-lde (mean of 3) | 303.0 ± 1.7 |" in render("report.md", read_params(), board, states, HEAD).replace("\\", "")
+
+
+def test_means_on_bsds300_have_two_standard_deviations(workspace):
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    tables["datasets"]["grid"] = {"source": "bsds300", "root": "raw"}
+    YAML().dump(tables, Path("params.yaml"))
+    scores = {"test_log_likelihood_se": 0.07, "test_scored": 1e6}
+    with_trials({f"grid-two-s{i}": scores | {"test_log_likelihood": 156.0 + 2 * i} for i in range(3)}, "grid")
+    line = build_scoreboard(read_params()).set_index("row").loc["grid-two"]
+    assert (line["value"], line["error"]) == (158.0, 4.0)
+    assert "± 2 standard deviations over 3 trials" in line["protocol"]
+
+
 def test_a_removed_row_vanishes_though_its_files_stay(workspace):
     tables = YAML(typ="safe").load(Path("params.yaml"))
     del tables["densities"]["digits-ae-lde"]
