@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import shutil
 import statistics
@@ -89,6 +90,7 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
 }
 IN_FEATURES = ("kid", "fid", "precision", "recall")  # their protocol is the network
 PARZEN = ("parzen_test_log_likelihood", "parzen_test_se")
+OF_SAMPLES = ("samples_in_dropped_box", "mmd_squared")
 ERROR_KIND = {"kid": "standard error over subsets"}
 ERROR_KIND |= dict.fromkeys(("precision", "samples_in_dropped_box"), "standard error over samples")
 
@@ -195,7 +197,7 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
         trained = {
             key: value for key, value in read_metrics("train", density.codes).items() if key in ("test_mse", "test_mse_se")
         }
-        scores_of.append(trained | read_metrics("evaluate", row))
+        scores_of.append(read_metrics("sample", row) | trained | read_metrics("evaluate", row))
         runs.append([read_run(stage, density.codes if stage in ("train", "extract") else row) for stage in CHAIN])
     yield from _lines(params, params.density(rows[0]).dataset, scores_of, runs, experiment, name)
 
@@ -231,11 +233,14 @@ def _lines(
         over_images = metric == "test_log_likelihood_group_se"
         if len(values) > 1 and not over_images:
             error, kind = error_over_trials(values, settings.source)
-        count = scores[0].get("test_groups" if over_images else "test_scored", "")
+        points = scores[0].get("test_scored", scores[0].get("parzen_test_points", ""))
+        count = scores[0].get("test_groups", "") if over_images else points
         if metric in IN_FEATURES and evaluation.quality is not None:
             count = evaluation.quality.samples
         elif metric == "test_log_likelihood" and images:
             count = scores[0]["parzen_samples"]
+        elif metric in OF_SAMPLES:
+            count = scores[0]["samples"]
         yield Line(
             experiment, row, metric,
             value=f"{statistics.fmean(values):.{2 if over_images else 6}g}",
@@ -345,7 +350,9 @@ def markdown_tables(lines: Iterable[Line]) -> str:
         of = [line for line in lines if line.experiment == experiment]
         known = EXPERIMENTS.get(experiment, Experiment(experiment))
         parts.append(f"## {known.title}")
-        headed = [line for line in of if line.metric == "test_log_likelihood"] or of
+        likely = {line.row for line in of if line.metric == "test_log_likelihood"}
+        # Of rows without a likelihood, such as GMMN's on vectors, whatever there is.
+        headed = [line for line in of if line.metric == "test_log_likelihood" or line.row not in likely]
         for protocol in dict.fromkeys(line.protocol for line in headed):
             columns = [c for m in METRICS for c in dict.fromkeys(_column(line) for line in of if line.metric == m)]
             rows = dict.fromkeys(line.row for line in headed if line.protocol == protocol)
@@ -355,12 +362,12 @@ def markdown_tables(lines: Iterable[Line]) -> str:
                 own = {_column(line): line for line in of_row if line.protocol == protocol or line.metric in IN_FEATURES}
                 first = next(iter(own[c] for c in columns if c in own and own[c].protocol == protocol))
                 cells = [_cell(own.get(column)) for column in columns]
-                table.append(
-                    (own.get(columns[0], first), [f"`{row}`", *cells, first.seeds, first.samples, first.minutes, first.commit])
-                )
-            table.sort(key=lambda pair: -float(pair[0].value))
+                score = float(own[columns[0]].value) if columns[0] in own else -math.inf
+                table.append((score, [f"`{row}`", *cells, first.seeds, first.samples, first.minutes, first.commit]))
+            table.sort(key=lambda pair: -pair[0])
             heads = ["row", *columns, "seeds", "samples or test points", "minutes", "commit"]
-            kinds = dict.fromkeys(f"{line.error_kind}" for line in headed if line.protocol == protocol and line.error_kind)
+            leading = [line for line in headed if line.protocol == protocol and _column(line) == columns[0]]
+            kinds = dict.fromkeys(line.error_kind for line in leading if line.error_kind)
             parts.append(f"Protocol `{protocol}`. Errors of the first column: {', '.join(kinds) or 'none'}.")
             parts.append(_table(heads, [cells for _, cells in table]))
         for name in known.benchmarks:

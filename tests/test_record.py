@@ -52,6 +52,7 @@ def workspace(tmp_path, monkeypatch):
     for i, score in enumerate(SCORES):
         write(f"reports/metrics/train/mnist-ae-s{i}.json", {"test_mse": 0.01 + i / 1000, "test_mse_se": 0.001})
         write(f"reports/metrics/fit/mnist-lde-s{i}.json", {"parameters": 10})
+        write(f"reports/metrics/sample/mnist-lde-s{i}.json", {"samples": 4000})
         parzen = {"test_log_likelihood": score, "test_se": 2.0, "samples": 10_000, "protocol": "gmmn"}
         quality = {"kid": 0.1, "kid_se": 0.01, "precision": 0.9, "precision_se": 0.02}
         write(
@@ -68,11 +69,13 @@ def workspace(tmp_path, monkeypatch):
     write("reports/metrics/control/mnist.json", both)
     write("reports/metrics/train/bsds.json", {})
     write("reports/metrics/fit/bsds-lde.json", {"parameters": 10})
+    write("reports/metrics/sample/bsds-lde.json", {"samples": 4000})
     scores = {"test_log_likelihood": 156.039, "test_log_likelihood_se": 0.07, "test_scored": 1e6}
     over_images = {"test_log_likelihood_group_se": 3.9, "test_groups": 100}
     write("reports/metrics/evaluate/bsds-lde.json", scores | over_images)
     for i in range(2):
         write(f"reports/metrics/fit/bsds-two-s{i}.json", {})
+        write(f"reports/metrics/sample/bsds-two-s{i}.json", {"samples": 4000})
         write(f"reports/metrics/evaluate/bsds-two-s{i}.json", scores | over_images | {"test_log_likelihood": 157.0 + i})
     return tmp_path
 
