@@ -132,6 +132,7 @@ def _same(there: Any, here: Any) -> bool:
 
 def _read_lock(path: Path) -> dict[str, Any]:
     """Entries of dvc.lock by stage, all scalars as strings; none where there is no such file or it can't be read."""
+    # A base loader makes strings, lists and mappings, and no object whatever a tag asks for.
     # The C loader takes some 20 ms for a pipeline of a hundred stages, ruamel.yaml seconds. It comes with MLflow.
     yaml: Any = importlib.import_module("yaml")
     loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)

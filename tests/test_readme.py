@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -78,6 +79,22 @@ def test_results_are_those_on_record(line: tuple[str, str]) -> None:
         found = [r for r in csv.DictReader(file) if (r["row"], r["metric"]) == (line[0], "test_log_likelihood")]
     assert line[1] in [plus_minus(float(r["value"]), float(r["error"])) for r in found]
     assert (PROJECT / "reports/paper" / line[0] / "params.yaml").exists()
+
+
+def test_speeds_are_those_measured() -> None:
+    measured = {
+        name: json.loads((PROJECT / f"benchmarks/results/{name}.json").read_text()) for name in ("lde", "parzen", "autoencoder")
+    }
+    by_dim = {row["D"]: row["times as fast"] for row in measured["lde"]["sampling"]["rows"]}
+    assert f"drawn {by_dim[63]:.0f} times as fast" in README
+    assert f"at D = 200 {by_dim[200]:.0f} times" in README
+    assert f"in {measured['parzen']['rows'][-1]['peak_mib']:.0f} MiB" in README
+    slowest = max(1 / row["pipeline_to_bare"] for row in measured["autoencoder"]["rows"])
+    assert f"at most {100 * (slowest - 1):.0f} % longer" in README
+    rivals = measured["lde"]["rivals"]["rows"]
+    for dim, digits in ((8, 2), (63, 1)):
+        cells = [f"{row['test, nats']:.{digits}f}" for row in rivals if f", {dim} principal" in row["codes"]]
+        assert f"| {dim} numbers | {' | '.join(cells)} |" in README
 
 
 # Shell -> what asks for the completions of "stages fit grid" in it, after the README's lines.
