@@ -264,6 +264,24 @@ def test_density_is_averaged_over_orders_of_a_patch():
     torch.testing.assert_close(density.log_prob(reordered(z, density.orders[5])), density.log_prob(z))
 
 
+def test_loss_is_that_of_each_patch_in_an_order_drawn_for_it():
+    density, first, z = make(3, training_orders=8), make(3), codes(6, 3)
+    each = torch.stack([first.log_prob(reordered(z, order)) for order in patch_orders(3, 8)])  # (8, 6)
+    log_det = first.scale.log().sum()
+    found = set()
+    for seed in range(40):
+        for i in range(len(z)):
+            loss = density.loss(z[i : i + 1], torch.Generator().manual_seed(seed))
+            order = (-loss * 3 - log_det - each[:, i]).abs().argmin()
+            torch.testing.assert_close(-loss * 3 - log_det, each[order, i])
+            found.add(int(order))
+    assert found == set(range(8))
+    torch.testing.assert_close(density.log_prob(z), first.log_prob(z))  # scoring keeps to patch_orders
+    many = z[:1].expand(4000, -1)  # the mean of a batch: each patch of it has a draw of its own
+    expected = -(each[:, 0].mean() + log_det) / 3
+    assert density.loss(many, torch.Generator().manual_seed(0)).item() == pytest.approx(expected.item(), rel=0.02)
+
+
 def test_samples_of_a_patch_come_in_all_orders():
     density = LatentDensityEstimator(3, 1, patch_orders=8).double().eval()
     density.standardise(torch.tensor([9.0, 0.0, -9.0]), torch.tensor(0.01))  # pixels 9, 0, -9 and, in the last place, 0
@@ -297,8 +315,9 @@ def test_settings_out_of_range_are_refused_by_name(key, values):
 
 
 def test_orders_are_for_square_patches():
-    with pytest.raises(SettingsError, match="patch_orders: 2 orders are for square patches"):
-        LatentDensityEstimator(5, 1, patch_orders=2)
+    for key in ("patch_orders", "training_orders"):
+        with pytest.raises(SettingsError, match=f"{key} .*are for square patches.*, not 5 numbers"):
+            LatentDensityEstimator(5, 1, **{key: 2})
     with pytest.raises(SettingsError, match="patch_orders"):
         LatentDensityEstimator(63, 1, patch_orders=3)
 

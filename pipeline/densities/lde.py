@@ -41,8 +41,10 @@ class Settings(DensitySettings):
         min_log_scale: Soft floor on the log standard deviations, in standardised units; null for none.
         max_log_scale: Soft ceiling on them; null for none. It keeps samples from running away where a conditional is asked
             about values beyond those it was trained on, as in heavy-tailed data such as pixels.
-        patch_orders: Orders of the pixels of a square patch that the density is averaged over, 1, 2, 4 or 8; training is that
-            of the first alone, scoring takes as many times as long.
+        patch_orders: Orders of the pixels of a square patch that the density is averaged over, 1, 2, 4 or 8; scoring takes as
+            many times as long.
+        training_orders: Orders that training patches are read in, 1, 2, 4 or 8, one drawn for each patch of a batch; 1 for
+            the first alone.
     """
 
     components: int = 30
@@ -56,6 +58,7 @@ class Settings(DensitySettings):
     min_log_scale: float | None = None
     max_log_scale: float | None = None
     patch_orders: int = 1
+    training_orders: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +78,7 @@ def _check(
     min_log_scale: float | None,
     max_log_scale: float | None,
     patch_orders: int,
+    training_orders: int,
 ) -> None:
     check_that(components >= 1, "components", "has to be at least 1")
     for key, value, known in (
@@ -82,6 +86,7 @@ def _check(
         ("normalisation", normalisation, ("none", "batch")),
         ("blocks", blocks, ("plain", "residual", "gated", "separate")),
         ("patch_orders", patch_orders, ORDERS),
+        ("training_orders", training_orders, ORDERS),
     ):
         check_that(value in known, key, f"has to be one of {', '.join(map(str, known))}, not {value!r}")
     check_that(layers >= 0, "layers", "has to be 0 (for as many as D asks for) or more")
@@ -95,6 +100,10 @@ def _check(
     check_that(blocks == "plain" or width > 0, "width", f"has to be set for {blocks} blocks")
     check_that(blocks != "separate" or normalisation == "none", "normalisation", "is for convolutions only")
     check_that(blocks != "separate" or channel_cap == 0, "channel_cap", "is for convolutions only")
+
+
+def _several(dim: int, count: int) -> Tensor | None:
+    return orders.patch_orders(dim, count) if count > 1 else None
 
 
 class _LossInParts(torch.autograd.Function):
@@ -134,8 +143,9 @@ class LatentDensityEstimator(Density):
     Padded positions count in its statistics, as they do where they are computed.
 
     The density of square patches can be averaged over the orders in which their pixels can be read, the symmetries :math:`A_m`
-    of the square: :math:`p(z) = \frac{1}{M} \sum_{m=1}^M p_1(A_m z)`. It is the first that is trained, since what it has
-    learned holds for the others too, as far as patches look alike when turned and mirrored.
+    of the square: :math:`p(z) = \frac{1}{M} \sum_{m=1}^M p_1(A_m z)`. Trained in the first order alone, it holds for the others
+    as far as patches look alike when turned and mirrored. Trained in all, by :math:`-\log p_1(A_m z)` with m drawn for each
+    patch, it is tuned to their mean, and sees each patch in as many ways.
 
     References:
         | Unpriortized Autoencoder For Image Generation (Yoo et al., 2019), section 3.3
@@ -156,9 +166,10 @@ class LatentDensityEstimator(Density):
         min_log_scale: A soft floor on :math:`\log \sigma`, in standardised units: a, in a + softplus(log sigma - a).
         max_log_scale: A soft ceiling on it: b, in b - softplus(b - log sigma).
         patch_orders: The number of orders :math:`M`, 1, 2, 4 or 8.
+        training_orders: The number of orders that `loss` reads patches in.
 
     Raises:
-        SettingsError: For a setting out of range, or `patch_orders` where patches with D numbers aren't square.
+        SettingsError: For a setting out of range, or several orders where patches with D numbers aren't square.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -175,6 +186,7 @@ class LatentDensityEstimator(Density):
     family = "lde"
 
     orders: Tensor | None
+    training_orders: Tensor | None
 
     def __init__(
         self,
@@ -191,6 +203,7 @@ class LatentDensityEstimator(Density):
         min_log_scale: float | None = None,
         max_log_scale: float | None = None,
         patch_orders: int = 1,
+        training_orders: int = 1,
     ) -> None:
         super().__init__(
             dim,
@@ -205,11 +218,12 @@ class LatentDensityEstimator(Density):
             min_log_scale=min_log_scale,
             max_log_scale=max_log_scale,
             patch_orders=patch_orders,
+            training_orders=training_orders,
         )
         _check(**{key: value for key, value in self.arguments.items() if key != "dim"})
         self.components, self.min_log_scale, self.max_log_scale = components, min_log_scale, max_log_scale
-        several = orders.patch_orders(dim, patch_orders) if patch_orders > 1 else None
-        self.register_buffer("orders", several, persistent=False)
+        self.register_buffer("orders", _several(dim, patch_orders), persistent=False)
+        self.register_buffer("training_orders", _several(dim, training_orders), persistent=False)
         self.network: CausalNetwork | SeparateNetworks
         if blocks == "separate":
             self.network = SeparateNetworks(dim, 3 * components, activation, layers or 2, width, dropout)
@@ -239,12 +253,12 @@ class LatentDensityEstimator(Density):
         return value + mixtures.log_likelihood(others, z[:, 1:].T).sum(dim=0)
 
     def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
-        """The loss of equation 4, see `Density.loss`; dropout is drawn from the generator. Patches are read in the first order.
+        """The loss of equation 4, see `Density.loss`; orders of patches and dropout are drawn from the generator.
 
         Its gradient with respect to the parameters is computed at once, `chunk_examples` after another, so that features stay
         in the cache and memory doesn't grow with B.
         """
-        z = self._standardised(z)
+        z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
         normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
         if normalised or z.requires_grad or not torch.is_grad_enabled() or len(z) <= self.chunk_examples:
             return -self._log_prob(z, generator).mean() / self.dim
@@ -259,12 +273,15 @@ class LatentDensityEstimator(Density):
         return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
 
     def _restored(self, z: Tensor, generator: Generator | None) -> Tensor:
-        z = super()._restored(z, generator)
-        if self.orders is None:
-            return z
         # The inverse of a random symmetry is a random symmetry.
-        drawn = (uniform((len(z),), z, generator) * len(self.orders)).long().clamp_(max=len(self.orders) - 1)
-        return orders.reordered(z, self.orders[drawn])
+        return self._in_drawn_order(super()._restored(z, generator), self.orders, generator)
+
+    @staticmethod
+    def _in_drawn_order(z: Tensor, several: Tensor | None, generator: Generator | None) -> Tensor:
+        if several is None:
+            return z
+        drawn = (uniform((len(z),), z, generator) * len(several)).long().clamp_(max=len(several) - 1)
+        return orders.reordered(z, several[drawn])
 
     def conditionals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, means and standard deviations of the mixtures that the dimensions of z are drawn from, given those before.

@@ -41,7 +41,7 @@ def patch_orders(dim: int, count: int) -> Tensor:
         side = math.isqrt(dim)
     if side * side not in (dim, dim + 1):
         raise SettingsError(
-            f"patch_orders: {count} orders are for square patches, with or without their last pixel; {dim} numbers are neither"
+            f"patch_orders and training_orders are for square patches, with or without their last pixel, not {dim} numbers"
         )
     rows = torch.arange(side * side).view(side, side)
     views = [rows, rows.flip(0, 1), rows.flip(0), rows.flip(1)]
