@@ -149,6 +149,16 @@ def test_scores_in_the_features_of_two_networks_stand_in_two_columns(workspace):
         assert "KID" not in cells
 
 
+def test_an_experiment_is_sorted_by_its_leading_metric(workspace):
+    run("record", "mnist-parzen", "mnist-lde")
+    first = [replace(line, experiment="mnist-codes") for line in read_lines(Path("reports/paper"))]
+    better = [replace(line, row="b", value="-1" if line.metric == "code_log_likelihood" else "0") for line in first]
+    head, _, *rows = markdown_tables([*first, *better]).splitlines()[4:]
+    assert head.startswith("| row | log-likelihood of the codes, nats | test log-likelihood, nats |")
+    assert [row.split("`")[1] for row in rows] == ["b", "mnist-lde"]
+    assert EXPERIMENTS["mnist-codes"].leading == "code_log_likelihood"
+
+
 def test_a_control_gives_two_lines(workspace):
     assert run("record", "mnist-parzen", "mnist").exit_code == 0
     assert [line["row"] for line in lines()] == ["mnist-training-images", "mnist-kmeans"]
