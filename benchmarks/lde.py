@@ -1,7 +1,7 @@
 """The LDE against its literal twin and against what a user would pick instead, as ratios within one run.
 
 Run with `python -m benchmarks.lde [step] [sampling] [memory] [rivals] [--threads 2] [--seconds 60] [--samples 2000]
-[--codes FILE.npz ..]`.
+[--codes FILE.npz ..]`; with `--device cuda`, `step` and `sampling` on a GPU.
 
 - `step`: a training step against the literal stack of nn.Conv1d over padded input with a composed loss.
 - `sampling`: `sample(10_000)` against naive ancestral sampling (D passes of the literal stack, extrapolated from a part), and
@@ -59,11 +59,11 @@ def processor() -> str:
 
 def matmul_rate(rounds: int = 5) -> float:
     """GFLOP/s of the product of two matrices of 2048 x 2048 numbers, float32."""
-    a = torch.randn(2048, 2048)
+    a = torch.randn(2048, 2048, device=device)
     return 2e-9 * len(a) ** 3 / fastest(rounds, product=lambda: a @ a)["product"]
 
 
-clock = "wall"
+clock, device = "wall", "cpu"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -76,6 +76,8 @@ def fastest(rounds: int, **contenders: Callable[[], Any]) -> dict[str, float]:
         for name, call in order:
             start = CLOCKS[clock]()
             call()
+            if device == "cuda":
+                torch.cuda.synchronize()
             seconds[name].append(CLOCKS[clock]() - start)
     return {name: min(values[1:]) for name, values in seconds.items()}
 
@@ -112,11 +114,11 @@ class Literal(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, dimensions: int, dim: int) -> Tensor:
         """The first `dimensions` of n samples, with a whole pass for each."""
-        z = torch.zeros(n, dim)
+        z = torch.zeros(n, dim, device=device)
         for i in range(dimensions):
             weights, means, scales = (parameter[:, :, i] for parameter in self(z))
             component = torch.multinomial(weights, 1)
-            z[:, i] = (means.gather(1, component) + scales.gather(1, component) * torch.randn(n, 1))[:, 0]
+            z[:, i] = (means.gather(1, component) + scales.gather(1, component) * torch.randn_like(means[:, :1]))[:, 0]
         return z
 
 
@@ -132,15 +134,16 @@ def multiply_adds(density: LatentDensityEstimator, batch: int) -> int:
 def step(rounds: int) -> list[dict[str, Any]]:
     """Training steps."""
     rows = []
-    a = torch.randn(2048, 2048)
+    a = torch.randn(2048, 2048, device=device)
     bfloat16 = has_bfloat16(a.device)  # without its instructions a step takes many times as long
-    for dim, batch in ((63, 256), (63, 1024), (8, 256), (200, 64)):
+    for dim, batch in ((63, 256), (63, 1024), (8, 256), (200, 64), *(((63, 4096),) if device == "cuda" else ())):
         torch.manual_seed(0)
-        density, literal, z = LatentDensityEstimator(dim, 30), Literal(dim, 30), torch.randn(batch, dim)
+        density, literal = LatentDensityEstimator(dim, 30).to(device), Literal(dim, 30).to(device)
+        z = torch.randn(batch, dim, device=device)
 
         def train(model: nn.Module, mixed: bool = False, z: Tensor = z) -> None:
             model.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            with torch.autocast(device, torch.bfloat16, enabled=mixed):
                 loss = model.loss(z)
             loss.backward()
 
@@ -148,6 +151,7 @@ def step(rounds: int) -> list[dict[str, Any]]:
             rounds if dim > 8 else 10 * rounds,
             ours=lambda m=density: train(m),
             literal=lambda m=literal: train(m),
+            literal_mixed=lambda m=literal: train(m, mixed=True) if bfloat16 else None,
             mixed=lambda m=density: train(m, mixed=True) if bfloat16 else None,
             product=lambda: a @ a,
         )
@@ -161,6 +165,7 @@ def step(rounds: int) -> list[dict[str, Any]]:
                 "literal, ms": 1e3 * seconds["literal"],
                 "times as fast": seconds["literal"] / seconds["ours"],
                 "bfloat16, ms": 1e3 * seconds["mixed"] if bfloat16 else "-",
+                "literal in bfloat16, ms": 1e3 * seconds["literal_mixed"] if bfloat16 else "-",
                 "matmul, GFLOP/s": rate / 1e9,
                 "LDE, share of it": 6 * multiply_adds(density, batch) / seconds["ours"] / rate,
             }
@@ -173,7 +178,7 @@ def sampling(rounds: int) -> list[dict[str, Any]]:
     rows, n = [], 10_000
     for dim in (8, 63, 200):
         torch.manual_seed(0)
-        density, literal = LatentDensityEstimator(dim, 30).eval(), Literal(dim, 30)
+        density, literal = LatentDensityEstimator(dim, 30).eval().to(device), Literal(dim, 30).to(device)
         part, passes = (2000, 8) if dim == 8 else (128, 4)
         with torch.no_grad():
             z = density.sample(n)
@@ -390,6 +395,7 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=list(CLOCKS), default="wall", help="cpu, with one thread, where others use the same cores"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of fitting for each rival")
     parser.add_argument("--samples", type=int, default=2000, help="samples that each rival draws at once")
@@ -400,11 +406,11 @@ def main() -> None:
     if arguments.child:
         child(arguments.child[0], int(arguments.child[1]))
         return
-    global clock
-    clock = arguments.clock
+    global clock, device
+    clock, device = arguments.clock, arguments.device
     torch.set_num_threads(arguments.threads)
     machine: dict[str, Any] = {
-        "processor": processor(),
+        "processor": processor() if device == "cpu" else torch.cuda.get_device_name(),
         "threads": arguments.threads,
         "clock": clock,
         "torch": torch.__version__,

@@ -112,7 +112,7 @@ class _LossInParts(torch.autograd.Function):
         ctx: Any, density: LatentDensityEstimator, z: Tensor, generator: Generator | None, *parameters: Tensor
     ) -> Tensor:
         total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
-        for part in z.split(density.chunk_examples):
+        for part in density._chunks(z):
             with torch.enable_grad():
                 value = density._log_prob(part, generator).sum() / (-density.dim * len(z))
             gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
@@ -255,12 +255,12 @@ class LatentDensityEstimator(Density):
     def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
         """The loss of equation 4, see `Density.loss`; orders of patches and dropout are drawn from the generator.
 
-        Its gradient with respect to the parameters is computed at once, `chunk_examples` after another, so that features stay
-        in the cache and memory doesn't grow with B.
+        Its gradient with respect to the parameters is computed at once, chunk after chunk, so that features stay in the cache
+        and memory doesn't grow with B.
         """
         z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
         normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
-        if normalised or z.requires_grad or not torch.is_grad_enabled() or len(z) <= self.chunk_examples:
+        if normalised or z.requires_grad or not torch.is_grad_enabled() or len(self._chunks(z)) == 1:
             return -self._log_prob(z, generator).mean() / self.dim
         loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.parameters() if p.requires_grad))
         return loss

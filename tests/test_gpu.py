@@ -1,0 +1,193 @@
+"""What only a GPU can tell: the same numbers as on the CPU, the same bits twice, and a killed run that goes on there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.autoencoders import aae, ae, vae
+from pipeline.batches import Batches
+from pipeline.codes import CodeIndex, CodeReader, write_index, write_part
+from pipeline.densities import Density, LatentDensityEstimator, load_density
+from pipeline.errors import PipelineError
+from pipeline.evaluation import parzen
+from pipeline.fitting import fit_density
+from pipeline.ranks import Ranks
+from pipeline.settings import build as build_settings
+from pipeline.settings import implementation
+from pipeline.training import Checkpoint, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+
+GPU, CPU = Ranks(0, 1, torch.device("cuda", 0)), Ranks(0, 1, torch.device("cpu"))
+COMMON = {"codes": "codes", "dataset": "codes", "epochs": 3, "batch_size": 64, "learning_rate": 0.005}
+LDE: dict[str, Any] = {**COMMON, "family": "lde", "components": 3, "training_orders": 8, "patch_orders": 8, "dropout": 0.1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "lde": {"components": 3},
+    "lde-separate": {"family": "lde", "components": 3, "blocks": "separate", "width": 16},
+    "lde-gated": {"family": "lde", "components": 3, "blocks": "gated", "width": 16},
+    "gaussian": {},
+    "gmm": {"components": [1, 3]},
+    "rnade": {"components": 3, "hidden": 16},
+    "made-mog": {"components": 3, "hidden": [16, 16]},
+    "maf": {"transforms": 2, "hidden": [16]},
+    "realnvp": {"transforms": 2, "hidden": [16]},
+    "nsf": {"transforms": 2, "hidden": [16]},
+    "naf": {"transforms": 1, "hidden": [16], "signal": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> CodeReader:
+    """Correlated numbers, as many as square patches of 3x3 pixels have."""
+    folder = tmp_path_factory.mktemp("codes")
+    vectors = (np.random.default_rng(0).normal(size=(1400, 9)).cumsum(axis=1) * 3 + 5).astype(np.float32)
+    split = {"train": vectors[:1000], "valid": vectors[1000:1200], "test": vectors[1200:]}
+    parts: Any = {name: (write_part(folder, name, 0, block, None),) for name, block in split.items()}
+    mean, std = vectors[:1000].mean(0).tolist(), vectors[:1000].std(0).tolist()
+    write_index(folder, CodeIndex(dim=9, mean=tuple(mean), std=tuple(std), source_digest="", **parts))
+    return CodeReader(folder)
+
+
+def settings_of(**row: Any) -> Any:
+    module = implementation("pipeline.densities", row["family"], "family")
+    return build_settings(module.Settings, row, "densities.row")
+
+
+def fitted(codes: CodeReader, ranks: Ranks, checkpoint: Checkpoint | None = None, **row: Any) -> Density:
+    return fit_density(settings_of(**{**LDE, **row}), codes, ranks, checkpoint=checkpoint)[0]
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(x.cpu(), y.cpu()), name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_score_as_on_the_cpu(name: str, codes: CodeReader) -> None:
+    row = {**COMMON, "family": name, "epochs": 1, **FAMILIES[name]}
+    density, _ = fit_density(settings_of(**row), codes, GPU)
+    z = torch.from_numpy(next(iter(codes.blocks("test")))["codes"])
+    with torch.no_grad():
+        there = density.log_prob(z.cuda()).cpu()
+        here = density.cpu().log_prob(z)
+    torch.testing.assert_close(there, here, rtol=1e-4, atol=2e-3)
+
+
+def test_samples_are_those_of_the_cpu(codes: CodeReader) -> None:
+    density = fitted(codes, GPU)
+    there = density.sample(3000, torch.Generator().manual_seed(0)).cpu()
+    here = density.cpu().sample(3000, torch.Generator().manual_seed(0))
+    # Rounding may choose another component where a weight's edge is near the number drawn, but rarely.
+    alike = ((there - here).abs() < 0.01).all(dim=1).float().mean()
+    assert alike > 0.99
+
+
+@pytest.mark.parametrize("dim", [8, 63, 100])
+def test_loss_and_gradient_are_those_of_the_cpu(dim: int) -> None:
+    torch.manual_seed(0)
+    density, z = LatentDensityEstimator(dim, 10), torch.randn(300, dim)
+    gradients = {}
+    for device in ("cpu", "cuda"):
+        density.to(device).zero_grad()
+        loss = density.loss(z.to(device))
+        loss.backward()
+        gradients[device] = [loss.detach().cpu(), *(p.grad.cpu() for p in density.parameters() if p.grad is not None)]
+    for here, there in zip(gradients["cpu"], gradients["cuda"], strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-5)
+
+
+def test_parts_of_a_batch_sum_to_the_whole() -> None:
+    torch.manual_seed(0)
+    density, z = LatentDensityEstimator(8, 5).cuda(), torch.randn(300, 8, device="cuda")
+    whole = density.loss(z)
+    density.chunk_examples = 1  # 64 codes at once
+    assert len(density._chunks(z)) == 5
+    torch.testing.assert_close(density.loss(z), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(density.eval().log_prob(z).mean() / -8, whole)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("blocks", ["plain", "separate"])
+def test_the_same_seed_gives_the_same_bits(precision: str, blocks: str, codes: CodeReader) -> None:
+    row = {"precision": precision, "ema_decay": 0.99, "blocks": blocks, "width": 16}
+    same_weights(fitted(codes, GPU, **row), fitted(codes, GPU, **row))
+
+
+def test_a_stopped_fit_goes_on_to_the_same_bits(
+    codes: CodeReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = fitted(codes, GPU, ema_decay=0.99, validate_steps=5)
+    checkpoint = Checkpoint(tmp_path / "checkpoints", {"run": "a"})
+    loss, calls = LatentDensityEstimator.loss, iter(range(10**6))
+
+    def stopping(self: Any, z: Any, generator: Any = None) -> Any:
+        if next(calls) == 20:
+            os.kill(os.getpid(), 15)
+        return loss(self, z, generator)
+
+    monkeypatch.setattr(LatentDensityEstimator, "loss", stopping)
+    with pytest.raises(PipelineError, match="SIGTERM"):
+        fitted(codes, GPU, checkpoint, ema_decay=0.99, validate_steps=5)
+    monkeypatch.setattr(LatentDensityEstimator, "loss", loss)
+    same_weights(fitted(codes, GPU, checkpoint, ema_decay=0.99, validate_steps=5), whole)
+    assert "going on from the checkpoint" in capsys.readouterr().err
+
+
+def test_files_written_on_a_gpu_are_read_on_a_cpu(codes: CodeReader, tmp_path: Path) -> None:
+    density = fitted(codes, GPU)
+    density.save(tmp_path / "density.safetensors")
+    read = load_density(tmp_path / "density.safetensors")
+    assert read.shift.device.type == "cpu"
+    same_weights(density, read)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("objective", ["ae", "vae", "aae"])
+def test_autoencoders_train_to_the_same_bits(objective: str, precision: str) -> None:
+    module = {"ae": ae, "vae": vae, "aae": aae}[objective]
+    row = {
+        **{"dataset": "images", "objective": objective, "latent_dim": 4, "blocks": 1, "base_channels": 8, "epochs": 2},
+        **{"batch_size": 50, "learning_rate": 0.002, "precision": precision, "batch_norm_gain": "ones"},
+        **({"prior": "normal"} if objective == "aae" else {"incremental": {"mode": "linear", "warm_up_epochs": 1}}),
+    }
+    images = np.random.default_rng(0).random((200, 1, 28, 28)).astype(np.float32).round()
+
+    def trained() -> torch.nn.Module:
+        settings = build_settings(module.Settings, row, "autoencoders.row")
+        model = module.build(settings, (1, 28, 28), (0.0, 1.0)).to(GPU.device)
+        batches = Batches(lambda i: {"images": images}, [200], 50, seed=0)
+        prepare = lambda arrays: {"images": torch.from_numpy(arrays["images"]).cuda()}  # noqa: E731
+        record = train(model, batches, settings, GPU, prepare=prepare)
+        assert np.isfinite(record.curve[-1]["loss"])
+        return model
+
+    same_weights(trained(), trained())
+
+
+def test_parzen_windows_are_those_of_the_cpu() -> None:
+    generator = np.random.default_rng(0)
+    points, samples = (generator.random((n, 784)).astype(np.float32) for n in (600, 5000))
+    here, there = (
+        parzen.log_likelihoods(lambda: [points], lambda: [samples], [0.15, 0.3], device) for device in ("cpu", "cuda:0")
+    )
+    np.testing.assert_allclose(there, here, atol=0.01)
+
+
+def test_the_command_line_picks_the_gpu(tmp_path: Path) -> None:
+    code = "from pipeline.ranks import join; print(join().device)"
+    for wanted, device in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cpu", "cpu")):
+        environment = {**os.environ, "DEVICE": wanted}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == device
