@@ -14,13 +14,16 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 
 from pipeline.errors import DataError, SettingsError
 from pipeline.files import read_json, sha256_bytes, sha256_file, write_json
 from pipeline.settings import build
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["BLOCK_EXAMPLES", "SPLITS", "Shard", "ShardIndex", "ShardReader", "ShardWriter", "scale_pixels"]
 
@@ -349,14 +352,23 @@ class ShardReader:
         return array
 
 
-def scale_pixels(examples: np.ndarray, value_range: tuple[float, ...] | None) -> np.ndarray:
+@overload
+def scale_pixels(examples: np.ndarray, value_range: tuple[float, ...] | None) -> np.ndarray: ...
+@overload
+def scale_pixels(examples: Tensor, value_range: tuple[float, ...] | None) -> Tensor: ...
+def scale_pixels(examples: Any, value_range: tuple[float, ...] | None) -> Any:
     """Pixels as float32 in a range: x = low + (high - low) * pixel / 255 for uint8; anything else is returned as it is.
+
+    Arrays and tensors give the same numbers.
 
     Example:
         >>> scale_pixels(np.array([0, 255], np.uint8), (-1.0, 1.0)).tolist()
         [-1.0, 1.0]
     """
-    if examples.dtype != np.uint8 or value_range is None:
+    if not str(examples.dtype).endswith("uint8") or value_range is None:
         return examples
     low, high = value_range
-    return np.float32(low) + examples.astype(np.float32) * np.float32((high - low) / 255)
+    step = np.float32((high - low) / 255)
+    if isinstance(examples, np.ndarray):
+        return np.float32(low) + examples.astype(np.float32) * step
+    return float(np.float32(low)) + examples.float() * float(step)

@@ -73,10 +73,10 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     )
 
     def prepare(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
-        images = torch.from_numpy(scale_pixels(arrays["examples"], reader.index.value_range))
+        images = scale_pixels(torch.from_numpy(arrays["examples"]).to(ranks.device), reader.index.value_range)
         if getattr(settings, "channels_last", False):
             images = images.contiguous(memory_format=torch.channels_last)
-        return {"images": images.to(ranks.device)}
+        return {"images": images}
 
     identity = {"settings": repr(settings), "data": reader.index.digest, "code": code_digest(), "world": ranks.world}
     checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity)

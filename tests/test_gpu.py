@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pipeline.densities import Density, LatentDensityEstimator, load_density
 from pipeline.errors import PipelineError
 from pipeline.evaluation import parzen
 from pipeline.fitting import fit_density
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, join
 from pipeline.settings import build as build_settings
 from pipeline.settings import implementation
 from pipeline.training import Checkpoint, train
@@ -29,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
 ]
 
-GPU, CPU = Ranks(0, 1, torch.device("cuda", 0)), Ranks(0, 1, torch.device("cpu"))
+GPU = Ranks(0, 1, torch.device("cuda", 0))
 COMMON = {"codes": "codes", "dataset": "codes", "epochs": 3, "batch_size": 64, "learning_rate": 0.005}
 LDE: dict[str, Any] = {**COMMON, "family": "lde", "components": 3, "training_orders": 8, "patch_orders": 8, "dropout": 0.1}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -45,6 +46,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nsf": {"transforms": 2, "hidden": [16]},
     "naf": {"transforms": 1, "hidden": [16], "signal": 4},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_in_a_stage() -> None:
+    """`join` also has the libraries choose the same kernels each time."""
+    assert join().device.type == "cuda"
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,33 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(
     monkeypatch.setattr(LatentDensityEstimator, "loss", loss)
     same_weights(fitted(codes, GPU, checkpoint, ema_decay=0.99, validate_steps=5), whole)
     assert "going on from the checkpoint" in capsys.readouterr().err
+
+
+def test_a_recorded_loss_follows_weights_shapes_and_precision() -> None:
+    torch.manual_seed(0)
+    density = LatentDensityEstimator(8, 5).cuda()
+    twin = LatentDensityEstimator(8, 5)
+    for n, mixed in ((100, False), (100, False), (60, False), (60, True), (100, False)):
+        with torch.no_grad():
+            for parameter in density.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        twin.load_state_dict({name: value.cpu() for name, value in density.state_dict().items()})
+        z = torch.randn(n, 8)
+        density.zero_grad()
+        twin.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+            there = density.loss(z.cuda())
+        here = twin.loss(z)
+        (2 * there).backward()
+        (2 * here).backward()
+        tolerance = {"rtol": 0.05, "atol": 0.02} if mixed else {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(there.detach().cpu(), here.detach(), **tolerance)
+        for a, b in zip(density.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.cpu(), b.grad, **tolerance)
+    moved = density.cpu()
+    torch.testing.assert_close(moved.loss(z), twin.loss(z))
+    again = copy.deepcopy(density).cuda()
+    torch.testing.assert_close(again.loss(z.cuda()).cpu(), twin.loss(z), rtol=1e-3, atol=1e-5)
 
 
 def test_files_written_on_a_gpu_are_read_on_a_cpu(codes: CodeReader, tmp_path: Path) -> None:

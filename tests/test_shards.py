@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +105,8 @@ def test_pixels_fill_their_range() -> None:
     pixels = np.arange(256, dtype=np.uint8)
     assert np.allclose(scale_pixels(pixels, (-1.0, 1.0)), np.linspace(-1, 1, 256), atol=1e-6)
     assert scale_pixels(pixels, (0.0, 1.0)).dtype == np.float32
+    for bounds in ((-1.0, 1.0), (0.0, 1.0)):
+        assert np.array_equal(scale_pixels(torch.from_numpy(pixels), bounds).numpy(), scale_pixels(pixels, bounds))
     assert scale_pixels(pixels, (0.0, 1.0)).max() <= 1
 
 

@@ -163,7 +163,8 @@ class Density(nn.Module):
 
     def _chunks(self, z: Tensor) -> tuple[Tensor, ...]:
         """Codes (B, D) in parts that are computed one after another."""
-        return z.split(self.chunk_examples * (GPU_CHUNKS if z.is_cuda else 1))
+        parts: tuple[Tensor, ...] = z.split(self.chunk_examples * (GPU_CHUNKS if z.is_cuda else 1))
+        return parts
 
     def forward(self, z: Tensor) -> Tensor:
         """The same as `log_prob`."""

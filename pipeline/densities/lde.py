@@ -16,6 +16,7 @@ from pipeline.densities.causal import CausalNetwork
 from pipeline.densities.density import Density, own_settings, standard_normal, uniform
 from pipeline.densities.orders import ORDERS
 from pipeline.densities.products import ACTIVATIONS
+from pipeline.densities.recorded import Recorded
 from pipeline.densities.separate import SeparateNetworks
 from pipeline.settings import DensitySettings, check_that
 
@@ -111,13 +112,21 @@ class _LossInParts(torch.autograd.Function):
     def forward(
         ctx: Any, density: LatentDensityEstimator, z: Tensor, generator: Generator | None, *parameters: Tensor
     ) -> Tensor:
-        total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
-        for part in density._chunks(z):
-            with torch.enable_grad():
-                value = density._log_prob(part, generator).sum() / (-density.dim * len(z))
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-            torch._foreach_add_(sums, gradients)
-            total += value.detach()
+        def loss_and_gradients(z: Tensor) -> list[Tensor]:
+            total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
+            for part in density._chunks(z):
+                with torch.enable_grad():
+                    value = density._log_prob(part, generator).sum() / (-density.dim * len(z))
+                gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+                torch._foreach_add_(sums, gradients)
+                total += value.detach()
+            return [total, *sums]
+
+        draws = density.training and density.arguments["dropout"] > 0
+        if z.is_cuda and not draws:
+            total, *sums = density._recorded(loss_and_gradients, z, *parameters)
+        else:
+            total, *sums = loss_and_gradients(z)
         ctx.save_for_backward(*sums)
         return total
 
@@ -235,6 +244,7 @@ class LatentDensityEstimator(Density):
         # of one position at a time, with at most 256 MB of inputs kept.
         self.chunk_examples = max(32, 2**21 // (dim * self.network.features))
         self.sample_chunk_examples = min(1024, max(32, 2**26 // max(self.network.kept, 1)))
+        self._recorded = Recorded()
 
     def _bounded(self, outputs: Tensor) -> Tensor:
         """The network's outputs with the log standard deviations above their floor and below their ceiling."""
@@ -256,11 +266,12 @@ class LatentDensityEstimator(Density):
         """The loss of equation 4, see `Density.loss`; orders of patches and dropout are drawn from the generator.
 
         Its gradient with respect to the parameters is computed at once, chunk after chunk, so that features stay in the cache
-        and memory doesn't grow with B.
+        and memory doesn't grow with B. On a GPU it is recorded once, and replayed for every other batch of the same length.
         """
         z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
         normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
-        if normalised or z.requires_grad or not torch.is_grad_enabled() or len(self._chunks(z)) == 1:
+        at_once = len(self._chunks(z)) == 1 and not z.is_cuda
+        if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once:
             return -self._log_prob(z, generator).mean() / self.dim
         loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.parameters() if p.requires_grad))
         return loss
