@@ -127,6 +127,7 @@ class Run:
             "peak_memory_mib": round(_peak_memory_mib(), 1),
         }
         self._details |= {"cores": _cores(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self._details |= {"gpu": _gpu()} if _gpu() else {}
         # Under a heading of their own in the UI, below the scores.
         self.tracker.metrics({f"run/{k}": v for k, v in self._details.items() if isinstance(v, (int, float))})
         self.tracker.describe(self._description())
@@ -156,6 +157,12 @@ def _cell(value: float | int | None) -> str:
 def _headline(scores: Mapping[str, Any]) -> str:
     shown = [f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float) and "test" in k and not k.endswith("_se")][:3]
     return ": " + ", ".join(shown) if shown else ""
+
+
+def _gpu() -> str:
+    """Name of the GPU that was used; empty for none."""
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_initialized() else ""
 
 
 def _cores() -> int:

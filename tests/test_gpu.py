@@ -109,7 +109,7 @@ def test_loss_and_gradient_are_those_of_the_cpu(dim: int) -> None:
         density.to(device).zero_grad()
         loss = density.loss(z.to(device))
         loss.backward()
-        gradients[device] = [loss.detach().cpu(), *(p.grad.cpu() for p in density.parameters() if p.grad is not None)]
+        gradients[device] = [loss.detach().cpu(), *(p.grad.cpu().clone() for p in density.parameters() if p.grad is not None)]
     for here, there in zip(gradients["cpu"], gradients["cuda"], strict=True):
         torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-5)
 

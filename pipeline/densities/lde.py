@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from pipeline.densities import mixtures, orders
 from pipeline.densities.causal import CausalNetwork
@@ -112,12 +113,18 @@ class _LossInParts(torch.autograd.Function):
     def forward(
         ctx: Any, density: LatentDensityEstimator, z: Tensor, generator: Generator | None, *parameters: Tensor
     ) -> Tensor:
+        names = [name for name, parameter in density.network.named_parameters() if parameter.requires_grad]
+
         def loss_and_gradients(z: Tensor) -> list[Tensor]:
+            # Leaves of their own: those of the parameters belong to the stream that they were first used on, which a recording
+            # must not touch.
+            leaves = [parameter.detach().requires_grad_() for parameter in parameters]
             total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
             for part in density._chunks(z):
                 with torch.enable_grad():
-                    value = density._log_prob(part, generator).sum() / (-density.dim * len(z))
-                gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+                    outputs = functional_call(density.network, dict(zip(names, leaves, strict=True)), (part, generator))
+                    value = density._mixtures(outputs, part).sum() / (-density.dim * len(z))
+                gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
                 torch._foreach_add_(sums, gradients)
                 total += value.detach()
             return [total, *sums]
@@ -258,7 +265,11 @@ class LatentDensityEstimator(Density):
         return torch.cat([logits, means, log_scales], dim=-1)
 
     def _log_prob(self, z: Tensor, generator: Generator | None = None) -> Tensor:
-        first, others = map(self._bounded, self.network(z, generator))
+        return self._mixtures(self.network(z, generator), z)
+
+    def _mixtures(self, outputs: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
+        """Log-density (B,) of standardised codes (B, D), from the network's outputs for them."""
+        first, others = map(self._bounded, outputs)
         value = mixtures.log_likelihood(first.expand(len(z), -1), z[:, 0])
         return value + mixtures.log_likelihood(others, z[:, 1:].T).sum(dim=0)
 
@@ -273,7 +284,7 @@ class LatentDensityEstimator(Density):
         at_once = len(self._chunks(z)) == 1 and not z.is_cuda
         if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once:
             return -self._log_prob(z, generator).mean() / self.dim
-        loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.parameters() if p.requires_grad))
+        loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.network.parameters() if p.requires_grad))
         return loss
 
     def log_prob(self, z: Tensor) -> Tensor:
