@@ -75,7 +75,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "bsds300": Experiment("BSDS300 (Table 1)", ("bsds300-rnade", "bsds300-maf")),
     "faces48-parzen": Experiment("Faces of 48x48 pixels, not those of TFD, Parzen window (Table 2)", ("tfd",)),
     "grid": Experiment("Grid density (Figure 5)"),
-    "celeba64-shoes": Experiment("CelebA and Shoes at 64x64 (section 4.2.2)"),
+    "celeba64-shoes": Experiment(
+        "CelebA and Shoes at 64x64, two domains in one latent space (section 4.2.2)", leading="interpolation_different_fall"
+    ),
 }
 
 # Metric of results.csv -> (heading, metric of `evaluate`, its standard error there). {network} is that of the quality scores.
@@ -92,12 +94,19 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
     "recall": ("recall", "{network}_recall", "{network}_recall_se"),
     "code_log_likelihood": ("log-likelihood of the codes, nats", "test_log_likelihood", "test_log_likelihood_se"),
     "test_mse": ("test MSE", "test_mse", "test_mse_se"),
+    # Likelihood of interpolated codes (Figure 10): mean of both ends less the middle, of pairs within a domain and across.
+    **{
+        f"interpolation_{key}_fall": (f"fall {name}, nats", f"interpolation_{key}_fall", f"interpolation_{key}_fall_se")
+        for key, name in (("different", "across domains"), ("same", "within a domain"))
+    },
 }
 IN_FEATURES = ("kid", "fid", "precision", "recall")  # their protocol is the network
 PARZEN = ("parzen_test_log_likelihood", "parzen_test_se")
 OF_SAMPLES = ("samples_in_dropped_box", "mmd_squared")
 ERROR_KIND = {"kid": "standard error over subsets"}
 ERROR_KIND |= dict.fromkeys(("precision", "samples_in_dropped_box"), "standard error over samples")
+OF_PAIRS = ("interpolation_different_fall", "interpolation_same_fall")
+ERROR_KIND |= dict.fromkeys(OF_PAIRS, "standard error over pairs")
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ class Line:
         samples: Number of samples of the Parzen window or of the quality scores, or of test points or images scored.
         protocol: Name of the protocol; of the quality scores, the network whose features they are taken in.
         minutes: Of train, extract, fit, sample and evaluate together, mean of the trials.
-        cores: Cores that the runs could use.
+        cores: Cores that the runs could use, and the GPU where there was one.
         commit: Commit of the code that ran.
     """
 
@@ -216,18 +225,27 @@ def _lines(
     network = evaluation.quality.network if evaluation.quality is not None else ""
     images = PARZEN[0] in scores[0]
     split = getattr(settings, "split", "")
-    protocol = scores[0]["parzen_protocol"] if images else f"{split}-split" if split else f"{settings.source}-formula"
+    decoded = images or "test_mse" in scores[0]  # so that densities are those of codes
+    if images:
+        protocol = scores[0]["parzen_protocol"]
+    elif decoded:
+        protocol = "two-domains" if settings.source == "union" else "images"
+    else:
+        protocol = f"{split}-split" if split else f"{settings.source}-formula"
     minutes = statistics.fmean(sum(run.get("seconds", 0.0) for run in chain) for chain in runs) / 60
     flat = [run for chain in runs for run in chain]
-    cores = max((run["cores"] for run in flat if "cores" in run), default="")
+    cores = str(max((run["cores"] for run in flat if "cores" in run), default=""))
+    cores += "".join(f" + {gpu}" for gpu in dict.fromkeys(run["gpu"] for run in flat if "gpu" in run))
     commits = list(dict.fromkeys(run["commit"][:7] for run in flat if "commit" in run))
     for metric, (_, key, error_key) in METRICS.items():
         kind = "standard error over test points"
         if metric == "test_log_likelihood" and images:
             key, error_key, kind = *PARZEN, "standard error over images"
+        elif metric == "test_log_likelihood" and decoded:
+            continue
         elif metric == "test_log_likelihood":
             kind = "standard error over patches" if settings.source == "bsds300" else kind
-        elif metric == "code_log_likelihood" and not images:
+        elif (metric == "code_log_likelihood" and not decoded) or (metric in OF_PAIRS and settings.source != "union"):
             continue
         key, error_key = key.format(network=network), error_key.format(network=network)
         values = [s[key] for s in scores if s.get(key) is not None]
@@ -246,6 +264,8 @@ def _lines(
             count = scores[0]["parzen_samples"]
         elif metric in OF_SAMPLES:
             count = scores[0]["samples"]
+        elif metric in OF_PAIRS:
+            count = scores[0][key.replace("_fall", "_pairs")]
         yield Line(
             experiment, row, metric,
             value=f"{statistics.fmean(values):.{2 if over_images else 6}g}",
@@ -255,7 +275,7 @@ def _lines(
             samples=str(count and int(count)),  # metrics hold counts as 1000000.0
             protocol=network if metric in IN_FEATURES else protocol,
             minutes=f"{minutes:.3g}",
-            cores=str(cores),
+            cores=cores,
             commit=" ".join(commits),
         )  # fmt: skip
 
@@ -333,6 +353,7 @@ def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
         "examples_seen",
         "validations",
         "cores",
+        "gpu",
         "peak_memory_mib",
         "commit",
         "finished",
@@ -355,23 +376,27 @@ def markdown_tables(lines: Iterable[Line]) -> str:
         of = [line for line in lines if line.experiment == experiment]
         known = EXPERIMENTS.get(experiment, Experiment(experiment))
         parts.append(f"## {known.title}")
-        likely = {line.row for line in of if line.metric == "test_log_likelihood"}
-        # Of rows without a likelihood, such as GMMN's on vectors, whatever there is.
-        headed = [line for line in of if line.metric == "test_log_likelihood" or line.row not in likely]
-        for protocol in dict.fromkeys(line.protocol for line in headed):
+        headline = "test_log_likelihood" if any(line.metric == "test_log_likelihood" for line in of) else known.leading
+        headed = {line.row for line in of if line.metric == headline}
+        for protocol in dict.fromkeys(line.protocol for line in of if line.metric == headline or not headed):
+            # Rows without that score, such as GMMN's on vectors and controls, stand with the others.
+            here = [line for line in of if line.protocol == protocol or line.metric in IN_FEATURES]
+            rows = dict.fromkeys(
+                line.row for line in here if line.row not in headed or (line.metric, line.protocol) == (headline, protocol)
+            )
             columns = [c for m in METRICS for c in dict.fromkeys(_column(line) for line in of if line.metric == m)]
             columns.sort(key=lambda column: column != METRICS[known.leading][0])  # stable
-            rows = dict.fromkeys(line.row for line in headed if line.protocol == protocol)
             table = []
             for row in rows:
-                of_row = [line for line in of if line.row == row]
-                own = {_column(line): line for line in of_row if line.protocol == protocol or line.metric in IN_FEATURES}
-                first = next(iter(own[c] for c in columns if c in own and own[c].protocol == protocol))
+                own = {_column(line): line for line in here if line.row == row}
+                first = min((own[c] for c in columns if c in own), key=lambda line: line.protocol != protocol)
                 cells = [_cell(own.get(column)) for column in columns]
                 score = float(own[columns[0]].value) if columns[0] in own else -math.inf
-                table.append((score, [f"`{row}`", *cells, first.seeds, first.samples, first.minutes, first.commit]))
+                table.append(
+                    (score, [f"`{row}`", *cells, first.seeds, first.samples, first.minutes, first.cores, first.commit])
+                )
             table.sort(key=lambda pair: -pair[0])
-            heads = ["row", *columns, "seeds", "samples or test points", "minutes", "commit"]
+            heads = ["row", *columns, "seeds", "samples or test points", "minutes", "cores", "commit"]
             leading = [line for line in of if line.protocol == protocol and _column(line) == columns[0]]
             kinds = dict.fromkeys(line.error_kind for line in leading if line.error_kind)
             parts.append(f"Protocol `{protocol}`. Errors of the first column: {', '.join(kinds) or 'none'}.")

@@ -159,6 +159,41 @@ def test_an_experiment_is_sorted_by_its_leading_metric(workspace):
     assert EXPERIMENTS["mnist-codes"].leading == "code_log_likelihood"
 
 
+def test_two_domains_have_the_fall_of_interpolated_codes(workspace):
+    domains = {"source": "union", "root": "raw", "sources": ["celeba", "shoes"], "roots": ["celeba", "shoes"], "image_px": 64}
+    tables = {
+        "datasets": {"pair": domains},
+        "controls": {"pair": {"dataset": "pair"}},
+        "autoencoders": {"pair-ae": {"dataset": "pair", "objective": "ae", "latent_dim": 9, "blocks": 3}},
+        "densities": {"pair-lde": {"codes": "pair-ae", "dataset": "pair", "family": "lde"}},
+        "sampling": {},
+        "evaluations": {"pair": {"quality": {"network": "vgg19", "weights": "w.safetensors", "samples": 100}}},
+    }
+    Path("pair.yaml").write_text(yaml.safe_dump(tables))
+    falls = {
+        f"interpolation_{kind}_{key}": value
+        for kind, fall in (("different", 29.4), ("same", -23.2))
+        for key, value in (("fall", fall), ("fall_se", 0.5), ("pairs", 1000))
+    }
+    write("reports/metrics/train/pair-ae.json", {"test_mse": 0.005})
+    write("reports/metrics/fit/pair-lde.json", {})
+    write("reports/metrics/sample/pair-lde.json", {"samples": 200})
+    write("reports/metrics/evaluate/pair-lde.json", {"test_log_likelihood": -340.0, "vgg19_kid": 17.0, **falls})
+    write("reports/metrics/control/pair.json", {"training_images_vgg19_kid": 0.1})
+    write("reports/runs/train/pair-ae.json", {"seconds": 60.0, "cores": 16, "gpu": "Fast Card", "commit": "0123456789"})
+    done = run("record", "celeba64-shoes", "pair-lde", "pair", "--params", "pair.yaml")
+    assert done.exit_code == 0, done.output
+    found = {line["metric"]: line for line in lines() if line["row"] == "pair-lde"}
+    fall = found["interpolation_different_fall"]
+    assert (fall["value"], fall["error"], fall["error_kind"]) == ("29.4", "0.5", "standard error over pairs")
+    assert (fall["samples"], fall["protocol"], fall["cores"]) == ("1000", "two-domains", "16 + Fast Card")
+    assert found["code_log_likelihood"]["value"] == "-340"
+    assert "test_log_likelihood" not in found  # which is that of images or patches
+    head, _, *rows = Path("reports/paper/README.md").read_text().split("Protocol `two-domains`")[1].splitlines()[2:6]
+    assert head.startswith("| row | fall across domains, nats |")
+    assert [row.split("`")[1] for row in rows] == ["pair-lde", "pair-training-images"]  # one table
+
+
 def test_a_control_gives_two_lines(workspace):
     assert run("record", "mnist-parzen", "mnist").exit_code == 0
     assert [line["row"] for line in lines()] == ["mnist-training-images", "mnist-kmeans"]
