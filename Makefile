@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install repro test test-slow lint ui clean
+.PHONY: install repro test test-slow test-gpu lint ui clean
 
 install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock
 
@@ -26,6 +26,9 @@ test: install  ## Run the tests
 
 test-slow: install  ## Run the tests that take long: kills, memory, fuzzing at length
 	python -m pytest -m "slow and not gpu"
+
+test-gpu: install  ## Run the tests that only a GPU can tell, on a machine with one
+	python -m pytest -m gpu
 
 lint: install  ## Check style, annotations, docstrings and types
 	ruff check .

@@ -1,7 +1,7 @@
 """The LDE against its literal twin and against what a user would pick instead, as ratios within one run.
 
 Run with `python -m benchmarks.lde [step] [sampling] [memory] [rivals] [--threads 2] [--seconds 60] [--samples 2000]
-[--codes FILE.npz ..]`; with `--device cuda`, `step` and `sampling` on a GPU.
+[--codes FILE.npz ..]`; on a GPU `python -m benchmarks.lde step sampling --device cuda`.
 
 - `step`: a training step against the literal stack of nn.Conv1d over padded input with a composed loss.
 - `sampling`: `sample(10_000)` against naive ancestral sampling (D passes of the literal stack, extrapolated from a part), and
@@ -17,6 +17,7 @@ Contenders take turns, round after round, so that a machine that slows down slow
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import platform
@@ -139,6 +140,7 @@ def step(rounds: int) -> list[dict[str, Any]]:
     for dim, batch in ((63, 256), (63, 1024), (8, 256), (200, 64), *(((63, 4096),) if device == "cuda" else ())):
         torch.manual_seed(0)
         density, literal = LatentDensityEstimator(dim, 30).to(device), Literal(dim, 30).to(device)
+        in_bfloat16 = copy.deepcopy(density)  # else either precision would record the other's steps anew
         z = torch.randn(batch, dim, device=device)
 
         def train(model: nn.Module, mixed: bool = False, z: Tensor = z) -> None:
@@ -152,7 +154,7 @@ def step(rounds: int) -> list[dict[str, Any]]:
             ours=lambda m=density: train(m),
             literal=lambda m=literal: train(m),
             literal_mixed=lambda m=literal: train(m, mixed=True) if bfloat16 else None,
-            mixed=lambda m=density: train(m, mixed=True) if bfloat16 else None,
+            mixed=lambda m=in_bfloat16: train(m, mixed=True) if bfloat16 else None,
             product=lambda: a @ a,
         )
         rate = 2 * len(a) ** 3 / seconds["product"]
@@ -400,7 +402,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of fitting for each rival")
     parser.add_argument("--samples", type=int, default=2000, help="samples that each rival draws at once")
     parser.add_argument("--codes", type=Path, nargs="*", default=[], help="npz files with train, valid and test")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="results/lde.json, or lde-cuda.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -408,6 +410,10 @@ def main() -> None:
         return
     global clock, device
     clock, device = arguments.clock, arguments.device
+    if device == "cuda" and not {"step", "sampling"}.issuperset(arguments.parts):
+        parser.error("of the parts, step and sampling run on a GPU: name them")
+    output = arguments.output or RESULTS.with_name("lde.json" if device == "cpu" else "lde-cuda.json")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 for both
     torch.set_num_threads(arguments.threads)
     machine: dict[str, Any] = {
         "processor": processor() if device == "cpu" else torch.cuda.get_device_name(),
@@ -422,7 +428,7 @@ def main() -> None:
         "memory": memory,
         "rivals": lambda: rivals(arguments.codes, arguments.seconds, max(1, arguments.rounds // 3), arguments.samples),
     }
-    results: dict[str, Any] = read_json(arguments.output) if arguments.output.exists() else {}
+    results: dict[str, Any] = read_json(output) if output.exists() else {}
     for part in arguments.parts:
         if part not in work:
             parser.error(f"unknown part '{part}'; known: {', '.join(work)}")
@@ -431,7 +437,7 @@ def main() -> None:
         rows = work[part]()
         table(part, rows)
         results[part] = {"machine": dict(machine), "rows": rows}
-        write_json(arguments.output, results)
+        write_json(output, results)
 
 
 if __name__ == "__main__":

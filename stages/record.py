@@ -378,11 +378,18 @@ def markdown_tables(lines: Iterable[Line]) -> str:
         parts.append(f"## {known.title}")
         headline = "test_log_likelihood" if any(line.metric == "test_log_likelihood" for line in of) else known.leading
         headed = {line.row for line in of if line.metric == headline}
-        for protocol in dict.fromkeys(line.protocol for line in of if line.metric == headline or not headed):
-            # Rows without that score, such as GMMN's on vectors and controls, stand with the others.
+        protocols = dict.fromkeys(line.protocol for line in of if line.metric == headline)
+        # Rows without that score, such as GMMN's on vectors and controls, stand with the others where they can.
+        protocols |= dict.fromkeys(line.protocol for line in of if line.row not in headed and line.metric not in IN_FEATURES)
+        protocols = protocols or dict.fromkeys(line.protocol for line in of)
+        for number, protocol in enumerate(protocols):
             here = [line for line in of if line.protocol == protocol or line.metric in IN_FEATURES]
+            own_protocol = {line.row for line in of if line.metric not in IN_FEATURES}
             rows = dict.fromkeys(
-                line.row for line in here if line.row not in headed or (line.metric, line.protocol) == (headline, protocol)
+                line.row
+                for line in here
+                if ((line.metric, line.protocol) == (headline, protocol))
+                or (line.row not in headed and (line.protocol == protocol or (number == 0 and line.row not in own_protocol)))
             )
             columns = [c for m in METRICS for c in dict.fromkeys(_column(line) for line in of if line.metric == m)]
             columns.sort(key=lambda column: column != METRICS[known.leading][0])  # stable

@@ -127,7 +127,8 @@ class Run:
             "peak_memory_mib": round(_peak_memory_mib(), 1),
         }
         self._details |= {"cores": _cores(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self._details |= {"gpu": _gpu()} if _gpu() else {}
+        if gpu := _gpu():
+            self._details["gpu"] = gpu
         # Under a heading of their own in the UI, below the scores.
         self.tracker.metrics({f"run/{k}": v for k, v in self._details.items() if isinstance(v, (int, float))})
         self.tracker.describe(self._description())

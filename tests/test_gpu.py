@@ -100,7 +100,7 @@ def test_samples_are_those_of_the_cpu(codes: CodeReader) -> None:
     assert alike > 0.99
 
 
-@pytest.mark.parametrize("dim", [8, 63, 100])
+@pytest.mark.parametrize("dim", [1, 8, 63, 100])
 def test_loss_and_gradient_are_those_of_the_cpu(dim: int) -> None:
     torch.manual_seed(0)
     density, z = LatentDensityEstimator(dim, 10), torch.randn(300, dim)
@@ -118,24 +118,54 @@ def test_parts_of_a_batch_sum_to_the_whole() -> None:
     torch.manual_seed(0)
     density, z = LatentDensityEstimator(8, 5).cuda(), torch.randn(300, 8, device="cuda")
     whole = density.loss(z)
-    density.chunk_examples = 1  # 64 codes at once
-    assert len(density._chunks(z)) == 5
-    torch.testing.assert_close(density.loss(z), whole)
+    whole.backward()
+    in_parts = copy.deepcopy(density)  # with a recording of its own
+    in_parts.zero_grad()
+    in_parts.chunk_examples = 1  # 64 codes at once
+    assert len(in_parts._chunks(z)) == 5
+    summed = in_parts.loss(z)
+    summed.backward()
+    torch.testing.assert_close(summed, whole)
+    for a, b in zip(in_parts.parameters(), density.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
     with torch.no_grad():
-        torch.testing.assert_close(density.eval().log_prob(z).mean() / -8, whole)
+        torch.testing.assert_close(in_parts.eval().log_prob(z).mean() / -8, whole)
 
 
+def test_a_frozen_part_gets_no_gradient() -> None:
+    torch.manual_seed(0)
+    density, z = LatentDensityEstimator(8, 5).cuda(), torch.randn(100, 8, device="cuda")
+    density.network.head.requires_grad_(False)
+    density.loss(z).backward()
+    assert density.network.head.weight.grad is None
+    other = torch.nn.Parameter(density.network.head.weight + 1, requires_grad=False)
+    density.network.head.weight = other
+    with torch.no_grad():
+        expected = density.loss(z)
+    torch.testing.assert_close(density.loss(z), expected)
+    density.requires_grad_(False)
+    torch.testing.assert_close(density.loss(z), expected)
+
+
+def test_empty_batches() -> None:
+    density = LatentDensityEstimator(8, 5).cuda().eval()
+    with torch.no_grad():
+        assert density.log_prob(torch.empty(0, 8, device="cuda")).shape == (0,)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # recorded, and not
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("blocks", ["plain", "separate"])
-def test_the_same_seed_gives_the_same_bits(precision: str, blocks: str, codes: CodeReader) -> None:
-    row = {"precision": precision, "ema_decay": 0.99, "blocks": blocks, "width": 16}
+def test_the_same_seed_gives_the_same_bits(dropout: float, precision: str, blocks: str, codes: CodeReader) -> None:
+    row = {"dropout": dropout, "precision": precision, "ema_decay": 0.99, "blocks": blocks, "width": 16}
     same_weights(fitted(codes, GPU, **row), fitted(codes, GPU, **row))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_stopped_fit_goes_on_to_the_same_bits(
-    codes: CodeReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dropout: float, codes: CodeReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = fitted(codes, GPU, ema_decay=0.99, validate_steps=5)
+    whole = fitted(codes, GPU, dropout=dropout, ema_decay=0.99, validate_steps=5)
     checkpoint = Checkpoint(tmp_path / "checkpoints", {"run": "a"})
     loss, calls = LatentDensityEstimator.loss, iter(range(10**6))
 
@@ -146,9 +176,9 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(LatentDensityEstimator, "loss", stopping)
     with pytest.raises(PipelineError, match="SIGTERM"):
-        fitted(codes, GPU, checkpoint, ema_decay=0.99, validate_steps=5)
+        fitted(codes, GPU, checkpoint, dropout=dropout, ema_decay=0.99, validate_steps=5)
     monkeypatch.setattr(LatentDensityEstimator, "loss", loss)
-    same_weights(fitted(codes, GPU, checkpoint, ema_decay=0.99, validate_steps=5), whole)
+    same_weights(fitted(codes, GPU, checkpoint, dropout=dropout, ema_decay=0.99, validate_steps=5), whole)
     assert "going on from the checkpoint" in capsys.readouterr().err
 
 
@@ -219,7 +249,7 @@ def test_parzen_windows_are_those_of_the_cpu() -> None:
     np.testing.assert_allclose(there, here, atol=0.01)
 
 
-def test_the_command_line_picks_the_gpu(tmp_path: Path) -> None:
+def test_the_command_line_picks_the_gpu() -> None:
     code = "from pipeline.ranks import join; print(join().device)"
     for wanted, device in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cpu", "cpu")):
         environment = {**os.environ, "DEVICE": wanted}

@@ -194,6 +194,21 @@ def test_two_domains_have_the_fall_of_interpolated_codes(workspace):
     assert [row.split("`")[1] for row in rows] == ["pair-lde", "pair-training-images"]  # one table
 
 
+def test_every_row_stands_in_a_table(workspace):
+    run("record", "mnist-parzen", "mnist-lde")
+    lines_ = read_lines(Path("reports/paper"))
+    other = [
+        replace(line, row="other", protocol="images") for line in lines_ if line.metric in ("test_mse", "code_log_likelihood")
+    ]
+    features = [replace(line, row="features") for line in lines_ if line.metric == "kid"]
+    both = [replace(line, row="both", protocol="images") for line in lines_ if line.metric == "test_mse"]
+    both += [replace(line, row="both") for line in features]
+    twice = [replace(line, protocol="goodfellow") for line in lines_ if line.metric == "test_log_likelihood"]
+    text = markdown_tables([*lines_, *other, *features, *both, *twice])
+    for row, tables in (("mnist-lde", 2), ("other", 1), ("features", 1), ("both", 1)):
+        assert text.count(f"| `{row}` |") == tables, row
+
+
 def test_a_control_gives_two_lines(workspace):
     assert run("record", "mnist-parzen", "mnist").exit_code == 0
     assert [line["row"] for line in lines()] == ["mnist-training-images", "mnist-kmeans"]

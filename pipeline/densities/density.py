@@ -26,8 +26,6 @@ __all__ = ["Density", "Proceed", "dropout_mask", "load_density", "own_settings",
 
 Proceed = Callable[[str, float], bool]  # name and validation log-likelihood of a candidate -> whether to try another
 
-GPU_CHUNKS = 64  # chunks of a CPU, made to fit its cache, that a GPU takes at once, to be kept busy
-
 METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed order, and equal models have to be equal files
 
 
@@ -53,7 +51,8 @@ class Density(nn.Module):
         has_meta: Whether it can be built on torch's `meta` device, which holds shapes but no values.
         candidates: Fits that `estimate` chooses from, at most.
         trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
-        chunk_examples: Codes scored at once in evaluation mode, which bounds memory; a GPU takes 64 times as many.
+        chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
+        gpu_chunks: Chunks of a CPU, made to fit its cache, that a GPU takes at once, to be kept busy.
         sample_chunk_examples: Samples drawn at once.
     """
 
@@ -61,6 +60,7 @@ class Density(nn.Module):
     has_log_prob: ClassVar[bool] = True
     has_meta: ClassVar[bool] = True
     trained_by_gradient: ClassVar[bool] = True
+    gpu_chunks: ClassVar[int] = 8
     candidates: int = 1
     chunk_examples: int = 4096
     sample_chunk_examples: int = 4096
@@ -163,7 +163,7 @@ class Density(nn.Module):
 
     def _chunks(self, z: Tensor) -> tuple[Tensor, ...]:
         """Codes (B, D) in parts that are computed one after another."""
-        parts: tuple[Tensor, ...] = z.split(self.chunk_examples * (GPU_CHUNKS if z.is_cuda else 1))
+        parts: tuple[Tensor, ...] = z.split(self.chunk_examples * (self.gpu_chunks if z.is_cuda else 1))
         return parts
 
     def forward(self, z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -116,8 +116,8 @@ class _LossInParts(torch.autograd.Function):
         names = [name for name, parameter in density.network.named_parameters() if parameter.requires_grad]
 
         def loss_and_gradients(z: Tensor) -> list[Tensor]:
-            # Leaves of their own: those of the parameters belong to the stream that they were first used on, which a recording
-            # must not touch.
+            # Leaves of their own: the gradients of the parameters are gathered on the stream that these were first used on,
+            # which a recording must not touch.
             leaves = [parameter.detach().requires_grad_() for parameter in parameters]
             total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
             for part in density._chunks(z):
@@ -131,7 +131,8 @@ class _LossInParts(torch.autograd.Function):
 
         draws = density.training and density.arguments["dropout"] > 0
         if z.is_cuda and not draws:
-            total, *sums = density._recorded(loss_and_gradients, z, *parameters)
+            read = (*density.network.parameters(), *density.network.buffers())
+            total, *sums = density._recorded(loss_and_gradients, z, *read)
         else:
             total, *sums = loss_and_gradients(z)
         ctx.save_for_backward(*sums)
@@ -200,6 +201,7 @@ class LatentDensityEstimator(Density):
     """
 
     family = "lde"
+    gpu_chunks = 64
 
     orders: Tensor | None
     training_orders: Tensor | None
@@ -277,15 +279,22 @@ class LatentDensityEstimator(Density):
         """The loss of equation 4, see `Density.loss`; orders of patches and dropout are drawn from the generator.
 
         Its gradient with respect to the parameters is computed at once, chunk after chunk, so that features stay in the cache
-        and memory doesn't grow with B. On a GPU it is recorded once, and replayed for every other batch of the same length.
+        and memory doesn't grow with B. On a GPU and without dropout it is recorded, and replayed for all further batches of the
+        same length.
         """
         z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
         normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
         at_once = len(self._chunks(z)) == 1 and not z.is_cuda
-        if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once:
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once or not trained:
             return -self._log_prob(z, generator).mean() / self.dim
-        loss: Tensor = _LossInParts.apply(self, z, generator, *(p for p in self.network.parameters() if p.requires_grad))
+        loss: Tensor = _LossInParts.apply(self, z, generator, *trained)
         return loss
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> Self:
+        self._recorded = Recorded()  # weights move away, and a recording holds memory of the GPU
+        moved: Self = super()._apply(*arguments, **keywords)
+        return moved
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch where there are several."""

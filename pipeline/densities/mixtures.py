@@ -41,7 +41,8 @@ class _LogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, x: Tensor) -> Tensor:
-        rows = len(x) if x.is_cuda else max(1, BLOCK_NUMBERS * torch.get_num_threads() // outputs.shape[1])
+        rows = len(x) if x.is_cuda else BLOCK_NUMBERS * torch.get_num_threads() // outputs.shape[1]
+        rows = max(1, rows)
         value = torch.empty_like(x)
         wanted = any(ctx.needs_input_grad)
         gradient = torch.empty_like(outputs) if wanted else None
