@@ -81,9 +81,9 @@ def write_samples(
             for number in ranks.share(len(sizes)):
                 examples, codes = draw(density, decoder, sizes[number], settings.seed, number)
                 if not np.isfinite(examples).all():
-                    raise DataError(
-                        f"samples of {folder.name} aren't finite: the density has diverged; fit it with a lower learning_rate"
-                    )
+                    unbounded = density.arguments.get("max_log_scale", 0.0) is None
+                    remedy = "max_log_scale: 2.0 or a lower learning_rate" if unbounded else "a lower learning_rate"
+                    raise DataError(f"samples of {folder.name} aren't finite: the density runs away; fit it with {remedy}")
                 if settings.rounding == "8-bit" and decoder is not None:
                     examples = np.rint(examples * np.float32(255)) / np.float32(255)
                 with ShardWriter(temporary, "samples", settings.shard_examples, first=number) as writer:

@@ -15,6 +15,9 @@ from pipeline.densities import LatentDensityEstimator
 from pipeline.densities.density import standard_normal, uniform
 from pipeline.densities.orders import patch_orders, reordered
 from pipeline.errors import DataError, SettingsError
+from pipeline.ranks import Ranks
+from pipeline.sampling import write_samples
+from pipeline.settings import SamplingSettings
 
 VARIANTS = {
     "paper": {},
@@ -463,3 +466,12 @@ def test_learns():
         optimizer.step()
     truth = -0.5 * math.log(2 * math.pi * math.e) + -0.5 * math.log(2 * math.pi * math.e * 0.01)
     assert density.log_prob(z).mean().item() > truth - 0.25
+
+
+@pytest.mark.parametrize(("ceiling", "said"), [(None, "max_log_scale: 2.0 or a lower"), (300.0, "with a lower learning_rate")])
+def test_samples_that_run_away_name_the_remedy(ceiling, said, tmp_path):
+    density = LatentDensityEstimator(3, 1, max_log_scale=ceiling).eval()
+    density.network.head.bias.data[2] = 200.0  # scales of e^200, beyond float32
+    with pytest.raises(DataError, match=said):
+        write_samples(density, None, SamplingSettings(count=10), tmp_path / "samples", Ranks(0, 1, torch.device("cpu")))
+    assert list(tmp_path.iterdir()) == []
