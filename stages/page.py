@@ -15,7 +15,17 @@ from pipeline.settings import Params, flatten
 from stages.graph import Graph, StageState
 from stages.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
 from stages.published import BENCHMARKS, PUBLISHED
-from stages.scoreboard import NETWORKS, against, duration, is_missing, plus_minus, read_metrics, remark
+from stages.scoreboard import (
+    NETWORKS,
+    OF_CODES,
+    against,
+    duration,
+    is_missing,
+    plus_minus,
+    read_metrics,
+    remark,
+    score_names,
+)
 from stages.tracking import git_state
 
 if TYPE_CHECKING:
@@ -210,6 +220,8 @@ def _verdict(part: pd.DataFrame) -> str:
     if not models:
         return ""
     best = models[0]
+    if best["score"] == OF_CODES and len({line["autoencoder"] for line in models}) > 1:
+        return _verdict_by_pictures(models)
     text = f"{best['row']}: {plus_minus(best['value'], best['error'])} nats ({best['score']})"
     if not is_missing(best["against_control"]):
         gap = f"{abs(best['control_difference']):.1f} nats"
@@ -220,6 +232,19 @@ def _verdict(part: pd.DataFrame) -> str:
     if not is_missing(best["paper"]):
         text += f"; the paper: {plus_minus(best['paper'], best['paper_error'])}"
     return text + "."
+
+
+def _verdict_by_pictures(models: Sequence[Mapping[Any, Any]]) -> str:
+    """The lowest KID in each feature space, of rows whose likelihoods are those of different codes."""
+    found = []
+    for network in NETWORKS:
+        kid = f"{network}_kid"
+        if scored := [line for line in models if not is_missing(line.get(kid))]:
+            best = min(scored, key=lambda line: float(line[kid]))
+            found.append(
+                f"{best['row']}: KID {plus_minus(best[kid], best[f'{kid}_se'])} in the features of {network}, the lowest"
+            )
+    return "; ".join(found) + "." if found else ""
 
 
 def _settings(params: Params) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
@@ -260,6 +285,7 @@ def _environment(html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"plus_minus": plus_minus, "duration": duration, "against": against, "remark": remark}
+    environment.filters["score_names"] = score_names
     environment.tests["missing"] = is_missing
     return environment
 

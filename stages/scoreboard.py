@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ AVERAGED = (
     *(f"{network}_{key}" for network in NETWORKS for key in QUALITY if not key.endswith("_se")),
 )
 PARZEN, LIKELIHOOD = "Parzen test log-likelihood", "test log-likelihood"
+OF_CODES = f"{LIKELIHOOD} of the codes"  # of images without a Parzen score
 CONTROLS = {"training_images": "training-images", "kmeans": "kmeans"}  # prefix of the metric -> end of the row's name
 CHAIN = ("train", "extract", "fit", "sample", "evaluate")
 
@@ -186,7 +187,7 @@ def _model(params: Params, name: str) -> dict[str, Any]:
         points = scored.get("test_scored")
         what = "codes, comparable between densities of the same codes only" if images else "vectors"
         line |= {
-            "score": LIKELIHOOD + (" of the codes" if images else ""),
+            "score": OF_CODES if images else LIKELIHOOD,
             "value": scored.get("test_log_likelihood"),
             "error": scored.get("test_log_likelihood_se"),
             "group_error": scored.get("test_log_likelihood_group_se"),
@@ -361,6 +362,17 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def score_names(lines: Iterable[Mapping[str, Any]]) -> str:
+    """What the scores of lines are, with a warning where their units differ from one autoencoder to the next.
+
+    Example:
+        >>> score_names([{"score": PARZEN}, {"score": OF_CODES}])
+        'Parzen test log-likelihood, test log-likelihood of the codes (to compare densities of the same codes only)'
+    """
+    names = dict.fromkeys(line["score"] for line in lines)
+    return ", ".join(f"{n} (to compare densities of the same codes only)" if n == OF_CODES else n for n in names)
+
+
 def remark(line: Mapping[str, Any]) -> str:
     """What a line is, where it isn't a row of `densities`.
 
@@ -408,7 +420,7 @@ def as_text(board: pd.DataFrame) -> str:
             "  ".join(c.ljust(w) if i in (0, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in cells
         ]
-        title = f"{dataset}: {', '.join(part['score'].drop_duplicates())}"
+        title = f"{dataset}: {score_names(part.to_dict('records'))}"
         blocks.append("\n".join([title, *(f"  {text.rstrip()}" for text in shown)]))
     if (board["kind"] == "control").any():
         blocks.append(

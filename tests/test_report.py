@@ -26,7 +26,7 @@ from stages.graph import Graph, stage_states
 from stages.page import description, render
 from stages.published import BENCHMARKS, PUBLISHED, benchmark_of, best_published, paper_value
 from stages.report import report
-from stages.scoreboard import COLUMNS, as_text, build_scoreboard, headline
+from stages.scoreboard import COLUMNS, QUALITY, as_text, build_scoreboard, headline
 
 HOSTILE = "<script>alert('x')</script>|`\"><img src=http://evil.example/x.png>"
 
@@ -164,6 +164,20 @@ def test_against_control_takes_errors_into_account(tmp_path, monkeypatch):
     scores = json.loads(Path("reports/metrics/evaluate/digits-more.json").read_text())
     write("reports/metrics/evaluate/digits-more.json", scores | {"parzen_test_log_likelihood": 200.0})
     assert build_scoreboard(read_params()).set_index("row").loc["digits-more", "against_control"] == "worse"
+
+
+def test_likelihoods_of_different_codes_give_no_verdict_but_their_pictures_do(workspace):
+    for name, kid in (("digits-ae-lde", 20.0), ("digits-iae-lde", 9.0)):
+        scores = {"test_log_likelihood": -10.0 - kid, "test_log_likelihood_se": 0.1, "test_scored": 500.0}
+        quality = {f"vgg19_{key}": kid if key == "kid" else 0.5 for key in QUALITY}
+        write(f"reports/metrics/evaluate/{name}.json", scores | quality)
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    tables["evaluations"]["digits"] = {"quality": {"network": "vgg19", "weights": "w.safetensors", "samples": 100}}
+    YAML().dump(tables, Path("params.yaml"))
+    board = build_scoreboard(read_params())
+    text = render("report.md", read_params(), board, [], HEAD).replace("\\", "")
+    assert "- **digits**: digits-iae-lde: KID 9.00 ± 0.50 in the features of vgg19, the lowest." in text
+    assert "digits: test log-likelihood of the codes (to compare densities of the same codes only)" in as_text(board)
 
 
 def test_controls_of_another_number_of_samples_give_no_verdict(workspace):
