@@ -382,9 +382,9 @@ def markdown_tables(lines: Iterable[Line]) -> str:
         # Rows without that score, such as GMMN's on vectors and controls, stand with the others where they can.
         protocols |= dict.fromkeys(line.protocol for line in of if line.row not in headed and line.metric not in IN_FEATURES)
         protocols = protocols or dict.fromkeys(line.protocol for line in of)
+        own_protocol = {line.row for line in of if line.metric not in IN_FEATURES}
         for number, protocol in enumerate(protocols):
             here = [line for line in of if line.protocol == protocol or line.metric in IN_FEATURES]
-            own_protocol = {line.row for line in of if line.metric not in IN_FEATURES}
             rows = dict.fromkeys(
                 line.row
                 for line in here

@@ -33,6 +33,20 @@ STAGES = (
     ("sample", "blobs-lde"), ("evaluate", "blobs-lde"), ("prepare", "points"), ("train", "points"), ("extract", "points"),
     ("fit", "points-lde"), ("sample", "points-lde"), ("evaluate", "points-lde"),
 )  # fmt: skip
+# Settings of every family, of a size for tests.
+DENSITIES = {
+    "lde": {"components": 3},
+    "gmmn": {"hidden": [16, 16]},
+    "gaussian": {},
+    "gmm": {"components": [1, 3]},
+    "rnade": {"components": 3, "hidden": 16},
+    "made-mog": {"components": 3, "hidden": [16, 16]},
+    "maf": {"transforms": 2, "hidden": [16]},
+    "realnvp": {"transforms": 2, "hidden": [16]},
+    "nsf": {"transforms": 2, "hidden": [16]},
+    "naf": {"transforms": 1, "hidden": [16], "signal": 4},
+    "prior": {},
+}
 
 
 def write_raw(folder: Path, images: int = 200, points: int = 1000) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from small import DENSITIES
 
 from pipeline.densities import ALIASES, Density, gmmn, load_density, mixtures
 from pipeline.densities.flows import NormalisingFlow
@@ -22,19 +23,6 @@ from pipeline.densities.rnade import Rnade
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.settings import Params, implementation
 
-SMALL = {
-    "lde": {"components": 3},
-    "gmmn": {"hidden": [16, 16]},
-    "gaussian": {},
-    "gmm": {"components": [1, 3]},
-    "rnade": {"components": 3, "hidden": 16},
-    "made-mog": {"components": 3, "hidden": [16, 16]},
-    "maf": {"transforms": 2, "hidden": [16]},
-    "realnvp": {"transforms": 2, "hidden": [16]},
-    "nsf": {"transforms": 2, "hidden": [16]},
-    "naf": {"transforms": 1, "hidden": [16], "signal": 4},
-    "prior": {},
-}
 AUTOREGRESSIVE = {
     "rnade": lambda dim: Rnade(dim, components=3, hidden=16),
     "made-mog": lambda dim: MadeMog(dim, components=3, hidden=[16, 16]),
@@ -42,7 +30,7 @@ AUTOREGRESSIVE = {
 
 
 def build(family: str, dim: int = 2, **settings) -> Density:
-    row = {"codes": "points", "dataset": "points", "family": family, **SMALL[family], **settings}
+    row = {"codes": "points", "dataset": "points", "family": family, **DENSITIES[family], **settings}
     module = implementation("pipeline.densities", family, "family")
     from pipeline.settings import build as build_settings
 
@@ -75,7 +63,7 @@ def fit(density: Density, codes: torch.Tensor, steps: int = 150) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", DENSITIES)
 def test_fits_scores_samples_saves_and_loads(family, tmp_path):
     torch.manual_seed(0)
     codes = banana(1000)
@@ -107,7 +95,7 @@ def test_fits_scores_samples_saves_and_loads(family, tmp_path):
         assert ((samples.mean(0) - codes.mean(0)).abs() < 0.4 * codes.std(0)).all()
 
 
-@pytest.mark.parametrize("family", [f for f in SMALL if f not in ("gmmn", "realnvp")])
+@pytest.mark.parametrize("family", [f for f in DENSITIES if f not in ("gmmn", "realnvp")])
 def test_one_dimension(family):
     torch.manual_seed(0)
     density = build(family, dim=1)
@@ -118,7 +106,7 @@ def test_one_dimension(family):
     assert density.sample(5).shape == (5, 1)
 
 
-@pytest.mark.parametrize("family", [f for f in SMALL if f not in ("gmmn", "naf")])
+@pytest.mark.parametrize("family", [f for f in DENSITIES if f not in ("gmmn", "naf")])
 def test_density_integrates_to_one_and_samples_follow_it(family):
     torch.manual_seed(0)
     codes = banana(1000)
@@ -373,4 +361,4 @@ def test_settings_name_the_row():
 def test_package_imports_without_torch():
     code = "import sys, pipeline.densities; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert set(ALIASES) < set(SMALL)
+    assert set(ALIASES) < set(DENSITIES)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import DENSITIES
 
 from pipeline.autoencoders import aae, ae, vae
 from pipeline.batches import Batches
@@ -34,17 +35,9 @@ GPU = Ranks(0, 1, torch.device("cuda", 0))
 COMMON = {"codes": "codes", "dataset": "codes", "epochs": 3, "batch_size": 64, "learning_rate": 0.005}
 LDE: dict[str, Any] = {**COMMON, "family": "lde", "components": 3, "training_orders": 8, "patch_orders": 8, "dropout": 0.1}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "lde": {"components": 3},
+    **{family: settings for family, settings in DENSITIES.items() if family not in ("gmmn", "prior")},
     "lde-separate": {"family": "lde", "components": 3, "blocks": "separate", "width": 16},
     "lde-gated": {"family": "lde", "components": 3, "blocks": "gated", "width": 16},
-    "gaussian": {},
-    "gmm": {"components": [1, 3]},
-    "rnade": {"components": 3, "hidden": 16},
-    "made-mog": {"components": 3, "hidden": [16, 16]},
-    "maf": {"transforms": 2, "hidden": [16]},
-    "realnvp": {"transforms": 2, "hidden": [16]},
-    "nsf": {"transforms": 2, "hidden": [16]},
-    "naf": {"transforms": 1, "hidden": [16], "signal": 4},
 }
 
 
