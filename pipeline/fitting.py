@@ -31,9 +31,13 @@ ESTIMATE_CODES = 100_000  # validation codes that a family without gradient may 
 class _Fit(Trainable):
     """A density and its loss, as the training loop wants them."""
 
-    def __init__(self, density: Density) -> None:
+    def __init__(self, density: Density, settings: DensitySettings) -> None:
         super().__init__()
-        self.density = density
+        self.density, self.by_muon, self.muon_rate = density, settings.optimizer == "muon", settings.muon_rate
+
+    def muon_parameters(self, phase: str) -> list[Tensor]:
+        """Where the settings ask for it, the weights between hidden layers."""
+        return self.density.hidden_matrices() if self.by_muon else []
 
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The loss (4) in nats a dimension, of standardised codes."""
@@ -157,7 +161,7 @@ def fit_density(
         return {best: -discrepancy(density, _first(codes, "valid", DISCREPANCY_CODES), settings.seed)}
 
     training = train(
-        _Fit(density),
+        _Fit(density, settings),
         batches,
         settings,
         ranks,

@@ -288,6 +288,9 @@ class DensitySettings(TrainingSettings):
             `scalar` uses one mean and one scale for all, `none` nothing; `cholesky` takes from each dimension its linear
             prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
             such as pixels. The log-determinant is added back in every likelihood.
+        optimizer: `adamw`, or `muon` for steps of orthogonalised momentum on the weights between hidden layers of an `lde`, and
+            AdamW's on the others; deep networks learn as much in a fraction of the steps.
+        muon_rate: Muon's learning rate, as a multiple of AdamW's.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
             on the speed of the machine. `gmm` reads the clock between two numbers of Gaussians.
         validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.
@@ -299,12 +302,17 @@ class DensitySettings(TrainingSettings):
     family: str
     learning_rate: float = 2e-4
     standardise: Literal["dimension", "scalar", "cholesky", "none"] = "dimension"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_rate: float = 3.0
     max_minutes: float = 0.0
     validate_steps: int = 0
     shuffle_examples: int = 1_000_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_that(self.optimizer in ("adamw", "muon"), "optimizer", f"has to be one of adamw, muon, not {self.optimizer!r}")
+        check_that(self.optimizer == "adamw" or self.family == "lde", "optimizer", "can be muon for the family lde only")
+        check_that(self.muon_rate > 0, "muon_rate", "has to be positive")
         check_that(self.validate_steps >= 0, "validate_steps", "has to be 0 or more")
         check_that(self.max_minutes >= 0, "max_minutes", "has to be 0 or more")
 

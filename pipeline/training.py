@@ -25,13 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.batches import Batches
+from pipeline.devices import has_bfloat16
 from pipeline.errors import DataError, PipelineError, TrainingError
 from pipeline.files import atomic_file
+from pipeline.muon import Muon
 from pipeline.progress import Progress
 from pipeline.ranks import Ranks, synchronise_batch_norm
 from pipeline.settings import TrainingSettings
 
-__all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "has_bfloat16", "learning_rate", "train"]
+__all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "learning_rate", "train"]
 
 CURVE_POINTS = 200  # rows of a training curve, about
 
@@ -56,14 +58,20 @@ class Trainable(nn.Module):
     """A network together with the losses that train it.
 
     Attributes:
-        phases: Names of the parts of a step, each with its own optimizer, in order. Most have one.
+        phases: Names of the parts of a step, each with its own optimizers, in order. Most have one.
+        muon_rate: Muon's learning rate, as a multiple of AdamW's.
     """
 
     phases: tuple[str, ...] = ("model",)
+    muon_rate: float = 1.0
 
     def phase_parameters(self, phase: str) -> Iterable[nn.Parameter]:
-        """The parameters that the phase's optimizer moves."""
+        """The parameters that the phase's optimizers move."""
         return self.parameters()
+
+    def muon_parameters(self, phase: str) -> Iterable[Tensor]:
+        """Those of them that Muon moves; AdamW moves the others."""
+        return ()
 
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The loss of a phase under the key "loss", and what else is to be logged, each a scalar.
@@ -136,13 +144,20 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, p
     return settings.learning_rate
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 at all, instead of imitating it many times as slowly as float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
+def _optimizers(model: Trainable, phase: str, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    by_muon = list(model.muon_parameters(phase))
+    those = {id(parameter) for parameter in by_muon}
+    adamw = torch.optim.AdamW(
+        [parameter for parameter in model.phase_parameters(phase) if id(parameter) not in those],
+        lr=settings.learning_rate,
+        betas=(settings.betas[0], settings.betas[1]),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    if not by_muon:
+        return [adamw]
+    group = {"params": by_muon, "relative": model.muon_rate}
+    return [adamw, Muon([group], settings.learning_rate, weight_decay=settings.weight_decay)]
 
 
 def code_digest() -> str:
@@ -301,16 +316,7 @@ def train(
     device = ranks.device
     if settings.sync_batch_norm and ranks.world > 1:
         synchronise_batch_norm(model)
-    optimizers = {
-        phase: torch.optim.AdamW(
-            list(model.phase_parameters(phase)),
-            lr=settings.learning_rate,
-            betas=(settings.betas[0], settings.betas[1]),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        for phase in model.phases
-    }
+    optimizers = {phase: _optimizers(model, phase, settings) for phase in model.phases}
     averaged = _Averaged(model, settings.ema_decay) if settings.ema_decay else None
     best_weights: dict[str, Tensor] | None = None
     record = Training()
@@ -321,7 +327,7 @@ def train(
         return {
             "step": step,
             "model": model.state_dict(),
-            "optimizers": {phase: optimizer.state_dict() for phase, optimizer in optimizers.items()},
+            "optimizers": {phase: [optimizer.state_dict() for optimizer in those] for phase, those in optimizers.items()},
             "averaged": None if averaged is None else averaged.values,
             "best_weights": best_weights,
             "record": {
@@ -340,8 +346,9 @@ def train(
     if restored is not None:
         start_step = int(restored["step"])
         model.load_state_dict(restored["model"])
-        for phase, optimizer in optimizers.items():
-            optimizer.load_state_dict(restored["optimizers"][phase])
+        for phase, those in optimizers.items():
+            for optimizer, values in zip(those, restored["optimizers"][phase], strict=True):
+                optimizer.load_state_dict(values)
         if averaged is not None:
             averaged.values = {name: value.to(device) for name, value in restored["averaged"].items()}
         best_weights = restored["best_weights"]
@@ -433,9 +440,9 @@ def train(
                 rate = learning_rate(settings, index, steps_per_epoch, share)
                 shown = 0.0
                 for phase in model.phases:
-                    optimizer = optimizers[phase]
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
+                    groups = [group for optimizer in optimizers[phase] for group in optimizer.param_groups]
+                    for group in groups:
+                        group["lr"] = rate * group.get("relative", 1.0)
                     with torch.autocast(device.type, autocast_type, enabled=autocast_type is not None):
                         losses = wrapped(phase, batch, step)
                     loss = losses["loss"]
@@ -444,13 +451,13 @@ def train(
                         sums[key] = sums.get(key, 0.0) + float(value.detach())
                     if not math.isfinite(float(loss.detach())):
                         raise TrainingError(_not_finite(label, index, phase, batch, checkpoint))
-                    optimizer.zero_grad(set_to_none=True)
+                    for optimizer in optimizers[phase]:
+                        optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     if settings.gradient_clip:
-                        torch.nn.utils.clip_grad_norm_(
-                            [p for g in optimizer.param_groups for p in g["params"]], settings.gradient_clip
-                        )
-                    optimizer.step()
+                        torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], settings.gradient_clip)
+                    for optimizer in optimizers[phase]:
+                        optimizer.step()
                     shown = shown or float(loss.detach())
                 summed += 1
                 index += 1

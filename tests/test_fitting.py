@@ -12,7 +12,7 @@ import torch
 
 from pipeline import fitting, progress
 from pipeline.codes import CodeIndex, CodeReader, Moments, write_index, write_part
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
 from pipeline.ranks import join
 from pipeline.settings import DensitySettings, build, implementation
@@ -109,6 +109,45 @@ def test_gmmn_keeps_the_epoch_with_the_least_discrepancy(tmp_path: Path) -> None
     assert training.best["valid_minus_squared_mmd"] == max(scores) > scores[-1]
     assert not any("likelihood" in key for key in training.best)
     assert -discrepancy(density, [codes[:100], codes[100:]], seed=0) == max(scores)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_lde_stopped_and_resumed_keeps_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    codes = write(tmp_path / "codes", correlated(400))
+    settings = row("lde", components=2, blocks="residual", width=8, epochs=2, batch_size=50, optimizer=optimizer)
+    whole, _ = fit_density(settings, codes, join())
+    checkpoint = Checkpoint(tmp_path / "checkpoint", {})
+    shown = progress.Progress.advance
+    steps = 0
+
+    def advance(self: progress.Progress, *arguments: object, **values: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        shown(self, *arguments, **values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(progress.Progress, "advance", advance)
+    with pytest.raises(PipelineError, match="stopped by SIGTERM at step 5"):
+        fit_density(settings, codes, join(), checkpoint=checkpoint)
+    resumed, training = fit_density(settings, codes, join(), checkpoint=checkpoint)
+    assert training.resumed_at == 5
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_muon_moves_the_weights_between_hidden_layers_only(tmp_path: Path) -> None:
+    codes = write(tmp_path / "codes", correlated(200))
+    of = {"components": 2, "blocks": "residual", "width": 8, "epochs": 1, "batch_size": 200}
+    by_adamw, by_muon = (fit_density(row("lde", **of, optimizer=name), codes, join())[0] for name in ("adamw", "muon"))
+    hidden = {id(value) for value in by_muon.hidden_matrices()}
+    assert hidden
+    for (name, value), other in zip(by_muon.named_parameters(), by_adamw.parameters(), strict=True):
+        assert torch.equal(value, other) == (id(value) not in hidden), name
+    with pytest.raises(SettingsError, match=r"optimizer: can be muon for the family lde only"):
+        row("maf", optimizer="muon")
 
 
 def test_gmmn_stopped_and_resumed_keeps_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

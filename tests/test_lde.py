@@ -26,6 +26,7 @@ VARIANTS = {
     "residual": {"blocks": "residual", "width": 12, "layers": 5, "dropout": 0.3},
     "residual-batch": {"blocks": "residual", "width": 12, "normalisation": "batch", "activation": "elu"},
     "gated": {"blocks": "gated", "width": 10, "min_log_scale": -3.0, "max_log_scale": 1.0},
+    "positions": {"blocks": "residual", "width": 8, "layers": 4, "position_embedding": True},
     "separate": {"blocks": "separate", "width": 8, "dropout": 0.2},
 }
 
@@ -310,6 +311,8 @@ def test_samples_of_a_patch_come_in_all_orders():
         ("max_log_scale", {"min_log_scale": 1.0, "max_log_scale": 1.0}),
         ("width", {"blocks": "gated"}),
         ("normalisation", {"blocks": "separate", "width": 4, "normalisation": "batch"}),
+        ("position_embedding", {"blocks": "separate", "width": 4, "position_embedding": True}),
+        ("scoring_precision", {"scoring_precision": "float16"}),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(key, values):
@@ -441,6 +444,27 @@ def test_mixed_precision_stays_near():
     assert rough.item() == pytest.approx(exact.item(), abs=0.02)
     rough.backward()
     torch.testing.assert_close(density.network.layers[1].weight.grad, gradient, rtol=0, atol=0.05 * gradient.abs().max().item())
+
+
+def test_rounded_scores_are_near_and_those_of_a_density():
+    exact = make(2, blocks="residual", width=16).float()
+    density = make(2, blocks="residual", width=16, scoring_precision="bfloat16").float()
+    density.load_state_dict(exact.state_dict())
+    z = codes(64, 2).float()
+    with torch.no_grad():
+        rounded, wanted = density.log_prob(z), exact.log_prob(z)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, wanted)
+    assert torch.allclose(rounded, wanted, atol=0.1)
+    assert torch.equal(density.log_prob(z), exact.log_prob(z))  # with a gradient nothing is rounded
+    grid = torch.linspace(-60, 60, 200_001)
+    with torch.no_grad():
+        for first in (-0.7, 2.0):
+            joint = density.log_prob(torch.stack([torch.full_like(grid, first), grid], dim=1)).double()
+            weights, means, scales = (value[0, 0].double() for value in density.conditionals(torch.tensor([[first, 0.0]])))
+            each = weights.log() - scales.log() - 0.5 * ((first - means) / scales) ** 2 - 0.5 * math.log(2 * math.pi)
+            marginal = torch.trapezoid(joint.exp(), grid.double()).log()  # the second conditional integrates to one
+            assert marginal.item() == pytest.approx(torch.logsumexp(each, 0).item(), abs=0.02)
 
 
 def test_casts():

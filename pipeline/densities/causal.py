@@ -213,6 +213,7 @@ class CausalNetwork(nn.Module):
         width: The number of filters of every layer; 0 for 16, 32, 64, ..
         channel_cap: The number of filters of a layer at most; 0 for no limit.
         dropout: The share of a layer's outputs that is dropped in training.
+        position_embedding: Whether a vector of each position's own is added to what the first convolution gives there.
 
     Attributes:
         features: Features that the outputs are made of.
@@ -230,6 +231,7 @@ class CausalNetwork(nn.Module):
         width: int,
         channel_cap: int,
         dropout: float,
+        position_embedding: bool = False,
     ) -> None:
         super().__init__()
         cycle = math.ceil(math.log2(dim))
@@ -241,6 +243,7 @@ class CausalNetwork(nn.Module):
             _Layer(inputs, filters, 2 ** (layer % max(cycle, 1)), activation, normalisation, blocks, dropout)
             for layer, (inputs, filters) in enumerate(itertools.pairwise(channels))
         )
+        self.positions = nn.Parameter(torch.zeros(dim - 1, channels[1])) if position_embedding and dim > 1 else None
         self.head = nn.Linear(channels[-1], outputs)
         self.head.bias.data = mixtures.initial_bias(outputs // 3)
         self.features = channels[-1]
@@ -248,6 +251,11 @@ class CausalNetwork(nn.Module):
 
     def _layers(self) -> list[_Layer]:
         return [layer for layer in self.layers if isinstance(layer, _Layer)]
+
+    def hidden_matrices(self) -> list[Tensor]:
+        """The taps (2, C', C) of all layers but the first, and the matrices (C, C) within blocks."""
+        taps = [layer.weight for layer in self._layers()[1:]]
+        return taps + [layer.mix.weight for layer in self._layers() if layer.mix is not None]
 
     def forward(self, z: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Outputs of the first conditional, one vector, and of the others.
@@ -263,9 +271,11 @@ class CausalNetwork(nn.Module):
         x = torch.stack([values, torch.ones_like(values)], dim=2)  # (D - 1, B, 2)
         padding = x.new_zeros(2)
         padded = 1 + sum(layer.dilation for layer in self._layers())  # positions of padding that the first convolution sees
-        for layer in self._layers():
+        for number, layer in enumerate(self._layers()):
             padded -= layer.dilation
             x, padding = layer(x, padding, padded, generator)
+            if number == 0 and self.positions is not None:
+                x = x + self.positions[:, None].to(x.dtype)
         return apply_linear(self.head, padding), apply_linear(self.head, x)
 
     def walk(self) -> _Walk:
@@ -282,7 +292,7 @@ class _Walk:
 
     def __init__(self, network: CausalNetwork) -> None:
         padding = network.head.weight.new_zeros(2)
-        self.head, self.layers = network.head, list[_LayerWalk]()
+        self.head, self.positions, self.layers = network.head, network.positions, list[_LayerWalk]()
         for layer in network._layers():
             self.layers.append(_LayerWalk(layer, padding))
             padding = self.layers[-1].padding
@@ -291,6 +301,8 @@ class _Walk:
     def __call__(self, z: Tensor) -> Tensor:
         """Outputs (n, 3K) of the next conditional, from all dimensions before it (n, i)."""
         x = torch.stack([z[:, -1], torch.ones_like(z[:, -1])], dim=1)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             x = layer(x)
+            if number == 0 and self.positions is not None:
+                x = x + self.positions[z.shape[1] - 1]
         return affine(x, self.head.weight, self.head.bias)

@@ -93,6 +93,10 @@ class Density(nn.Module):
         """`estimate` on standardised codes."""
         raise PipelineError(f"'{self.family}' is trained by gradient steps on its loss, not in one go")
 
+    def hidden_matrices(self) -> list[Tensor]:
+        """The weights between hidden layers, matrices or stacks of them, of families that can be trained by Muon."""
+        return []
+
     # What a user calls
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -40,6 +41,8 @@ class Settings(DensitySettings):
         width: Filters of every layer; 0 for the paper's 16, 32, 64, ..
         channel_cap: Filters of a layer at most; 0 for no limit.
         dropout: Share of a layer's outputs that is dropped in training.
+        position_embedding: Add a learned vector of each dimension's own to what the first convolution gives there, so that
+            deep networks needn't count from the padding which dimension they are at.
         min_log_scale: Soft floor on the log standard deviations, in standardised units; null for none.
         max_log_scale: Soft ceiling on them; null for none. It keeps samples from running away where a conditional is asked
             about values beyond those it was trained on, as in heavy-tailed data such as pixels.
@@ -47,6 +50,9 @@ class Settings(DensitySettings):
             many times as long.
         training_orders: Orders that training patches are read in, 1, 2, 4 or 8, one drawn for each patch of a batch; 1 for
             the first alone.
+        scoring_precision: `float32`, or `bfloat16` for matrix products of scoring. Rounded products make another mixture for
+            each conditional, so that what is scored is a density as well, close to that of float32; where the processor has
+            such instructions it takes a third of the time.
     """
 
     components: int = 30
@@ -57,10 +63,12 @@ class Settings(DensitySettings):
     width: int = 0
     channel_cap: int = 0
     dropout: float = 0.0
+    position_embedding: bool = False
     min_log_scale: float | None = None
     max_log_scale: float | None = None
     patch_orders: int = 1
     training_orders: int = 1
+    scoring_precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,10 +85,12 @@ def _check(
     width: int,
     channel_cap: int,
     dropout: float,
+    position_embedding: bool,
     min_log_scale: float | None,
     max_log_scale: float | None,
     patch_orders: int,
     training_orders: int,
+    scoring_precision: str,
 ) -> None:
     check_that(components >= 1, "components", "has to be at least 1")
     for key, value, known in (
@@ -89,6 +99,7 @@ def _check(
         ("blocks", blocks, ("plain", "residual", "gated", "separate")),
         ("patch_orders", patch_orders, ORDERS),
         ("training_orders", training_orders, ORDERS),
+        ("scoring_precision", scoring_precision, ("float32", "bfloat16")),
     ):
         check_that(value in known, key, f"has to be one of {', '.join(map(str, known))}, not {value!r}")
     check_that(layers >= 0, "layers", "has to be 0 (for as many as D asks for) or more")
@@ -102,6 +113,7 @@ def _check(
     check_that(blocks == "plain" or width > 0, "width", f"has to be set for {blocks} blocks")
     check_that(blocks != "separate" or normalisation == "none", "normalisation", "is for convolutions only")
     check_that(blocks != "separate" or channel_cap == 0, "channel_cap", "is for convolutions only")
+    check_that(blocks != "separate" or not position_embedding, "position_embedding", "is for convolutions only")
 
 
 def _several(dim: int, count: int) -> Tensor | None:
@@ -180,10 +192,12 @@ class LatentDensityEstimator(Density):
         width: The number of filters of every layer; 0 for the paper's.
         channel_cap: The number of filters of a layer at most; 0 for no limit.
         dropout: The share of a layer's outputs that is dropped in training.
+        position_embedding: Whether each dimension has a learned vector that is added to what the first convolution gives there.
         min_log_scale: A soft floor on :math:`\log \sigma`, in standardised units: a, in a + softplus(log sigma - a).
         max_log_scale: A soft ceiling on it: b, in b - softplus(b - log sigma).
         patch_orders: The number of orders :math:`M`, 1, 2, 4 or 8.
         training_orders: The number of orders that `loss` reads patches in.
+        scoring_precision: What `log_prob` computes matrix products in where no gradient is asked for, `float32` or `bfloat16`.
 
     Raises:
         SettingsError: For a setting out of range, or several orders where patches with D numbers aren't square.
@@ -218,10 +232,12 @@ class LatentDensityEstimator(Density):
         width: int = 0,
         channel_cap: int = 0,
         dropout: float = 0.0,
+        position_embedding: bool = False,
         min_log_scale: float | None = None,
         max_log_scale: float | None = None,
         patch_orders: int = 1,
         training_orders: int = 1,
+        scoring_precision: str = "float32",
     ) -> None:
         super().__init__(
             dim,
@@ -233,10 +249,12 @@ class LatentDensityEstimator(Density):
             width=width,
             channel_cap=channel_cap,
             dropout=dropout,
+            position_embedding=position_embedding,
             min_log_scale=min_log_scale,
             max_log_scale=max_log_scale,
             patch_orders=patch_orders,
             training_orders=training_orders,
+            scoring_precision=scoring_precision,
         )
         _check(**{key: value for key, value in self.arguments.items() if key != "dim"})
         self.components, self.min_log_scale, self.max_log_scale = components, min_log_scale, max_log_scale
@@ -247,7 +265,16 @@ class LatentDensityEstimator(Density):
             self.network = SeparateNetworks(dim, 3 * components, activation, layers or 2, width, dropout)
         else:
             self.network = CausalNetwork(
-                dim, 3 * components, activation, normalisation, blocks, layers, width, channel_cap, dropout
+                dim,
+                3 * components,
+                activation,
+                normalisation,
+                blocks,
+                layers,
+                width,
+                channel_cap,
+                dropout,
+                position_embedding,
             )
         # Few enough to stay in the cache between two layers (8 MB each); while drawing, as many as make good matrix products
         # of one position at a time, with at most 256 MB of inputs kept.
@@ -298,9 +325,11 @@ class LatentDensityEstimator(Density):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch where there are several."""
-        if self.orders is None:
-            return super().log_prob(z)
-        each = [super(LatentDensityEstimator, self).log_prob(orders.reordered(z, order)) for order in self.orders]
+        rounded = self.arguments["scoring_precision"] == "bfloat16" and not torch.is_grad_enabled()
+        with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
+            if self.orders is None:
+                return super().log_prob(z)
+            each = [super(LatentDensityEstimator, self).log_prob(orders.reordered(z, order)) for order in self.orders]
         return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
 
     def _restored(self, z: Tensor, generator: Generator | None) -> Tensor:
@@ -313,6 +342,10 @@ class LatentDensityEstimator(Density):
             return z
         drawn = (uniform((len(z),), z, generator) * len(several)).long().clamp_(max=len(several) - 1)
         return orders.reordered(z, several[drawn])
+
+    def hidden_matrices(self) -> list[Tensor]:
+        """The weights between hidden layers: taps of all convolutions but the first, and the matrices within blocks."""
+        return self.network.hidden_matrices()
 
     def conditionals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, means and standard deviations of the mixtures that the dimensions of z are drawn from, given those before.

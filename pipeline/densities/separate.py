@@ -67,6 +67,10 @@ class SeparateNetworks(nn.Module):
         self.networks = nn.ModuleList(_Network(i, outputs, width, layers, activation, dropout) for i in range(1, dim))
         self.features, self.kept = width, dim
 
+    def hidden_matrices(self) -> list[Tensor]:
+        """The matrices (C, C) of all blocks."""
+        return [value for name, value in self.named_parameters() if ".into." in name or ".back." in name if value.ndim == 2]
+
     def forward(self, z: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Outputs of the first conditional, one vector, and of the others.
 
