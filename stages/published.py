@@ -101,6 +101,7 @@ _LDE: Mapping[str, Any] = {
     "density.width": 0,
     "density.channel_cap": 0,
     "density.dropout": 0.0,
+    "density.position_embedding": False,
     "density.min_log_scale": None,
     "density.max_log_scale": None,
     "density.patch_orders": 1,

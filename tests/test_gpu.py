@@ -37,7 +37,8 @@ LDE: dict[str, Any] = {**COMMON, "family": "lde", "components": 3, "training_ord
 FAMILIES: dict[str, dict[str, Any]] = {
     **{family: settings for family, settings in DENSITIES.items() if family not in ("gmmn", "prior")},
     "lde-separate": {"family": "lde", "components": 3, "blocks": "separate", "width": 16},
-    "lde-gated": {"family": "lde", "components": 3, "blocks": "gated", "width": 16},
+    "lde-gated": {"family": "lde", "components": 3, "blocks": "gated", "width": 16, "position_embedding": True},
+    "lde-muon": {"family": "lde", "components": 3, "blocks": "residual", "width": 16, "optimizer": "muon"},
 }
 
 
@@ -148,9 +149,11 @@ def test_empty_batches() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])  # recorded, and not
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("blocks", ["plain", "separate"])
-def test_the_same_seed_gives_the_same_bits(dropout: float, precision: str, blocks: str, codes: CodeReader) -> None:
-    row = {"dropout": dropout, "precision": precision, "ema_decay": 0.99, "blocks": blocks, "width": 16}
+@pytest.mark.parametrize(("blocks", "optimizer"), [("plain", "adamw"), ("separate", "adamw"), ("residual", "muon")])
+def test_the_same_seed_gives_the_same_bits(
+    dropout: float, precision: str, blocks: str, optimizer: str, codes: CodeReader
+) -> None:
+    row = {"dropout": dropout, "precision": precision, "ema_decay": 0.99, "blocks": blocks, "width": 16, "optimizer": optimizer}
     same_weights(fitted(codes, GPU, **row), fitted(codes, GPU, **row))
 
 

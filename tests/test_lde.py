@@ -14,6 +14,7 @@ from torch import nn
 from pipeline.densities import LatentDensityEstimator
 from pipeline.densities.density import standard_normal, uniform
 from pipeline.densities.orders import patch_orders, reordered
+from pipeline.devices import has_bfloat16
 from pipeline.errors import DataError, SettingsError
 from pipeline.ranks import Ranks
 from pipeline.sampling import write_samples
@@ -446,6 +447,7 @@ def test_mixed_precision_stays_near():
     torch.testing.assert_close(density.network.layers[1].weight.grad, gradient, rtol=0, atol=0.05 * gradient.abs().max().item())
 
 
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
 def test_rounded_scores_are_near_and_those_of_a_density():
     exact = make(2, blocks="residual", width=16).float()
     density = make(2, blocks="residual", width=16, scoring_precision="bfloat16").float()
@@ -465,6 +467,14 @@ def test_rounded_scores_are_near_and_those_of_a_density():
             each = weights.log() - scales.log() - 0.5 * ((first - means) / scales) ** 2 - 0.5 * math.log(2 * math.pi)
             marginal = torch.trapezoid(joint.exp(), grid.double()).log()  # the second conditional integrates to one
             assert marginal.item() == pytest.approx(torch.logsumexp(each, 0).item(), abs=0.02)
+
+
+def test_without_bfloat16_nothing_is_rounded(monkeypatch):
+    monkeypatch.setattr("pipeline.densities.lde.has_bfloat16", lambda device: False)
+    exact, density = (make(2, scoring_precision=name).float() for name in ("float32", "bfloat16"))
+    z = codes(8, 2).float()
+    with torch.no_grad():
+        assert torch.equal(density.log_prob(z), exact.log_prob(z))
 
 
 def test_casts():

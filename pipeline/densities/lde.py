@@ -20,6 +20,7 @@ from pipeline.densities.orders import ORDERS
 from pipeline.densities.products import ACTIVATIONS
 from pipeline.densities.recorded import Recorded
 from pipeline.densities.separate import SeparateNetworks
+from pipeline.devices import has_bfloat16
 from pipeline.settings import DensitySettings, check_that
 
 __all__ = ["LatentDensityEstimator", "Settings", "build"]
@@ -51,8 +52,8 @@ class Settings(DensitySettings):
         training_orders: Orders that training patches are read in, 1, 2, 4 or 8, one drawn for each patch of a batch; 1 for
             the first alone.
         scoring_precision: `float32`, or `bfloat16` for matrix products of scoring. Rounded products make another mixture for
-            each conditional, so that what is scored is a density as well, close to that of float32; where the processor has
-            such instructions it takes a third of the time.
+            each conditional, so that what is scored is a density as well, close to that of float32, in a third of the time.
+            Where the device has no such instructions it is float32.
     """
 
     components: int = 30
@@ -197,7 +198,8 @@ class LatentDensityEstimator(Density):
         max_log_scale: A soft ceiling on it: b, in b - softplus(b - log sigma).
         patch_orders: The number of orders :math:`M`, 1, 2, 4 or 8.
         training_orders: The number of orders that `loss` reads patches in.
-        scoring_precision: What `log_prob` computes matrix products in where no gradient is asked for, `float32` or `bfloat16`.
+        scoring_precision: What `log_prob` computes matrix products in where no gradient is asked for, `float32` or, where the
+            device has it, `bfloat16`.
 
     Raises:
         SettingsError: For a setting out of range, or several orders where patches with D numbers aren't square.
@@ -325,7 +327,8 @@ class LatentDensityEstimator(Density):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch where there are several."""
-        rounded = self.arguments["scoring_precision"] == "bfloat16" and not torch.is_grad_enabled()
+        wanted = self.arguments["scoring_precision"] == "bfloat16" and not torch.is_grad_enabled()
+        rounded = wanted and has_bfloat16(z.device)
         with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
             if self.orders is None:
                 return super().log_prob(z)
