@@ -269,6 +269,13 @@ def test_discrepancy_equals_its_sum(monkeypatch):
     assert squared_discrepancy(x, x, (0.5, 2.0)).item() == pytest.approx(0, abs=1e-12)
 
 
+def test_gradient_of_squared_discrepancy(monkeypatch):
+    monkeypatch.setattr("pipeline.densities.gmmn.CHUNK_EXAMPLES", 4)
+    x, y = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    assert torch.autograd.gradcheck(lambda *both: squared_discrepancy(*both, (0.3, 2.0)), (x, y))
+    assert torch.autograd.gradcheck(lambda y: squared_discrepancy(x.detach(), y, (0.3, 2.0)), (y,))
+
+
 def test_gmmn_of_the_paper_and_its_sigmoid():
     density = MomentMatchingNetwork(2)
     widths = [m.out_features for m in density.network if isinstance(m, torch.nn.Linear)]

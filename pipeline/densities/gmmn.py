@@ -6,17 +6,19 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pipeline.densities.density import Density, own_settings, uniform
 from pipeline.settings import DensitySettings, check_that
 
 __all__ = ["MomentMatchingNetwork", "Settings", "build", "squared_discrepancy"]
 
-CHUNK_EXAMPLES = 512  # rows of the kernel matrix computed at once where there is no gradient
+CHUNK_EXAMPLES = 64  # rows of the kernel matrix computed at once, few enough to stay in the cache
+GPU_CHUNK_EXAMPLES = 2048  # enough to keep a GPU busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +66,42 @@ def squared_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Te
         >>> squared_discrepancy(torch.zeros(1, 1), torch.ones(1, 1), [1.0])
         tensor(0.7869)
     """
-    both = torch.cat([x, y])
-    rows = max(len(both), 1) if torch.is_grad_enabled() else CHUNK_EXAMPLES
-    signs = torch.cat([x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), -1 / len(y))])
-    squares = both.square().sum(dim=1)
-    total = x.new_zeros(())
-    for part, square, sign in zip(both.split(rows), squares.split(rows), signs.split(rows), strict=True):
-        distances = (square[:, None] + squares - 2 * part @ both.T).clamp_min(0)
-        total = sum((sign @ torch.exp(distances / (-2 * h * h)) @ signs for h in bandwidths), start=total)
-    return total
+    value: Tensor = _SquaredDiscrepancy.apply(x, y, bandwidths)
+    return value
+
+
+class _SquaredDiscrepancy(torch.autograd.Function):
+    # Value and gradient at once, a part of the kernel matrix after another, which stays in the cache: autograd would keep the
+    # whole matrix for every bandwidth.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
+        both = torch.cat([x, y])
+        signs = torch.cat([x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), -1 / len(y))])
+        squares = both.square().sum(dim=1)
+        total, gradients = x.new_zeros(()), []
+        wanted = any(ctx.needs_input_grad)
+        rows = GPU_CHUNK_EXAMPLES if x.is_cuda else CHUNK_EXAMPLES
+        for part, square, sign in zip(*(value.split(rows) for value in (both, squares, signs)), strict=True):
+            distances = torch.addmm(square[:, None] + squares, part, both.T, alpha=-2).clamp_min_(0)
+            slopes = torch.zeros_like(distances) if wanted else distances  # -2 dk / d(distance)
+            for h in bandwidths:
+                # e^-60 is nothing beside the 1 of a vector with itself; subnormal numbers would take many times as long.
+                kernel = (distances / (-2 * h * h)).clamp_min_(-60).exp_()
+                total += sign @ kernel @ signs
+                if wanted:
+                    slopes.add_(kernel, alpha=1 / (h * h))
+            if wanted:
+                pull = slopes @ (signs[:, None] * both) - (slopes @ signs)[:, None] * part
+                gradients.append(2 * sign[:, None] * pull)
+        if wanted:
+            ctx.save_for_backward(*torch.cat(gradients).split([len(x), len(y)]))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        to_x, to_y = ctx.saved_tensors
+        return grad * to_x, grad * to_y, None
 
 
 class MomentMatchingNetwork(Density):
