@@ -301,7 +301,10 @@ def fit(model: nn.Module, codes: dict[str, Tensor], seconds: float, batch: int =
     """Trains by the clock of the processor: AdamW, cosine decay, an average of the weights, the best validation counts."""
     rate = 5e-3  # the best of 1e-3, 2e-3 and 5e-3 on validation codes of 8 dimensions for LDE, MAF and NSF alike
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.999), weight_decay=1e-4)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    # A short memory at first, as in `fit`: else contenders of few steps would be scored by weights near their initial ones.
+    average = torch.optim.swa_utils.AveragedModel(
+        model, avg_fn=lambda mean, new, steps: mean.lerp(new, 1 - min(0.998, (1 + int(steps)) / (10 + int(steps))))
+    )
     train, best, used, epochs, steps = codes["train"], (-math.inf, -math.inf), 0.0, 0, 0
 
     def scores(split: str) -> float:
