@@ -71,9 +71,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Moves the parameters once, by their gradients."""
-        assert closure is None
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Moves the parameters once, by their gradients, after a call of the closure where there is one; returns its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             of_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
@@ -81,6 +84,7 @@ class Muon(torch.optim.Optimizer):
                     of_shape.setdefault(parameter.shape[-2:], []).append(parameter)
             for shape, parameters in of_shape.items():
                 self._move(parameters, shape, group)
+        return loss
 
     def _move(self, parameters: list[Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -66,6 +66,19 @@ def test_a_stack_moves_as_its_matrices_do_one_by_one():
     assert torch.allclose(torch.stack([*stack, single]), torch.stack(alone), atol=2e-3)
 
 
+def test_a_closure_is_called_with_gradients():
+    parameter = nn.Parameter(torch.eye(2))
+    optimizer = Muon([parameter], lr=0.1)
+
+    def closure() -> float:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 2.0
+    assert not torch.equal(parameter, torch.eye(2))
+
+
 def test_its_state_is_saved_and_restored():
     torch.manual_seed(3)
     gradients = torch.randn(4, 5, 5)
