@@ -14,7 +14,7 @@ from pipeline.devices import has_bfloat16
 __all__ = ["Muon", "orthogonalised"]
 
 # Of the quintic x -> a x + b x^3 + c x^5, chosen by Jordan so that small singular values rise as fast as can be; five rounds
-# bring all into about [0.7, 1.2], which trains as well as 1.
+# bring most of them into [0.7, 1.2], which trains as well as 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
@@ -27,6 +27,11 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
     Returns:
         Matrices of the same shape and type.
+
+    Example:
+        >>> orthogonalised(torch.tensor([[[3.0, 0.0], [0.0, -5.0]]])).round()
+        tensor([[[ 1.,  0.],
+                 [ 0., -1.]]])
     """
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = wide.to(torch.bfloat16 if has_bfloat16(matrices.device) else torch.float32)
@@ -44,7 +49,7 @@ class Muon(torch.optim.Optimizer):
     .. math:: B \leftarrow \mu B + (1 - \mu) G, \quad W \leftarrow (1 - \eta \lambda) W - 0.2 \, \eta \sqrt{\max(A, B)} \,
         \mathrm{orth}((1 - \mu) G + \mu B)
 
-    A step is as long as one of Adam, so that the same learning rates suit. `torch.optim.Muon` with
+    A step is about as long as one of Adam, so that learning rates are of the same size. `torch.optim.Muon` with
     `adjust_lr_fn="match_rms_adamw"` makes the same steps, of single matrices, one after another.
 
     References:
@@ -52,6 +57,9 @@ class Muon(torch.optim.Optimizer):
         | https://kellerjordan.github.io/posts/muon/
         | Muon is Scalable for LLM Training (Liu et al., 2025), for the length of a step
         | https://arxiv.org/abs/2502.16982
+
+    Raises:
+        ValueError: For a parameter that is no matrix.
 
     Arguments:
         parameters: Weights between hidden layers, each with shape (\*, A, B), or groups of them. Others are better off with
@@ -69,6 +77,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.ndim < 2:
+                raise ValueError(f"Muon moves matrices, not a parameter with shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -88,7 +99,10 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, parameters: list[Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        means = [self.state[parameter].setdefault("mean", torch.zeros_like(parameter)) for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["mean"] = torch.zeros_like(parameter)
+        means = [self.state[parameter]["mean"] for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
         steps = orthogonalised(torch.cat([value.reshape(-1, *shape) for value in ahead]))

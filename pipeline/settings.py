@@ -219,7 +219,7 @@ class TrainingSettings:
         batch_size: Examples in a step, over all ranks together.
         learning_rate: The highest learning rate.
         betas: Adam's decay rates; (0.5, 0.999) in the paper's supplement, section A.
-        weight_decay: Decoupled weight decay (AdamW); 0 is plain Adam.
+        weight_decay: Decoupled weight decay, in units of the learning rate; 0 is plain Adam.
         schedule: `constant`; `steps`: halved at each of `milestones`; `cosine`: a linear warm-up over `warm_up` of all
             steps, then a cosine to zero.
         milestones: Epochs at which the schedule `steps` halves the learning rate.
@@ -288,9 +288,9 @@ class DensitySettings(TrainingSettings):
             `scalar` uses one mean and one scale for all, `none` nothing; `cholesky` takes from each dimension its linear
             prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
             such as pixels. The log-determinant is added back in every likelihood.
-        optimizer: `adamw`, or `muon` for steps of orthogonalised momentum on the weights between hidden layers of an `lde`, and
-            AdamW's on the others; deep networks learn as much in a fraction of the steps.
-        muon_rate: Muon's learning rate, as a multiple of AdamW's.
+        optimizer: `adamw`, or `muon` for steps of orthogonalised momentum, of decay 0.95, on the weights between hidden layers
+            of an `lde`, and AdamW's on the others; deep networks learn as much in a fraction of the steps.
+        muon_rate: Muon's learning rate, as a multiple of AdamW's; the weights that it moves decay as many times as fast.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
             on the speed of the machine. `gmm` reads the clock between two numbers of Gaussians.
         validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.

@@ -469,6 +469,12 @@ def test_rounded_scores_are_near_and_those_of_a_density():
             assert marginal.item() == pytest.approx(torch.logsumexp(each, 0).item(), abs=0.02)
 
 
+def test_float64_is_never_rounded():
+    exact, density = (make(9, blocks="residual", width=16, scoring_precision=name) for name in ("float32", "bfloat16"))
+    with torch.no_grad():
+        assert torch.equal(density.log_prob(codes(8, 9)), exact.log_prob(codes(8, 9)))
+
+
 def test_without_bfloat16_nothing_is_rounded(monkeypatch):
     monkeypatch.setattr("pipeline.densities.lde.has_bfloat16", lambda device: False)
     exact, density = (make(2, scoring_precision=name).float() for name in ("float32", "bfloat16"))

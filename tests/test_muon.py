@@ -79,6 +79,11 @@ def test_a_closure_is_called_with_gradients():
     assert not torch.equal(parameter, torch.eye(2))
 
 
+def test_vectors_are_refused():
+    with pytest.raises(ValueError, match=r"Muon moves matrices, not a parameter with shape \(3,\)"):
+        Muon([nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
 def test_its_state_is_saved_and_restored():
     torch.manual_seed(3)
     gradients = torch.randn(4, 5, 5)

@@ -213,7 +213,7 @@ class CausalNetwork(nn.Module):
         width: The number of filters of every layer; 0 for 16, 32, 64, ..
         channel_cap: The number of filters of a layer at most; 0 for no limit.
         dropout: The share of a layer's outputs that is dropped in training.
-        position_embedding: Whether a vector of each position's own is added to what the first convolution gives there.
+        position_embedding: Whether a vector of each position's own is added to what the first layer gives there.
 
     Attributes:
         features: Features that the outputs are made of.

@@ -50,6 +50,8 @@ def squared_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Te
 
     .. math:: \frac{1}{N^2} \sum_{i,j} k(x_i, x_j) - \frac{2}{NM} \sum_{i,j} k(x_i, y_j) + \frac{1}{M^2} \sum_{i,j} k(y_i, y_j)
 
+    Its gradient is first-order only.
+
     References:
         | Generative Moment Matching Networks (Li et al., 2015)
         | https://arxiv.org/abs/1502.02761

@@ -34,6 +34,10 @@ class _Network(nn.Module):
         self.head = nn.Linear(width, outputs)
         self.head.bias.data = mixtures.initial_bias(outputs // 3)
 
+    def hidden_matrices(self) -> list[Tensor]:
+        """The matrices W and V of all blocks."""
+        return [module.weight for modules in (self.into, self.back) for module in modules if isinstance(module, nn.Linear)]
+
     def forward(self, z: Tensor, generator: Generator | None = None) -> Tensor:
         """Outputs (B, 3K) of a conditional, from the dimensions before it (B, i)."""
         x = apply_linear(self.start, z)
@@ -69,7 +73,7 @@ class SeparateNetworks(nn.Module):
 
     def hidden_matrices(self) -> list[Tensor]:
         """The matrices (C, C) of all blocks."""
-        return [value for name, value in self.named_parameters() if ".into." in name or ".back." in name if value.ndim == 2]
+        return [weight for network in self.networks for weight in network.hidden_matrices()]  # type: ignore[operator]
 
     def forward(self, z: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Outputs of the first conditional, one vector, and of the others.
