@@ -52,6 +52,8 @@ class Progress:
 
     def advance(self, count: int = 1, **values: float | str) -> None:
         """Notes `count` more done; `values` (a loss, say) stand beside the count."""
+        # One process speaks for all, whose last blocks may be shorter than its own.
+        count = min(count, max(self.total - self.done, 0))
         self.done += count
         if self.quiet:
             return

@@ -27,6 +27,19 @@ def test_lines_of_a_log_tell_when_it_ends(
     assert capsys.readouterr().err.splitlines() == lines
 
 
+def test_it_never_runs_past_its_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
+    with Progress(100, "work", unit="codes") as progress:
+        progress.advance(64)
+        progress.advance(64)
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "work: 64/100 codes",
+        "work: 100/100 codes",
+    ]
+
+
 def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
     with Progress(2, "work", quiet=True) as progress:
