@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from pipeline.autoencoders import ae
 from pipeline.autoencoders.network import image_side
 from pipeline.batches import Batches
-from pipeline.files import write_json
-from pipeline.ranks import Ranks
 from pipeline.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
+from pipeline.system.files import write_json
+from pipeline.system.ranks import Ranks
 from pipeline.training import Step, train
 
 # C, N, S, D, batch size: batches are cut for the larger images, so that a step takes about a second at most on two cores.

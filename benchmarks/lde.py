@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from pipeline.densities import Density, LatentDensityEstimator, load_density
 from pipeline.densities.flows import NormalisingFlow
-from pipeline.devices import has_bfloat16
-from pipeline.files import read_json, write_json
+from pipeline.system.devices import has_bfloat16
+from pipeline.system.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results" / "lde.json"
 

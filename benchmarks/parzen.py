@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.files import write_json
-from pipeline.ranks import join
 from pipeline.scoring import parzen_score, unit_blocks
 from pipeline.settings import ParzenSettings
 from pipeline.shards import Shard, ShardIndex, ShardReader, ShardWriter, write_index
+from pipeline.system.files import write_json
+from pipeline.system.ranks import join
 
 RESULTS = Path(__file__).parent / "results" / "parzen.json"
 SHAPE = (1, 28, 28)

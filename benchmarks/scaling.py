@@ -33,10 +33,10 @@ from pipeline.batches import Batches
 from pipeline.codes import write_part
 from pipeline.densities import LatentDensityEstimator
 from pipeline.evaluation import parzen
-from pipeline.files import read_json, write_json, write_text
 from pipeline.preparation import prepare_shards
 from pipeline.shards import ShardReader, scale_pixels
 from pipeline.sources.images import Settings as ImagesSettings
+from pipeline.system.files import read_json, write_json, write_text
 from pipeline.training import Step
 
 HERE = Path(__file__).parent

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError, SettingsError
-from pipeline.files import atomic_file, read_json, sha256_bytes, sha256_file, write_json
 from pipeline.settings import build
 from pipeline.shards import SPLITS
+from pipeline.system.files import atomic_file, read_json, sha256_bytes, sha256_file, write_json
 
 __all__ = ["CodeIndex", "CodePart", "CodeReader", "Moments", "write_part"]
 

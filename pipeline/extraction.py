@@ -10,10 +10,10 @@ import torch
 
 from pipeline.codes import CodeIndex, CodePart, CodeReader, Moments, write_index, write_part
 from pipeline.errors import DataError
-from pipeline.files import sha256_file
-from pipeline.progress import Progress
-from pipeline.ranks import Ranks, shared_folder
 from pipeline.shards import SPLITS, ShardIndex, ShardReader, scale_pixels
+from pipeline.system.files import sha256_file
+from pipeline.system.progress import Progress
+from pipeline.system.ranks import Ranks, shared_folder
 
 __all__ = ["extract_codes"]
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from pipeline.files import atomic_file
+from pipeline.system.files import atomic_file
 
 __all__ = [
     "codes_and_reconstructions",

@@ -16,9 +16,9 @@ from pipeline.codes import CodeReader
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments
-from pipeline.progress import Progress
-from pipeline.ranks import Ranks
 from pipeline.settings import DensitySettings, implementation
+from pipeline.system.progress import Progress
+from pipeline.system.ranks import Ranks
 from pipeline.training import Checkpoint, Step, Trainable, Training, train
 
 __all__ = ["cholesky_factor", "discrepancy", "fit_density", "log_likelihood", "score_codes"]

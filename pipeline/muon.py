@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.devices import has_bfloat16
+from pipeline.system.devices import has_bfloat16
 
 __all__ = ["Muon", "orthogonalised"]
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError, PipelineError
-from pipeline.files import atomic_folder
-from pipeline.processes import die_with_parent
-from pipeline.progress import Progress
 from pipeline.settings import DatasetSettings, implementation
 from pipeline.shards import SPLITS, ShardIndex, ShardWriter, write_index
+from pipeline.system.files import atomic_folder
+from pipeline.system.processes import die_with_parent
+from pipeline.system.progress import Progress
 
 __all__ = ["PreparationReport", "prepare_shards"]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from pipeline.autoencoders.network import Decoder
 from pipeline.densities import Density
 from pipeline.errors import DataError
-from pipeline.progress import Progress
-from pipeline.ranks import Ranks, shared_folder
 from pipeline.settings import SamplingSettings
 from pipeline.shards import Shard, ShardIndex, ShardWriter, write_index
+from pipeline.system.progress import Progress
+from pipeline.system.ranks import Ranks, shared_folder
 
 __all__ = ["draw", "write_samples"]
 

@@ -19,10 +19,10 @@ from pipeline.evaluation.moments import GroupedMoments
 from pipeline.evaluation.parzen import ParzenScore
 from pipeline.evaluation.two_sample import mmd_squared, share_in_box
 from pipeline.fitting import score_codes
-from pipeline.progress import Progress, track
-from pipeline.ranks import Ranks
 from pipeline.settings import InterpolationSettings, ParzenSettings, QualitySettings
 from pipeline.shards import ShardReader, scale_pixels
+from pipeline.system.progress import Progress, track
+from pipeline.system.ranks import Ranks
 
 __all__ = [
     "Parzen",

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 
 from pipeline.errors import DataError, SettingsError
-from pipeline.files import read_json, sha256_bytes, sha256_file, write_json
 from pipeline.settings import build
+from pipeline.system.files import read_json, sha256_bytes, sha256_file, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

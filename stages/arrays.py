@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_file
+from pipeline.system.files import atomic_file
 from stages import workspace
 
 if TYPE_CHECKING:

@@ -42,9 +42,9 @@ def control(run: Run, settings: Settings) -> None:
     """
     from pipeline import figures
     from pipeline.evaluation.controls import kmeans_centroids, training_samples
-    from pipeline.ranks import join
     from pipeline.scoring import parzen_samples, parzen_score, unit_blocks
     from pipeline.shards import ShardReader
+    from pipeline.system.ranks import join
 
     ranks = join()
     reader = ShardReader(workspace.shards_folder(settings.control.dataset))

@@ -71,9 +71,9 @@ def evaluate(run: Run, settings: Settings) -> None:
     from pipeline.codes import CodeReader
     from pipeline.densities import load_density
     from pipeline.patches import restore
-    from pipeline.ranks import join
     from pipeline.scoring import grid_scores, parzen_samples, parzen_score, test_log_likelihood
     from pipeline.shards import ShardReader
+    from pipeline.system.ranks import join
     from stages.arrays import save_arrays
 
     ranks = join()
@@ -143,8 +143,8 @@ def _nearest(run: Run, reader: ShardReader, samples: ShardReader) -> None:
 
     from pipeline import figures
     from pipeline.evaluation.quality import nearest
-    from pipeline.progress import track
     from pipeline.scoring import unit_blocks
+    from pipeline.system.progress import track
 
     first = np.concatenate(list(_first(samples, "samples", SHOWN)))
     train = track(unit_blocks(reader, "train")(), reader.index.count("train"), "nearest training images")

@@ -26,8 +26,8 @@ def export(row: str, target: str | None, register: bool) -> None:
         from pipeline.codes import CodeReader
         from pipeline.densities import load_density
         from pipeline.errors import PipelineError
-        from pipeline.files import atomic_folder, sha256_file, write_json
         from pipeline.settings import read_params
+        from pipeline.system.files import atomic_folder, sha256_file, write_json
 
         settings = read_params().density(row)
         density, codes = workspace.density_file(row), CodeReader(workspace.codes_folder(settings.codes))

@@ -19,7 +19,7 @@ def extract(run: Run, settings: AutoencoderSettings) -> None:
     NAME is a row of `autoencoders`. Codes are streamed, a file a shard; later stages never load the encoder.
     """
     from pipeline.extraction import extract_codes
-    from pipeline.ranks import join
+    from pipeline.system.ranks import join
 
     ranks = join()
     shards = workspace.shards_folder(settings.dataset)

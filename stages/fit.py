@@ -28,10 +28,10 @@ def fit(run: Run, settings: DensitySettings) -> None:
     """
     from pipeline.codes import CodeReader
     from pipeline.densities.gmm import GaussianMixture
-    from pipeline.files import atomic_folder
     from pipeline.fitting import fit_density, log_likelihood
-    from pipeline.progress import track
-    from pipeline.ranks import join
+    from pipeline.system.files import atomic_folder
+    from pipeline.system.progress import track
+    from pipeline.system.ranks import join
     from pipeline.training import Checkpoint, code_digest
 
     ranks = join()

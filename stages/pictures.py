@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files import write_text
 from pipeline.settings import Params
+from pipeline.system.files import write_text
 from stages import workspace
 from stages.arrays import Arrays, load_arrays
 from stages.scoreboard import read_metrics

@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from pipeline.errors import PipelineError, SettingsError
-from pipeline.files import write_text
 from pipeline.settings import ROW_NAME, TABLES, Params, implementation
+from pipeline.system.files import write_text
 from stages.run import one_line_errors
 
 __all__ = ["Preset", "Row", "add_rows", "load_preset", "preset", "preset_names"]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.errors import PipelineError
-from pipeline.files import atomic_file, atomic_folder, write_json, write_text
 from pipeline.settings import Params, read_params
+from pipeline.system.files import atomic_file, atomic_folder, write_json, write_text
 from stages.run import one_line_errors
 
 if TYPE_CHECKING:

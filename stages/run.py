@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.errors import PipelineError
-from pipeline.files import write_json, write_text
-from pipeline.processes import die_with_parent
 from pipeline.settings import Params, flatten, read_params
+from pipeline.system.files import write_json, write_text
+from pipeline.system.processes import die_with_parent
 from stages import workspace
 from stages.tracking import Tracker, git_state
 

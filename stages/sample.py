@@ -49,9 +49,9 @@ def sample(run: Run, settings: SampleSettings) -> None:
     from pipeline.codes import CodeReader
     from pipeline.densities import load_density
     from pipeline.patches import restore
-    from pipeline.ranks import join
     from pipeline.sampling import write_samples
     from pipeline.shards import ShardReader
+    from pipeline.system.ranks import join
     from stages.arrays import as_bytes, save_arrays
 
     ranks = join()

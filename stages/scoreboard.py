@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
-from pipeline.files import read_json
 from pipeline.settings import Params
+from pipeline.system.files import read_json
 from stages import workspace
 from stages.published import BENCHMARKS, benchmark_of, best_published, paper_value
 from stages.run import TABLE_OF_STAGE

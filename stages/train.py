@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.autoencoders.base import Objective
-    from pipeline.ranks import Ranks
     from pipeline.shards import ShardReader
+    from pipeline.system.ranks import Ranks
 
 SHOWN = 10  # test images in the figure of reconstructions
 SCATTERED = 5000  # test codes in the figure of a code of two numbers
@@ -40,10 +40,10 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     import torch
 
     from pipeline.batches import Batches
-    from pipeline.files import atomic_folder
-    from pipeline.ranks import join
     from pipeline.settings import TrainingSettings, implementation
     from pipeline.shards import ShardReader, scale_pixels
+    from pipeline.system.files import atomic_folder
+    from pipeline.system.ranks import join
     from pipeline.training import Checkpoint, code_digest
     from pipeline.training import train as train_model
 
@@ -123,8 +123,8 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     from pipeline.autoencoders.vae import VariationalObjective, kl_divergence
     from pipeline.evaluation.moments import Moments
     from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
-    from pipeline.progress import Progress
     from pipeline.shards import scale_pixels
+    from pipeline.system.progress import Progress
     from stages.arrays import as_bytes, save_arrays
 
     value_range = reader.index.value_range or (0.0, 1.0)

@@ -14,8 +14,8 @@ from pipeline import fitting, progress
 from pipeline.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
-from pipeline.ranks import join
 from pipeline.settings import DensitySettings, build, implementation
+from pipeline.system.ranks import join
 from pipeline.training import Checkpoint
 
 

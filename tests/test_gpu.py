@@ -22,9 +22,9 @@ from pipeline.densities.gmmn import squared_discrepancy
 from pipeline.errors import PipelineError
 from pipeline.evaluation import parzen
 from pipeline.fitting import fit_density
-from pipeline.ranks import Ranks, join
 from pipeline.settings import build as build_settings
 from pipeline.settings import implementation
+from pipeline.system.ranks import Ranks, join
 from pipeline.training import Checkpoint, train
 
 pytestmark = [
@@ -260,7 +260,7 @@ def test_parzen_windows_are_those_of_the_cpu() -> None:
 
 
 def test_the_command_line_picks_the_gpu() -> None:
-    code = "from pipeline.ranks import join; print(join().device)"
+    code = "from pipeline.system.ranks import join; print(join().device)"
     for wanted, device in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cpu", "cpu")):
         environment = {**os.environ, "DEVICE": wanted}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -29,7 +29,7 @@ import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.files import sha256_bytes
+from pipeline.system.files import sha256_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
@@ -607,7 +607,7 @@ def test_the_environment_is_checked(workspace: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("value", ["gpu", "cuda:7", "CPU", "x" * 1000])
 def test_the_device_is_checked(workspace: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    from pipeline.ranks import join
+    from pipeline.system.ranks import join
 
     join.cache_clear()
     monkeypatch.setenv("DEVICE", value)
@@ -650,5 +650,5 @@ def test_other_words_of_the_system(workspace: Path, monkeypatch: pytest.MonkeyPa
     def replace(source: Any, target: Any) -> None:
         raise OSError(code, os.strerror(code), str(target))
 
-    monkeypatch.setattr("pipeline.files.os.replace", replace)
+    monkeypatch.setattr("pipeline.system.files.os.replace", replace)
     refused(*stage)

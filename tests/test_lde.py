@@ -14,11 +14,11 @@ from torch import nn
 from pipeline.densities import LatentDensityEstimator
 from pipeline.densities.density import standard_normal, uniform
 from pipeline.densities.orders import patch_orders, reordered
-from pipeline.devices import has_bfloat16
 from pipeline.errors import DataError, SettingsError
-from pipeline.ranks import Ranks
 from pipeline.sampling import write_samples
 from pipeline.settings import SamplingSettings
+from pipeline.system.devices import has_bfloat16
+from pipeline.system.ranks import Ranks
 
 VARIANTS = {
     "paper": {},

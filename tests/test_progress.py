@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import progress as module
-from pipeline.progress import Progress
+from pipeline.system import progress as module
+from pipeline.system.progress import Progress
 
 
 @pytest.mark.parametrize(

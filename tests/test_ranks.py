@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline.densities.lde import LatentDensityEstimator
-from pipeline.ranks import synchronise_batch_norm
+from pipeline.system.ranks import synchronise_batch_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from small import run
 
-from pipeline.files import read_json
+from pipeline.system.files import read_json
 
 TABLES = """\
 datasets:

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from pipeline.files import atomic_file, atomic_folder, read_json, sha256_file
 from pipeline.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
+from pipeline.system.files import atomic_file, atomic_folder, read_json, sha256_file
 
 
 def write(folder: Path, images: np.ndarray, labels: np.ndarray | None, cuts: list[int], shard_examples: int) -> ShardIndex:

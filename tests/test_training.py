@@ -20,8 +20,8 @@ from pipeline import training
 from pipeline.autoencoders import ae
 from pipeline.batches import Batches
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.ranks import Ranks
 from pipeline.settings import TrainingSettings
+from pipeline.system.ranks import Ranks
 from pipeline.training import Checkpoint, Step, Trainable, Training, learning_rate, train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -304,7 +304,7 @@ def test_a_time_limit_ends_training_with_a_validation() -> None:
 def test_the_latest_validation_stands_beside_each_loss(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.progress.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.system.progress.LOG_SECONDS", 0.0)
     _, record = run()
     lines = [line for line in capsys.readouterr().err.splitlines() if " left, loss " in line]
     assert len(lines) == record.steps

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import DataError
-from pipeline.files import atomic_file
+from pipeline.system.files import atomic_file
 
 __all__ = ["Autoencoder", "Decoder", "Encoder", "filter_side", "image_side"]
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.densities import mixtures
 from pipeline.densities.density import dropout_mask
 from pipeline.densities.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
-from pipeline.ranks import batch_mean
+from pipeline.system.ranks import batch_mean
 
 __all__ = ["CausalNetwork", "causal_convolution"]
 

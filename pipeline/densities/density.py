@@ -19,8 +19,8 @@ from torch import Generator, Tensor, nn
 
 from pipeline.densities import ALIASES
 from pipeline.errors import DataError, PipelineError
-from pipeline.files import atomic_file
 from pipeline.settings import DensitySettings
+from pipeline.system.files import atomic_file
 
 __all__ = ["Density", "Proceed", "dropout_mask", "load_density", "own_settings", "standard_normal", "uniform"]
 

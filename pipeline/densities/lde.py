@@ -20,8 +20,8 @@ from pipeline.densities.orders import ORDERS
 from pipeline.densities.products import ACTIVATIONS
 from pipeline.densities.recorded import Recorded
 from pipeline.densities.separate import SeparateNetworks
-from pipeline.devices import has_bfloat16
 from pipeline.settings import DensitySettings, check_that
+from pipeline.system.devices import has_bfloat16
 
 __all__ = ["LatentDensityEstimator", "Settings", "build"]
 

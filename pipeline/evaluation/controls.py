@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.progress import Progress
+from pipeline.system.progress import Progress
 
 __all__ = ["Blocks", "count_rows", "kmeans_centroids", "rebatch", "training_samples"]
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Moments
-from pipeline.progress import Progress
+from pipeline.system.progress import Progress
 
 __all__ = [
     "Classifier",

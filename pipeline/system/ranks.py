@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import SettingsError
-from pipeline.files import atomic_folder
+from pipeline.system.files import atomic_folder
 
 __all__ = ["Ranks", "batch_mean", "join", "shared_folder", "synchronise_batch_norm"]
 
