@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from pipeline.autoencoders import ae
 from pipeline.autoencoders.network import image_side
-from pipeline.batches import Batches
-from pipeline.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
+from pipeline.storage.batches import Batches
+from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
 from pipeline.system.files import write_json
 from pipeline.system.ranks import Ranks
 from pipeline.training import Step, train

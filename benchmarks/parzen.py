@@ -23,7 +23,7 @@ import torch
 
 from pipeline.scoring import parzen_score, unit_blocks
 from pipeline.settings import ParzenSettings
-from pipeline.shards import Shard, ShardIndex, ShardReader, ShardWriter, write_index
+from pipeline.storage.shards import Shard, ShardIndex, ShardReader, ShardWriter, write_index
 from pipeline.system.files import write_json
 from pipeline.system.ranks import join
 

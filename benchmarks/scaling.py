@@ -29,13 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.autoencoders import ae
 from pipeline.autoencoders.network import image_side
 from pipeline.autoencoders.perceptual import CONVOLUTIONS
-from pipeline.batches import Batches
-from pipeline.codes import write_part
 from pipeline.densities import LatentDensityEstimator
 from pipeline.evaluation import parzen
 from pipeline.preparation import prepare_shards
-from pipeline.shards import ShardReader, scale_pixels
 from pipeline.sources.images import Settings as ImagesSettings
+from pipeline.storage.batches import Batches
+from pipeline.storage.codes import write_part
+from pipeline.storage.shards import ShardReader, scale_pixels
 from pipeline.system.files import read_json, write_json, write_text
 from pipeline.training import Step
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.codes import CodeIndex, CodePart, CodeReader, Moments, write_index, write_part
 from pipeline.errors import DataError
-from pipeline.shards import SPLITS, ShardIndex, ShardReader, scale_pixels
+from pipeline.storage.codes import CodeIndex, CodePart, CodeReader, Moments, write_index, write_part
+from pipeline.storage.shards import SPLITS, ShardIndex, ShardReader, scale_pixels
 from pipeline.system.files import sha256_file
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder

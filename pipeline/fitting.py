@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.batches import Batches
-from pipeline.codes import CodeReader
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments
 from pipeline.settings import DensitySettings, implementation
+from pipeline.storage.batches import Batches
+from pipeline.storage.codes import CodeReader
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
 from pipeline.training import Checkpoint, Step, Trainable, Training, train

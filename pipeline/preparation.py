@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import DatasetSettings, implementation
-from pipeline.shards import SPLITS, ShardIndex, ShardWriter, write_index
+from pipeline.storage.shards import SPLITS, ShardIndex, ShardWriter, write_index
 from pipeline.system.files import atomic_folder
 from pipeline.system.processes import die_with_parent
 from pipeline.system.progress import Progress

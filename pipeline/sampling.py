@@ -14,7 +14,7 @@ from pipeline.autoencoders.network import Decoder
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import SamplingSettings
-from pipeline.shards import Shard, ShardIndex, ShardWriter, write_index
+from pipeline.storage.shards import Shard, ShardIndex, ShardWriter, write_index
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.codes import CodeReader
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.evaluation import parzen
@@ -20,7 +19,8 @@ from pipeline.evaluation.parzen import ParzenScore
 from pipeline.evaluation.two_sample import mmd_squared, share_in_box
 from pipeline.fitting import score_codes
 from pipeline.settings import InterpolationSettings, ParzenSettings, QualitySettings
-from pipeline.shards import ShardReader, scale_pixels
+from pipeline.storage.codes import CodeReader
+from pipeline.storage.shards import ShardReader, scale_pixels
 from pipeline.system.progress import Progress, track
 from pipeline.system.ranks import Ranks
 

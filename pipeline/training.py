@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.batches import Batches
 from pipeline.errors import DataError, PipelineError, TrainingError
 from pipeline.muon import Muon
 from pipeline.settings import TrainingSettings
+from pipeline.storage.batches import Batches
 from pipeline.system.devices import has_bfloat16
 from pipeline.system.files import atomic_file
 from pipeline.system.progress import Progress

@@ -10,7 +10,7 @@ from stages import workspace
 from stages.run import Run, stage
 
 if TYPE_CHECKING:
-    from pipeline.shards import ShardReader
+    from pipeline.storage.shards import ShardReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def control(run: Run, settings: Settings) -> None:
     from pipeline import figures
     from pipeline.evaluation.controls import kmeans_centroids, training_samples
     from pipeline.scoring import parzen_samples, parzen_score, unit_blocks
-    from pipeline.shards import ShardReader
+    from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
 
     ranks = join()

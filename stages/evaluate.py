@@ -21,9 +21,9 @@ from stages.run import Run, stage
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.codes import CodeReader
     from pipeline.densities import Density
-    from pipeline.shards import ShardReader
+    from pipeline.storage.codes import CodeReader
+    from pipeline.storage.shards import ShardReader
 
 SHOWN = 10  # samples beside their nearest training images
 SHOWN_POINTS = 5000  # of the grid density, in a panel
@@ -68,11 +68,11 @@ def evaluate(run: Run, settings: Settings) -> None:
     import numpy as np
 
     from pipeline import figures
-    from pipeline.codes import CodeReader
     from pipeline.densities import load_density
     from pipeline.patches import restore
     from pipeline.scoring import grid_scores, parzen_samples, parzen_score, test_log_likelihood
-    from pipeline.shards import ShardReader
+    from pipeline.storage.codes import CodeReader
+    from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
     from stages.arrays import save_arrays
 
@@ -165,7 +165,7 @@ def _interpolation(
     from pipeline.autoencoders.network import Decoder
     from pipeline.evaluation.interpolation import WEIGHTS, interpolated_images
     from pipeline.scoring import CURVE_WEIGHTS, interpolation_curves, interpolation_pairs, labelled_codes
-    from pipeline.shards import scale_pixels
+    from pipeline.storage.shards import scale_pixels
     from stages.arrays import as_bytes, save_arrays
 
     values, labels = labelled_codes(codes)

@@ -23,10 +23,10 @@ def export(row: str, target: str | None, register: bool) -> None:
         from pathlib import Path
 
         from pipeline.autoencoders.network import Decoder
-        from pipeline.codes import CodeReader
         from pipeline.densities import load_density
         from pipeline.errors import PipelineError
         from pipeline.settings import read_params
+        from pipeline.storage.codes import CodeReader
         from pipeline.system.files import atomic_folder, sha256_file, write_json
 
         settings = read_params().density(row)

@@ -26,9 +26,9 @@ def fit(run: Run, settings: DensitySettings) -> None:
     NAME is a row of `densities`. The epoch with the best validation likelihood is kept; of a family without likelihood, the one
     whose samples are closest to validation codes. A killed run goes on from its last checkpoint.
     """
-    from pipeline.codes import CodeReader
     from pipeline.densities.gmm import GaussianMixture
     from pipeline.fitting import fit_density, log_likelihood
+    from pipeline.storage.codes import CodeReader
     from pipeline.system.files import atomic_folder
     from pipeline.system.progress import track
     from pipeline.system.ranks import join

@@ -46,11 +46,11 @@ def sample(run: Run, settings: SampleSettings) -> None:
     """
     from pipeline import figures
     from pipeline.autoencoders.network import Decoder
-    from pipeline.codes import CodeReader
     from pipeline.densities import load_density
     from pipeline.patches import restore
     from pipeline.sampling import write_samples
-    from pipeline.shards import ShardReader
+    from pipeline.storage.codes import CodeReader
+    from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
     from stages.arrays import as_bytes, save_arrays
 

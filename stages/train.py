@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.autoencoders.base import Objective
-    from pipeline.shards import ShardReader
+    from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import Ranks
 
 SHOWN = 10  # test images in the figure of reconstructions
@@ -39,9 +39,9 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     """
     import torch
 
-    from pipeline.batches import Batches
     from pipeline.settings import TrainingSettings, implementation
-    from pipeline.shards import ShardReader, scale_pixels
+    from pipeline.storage.batches import Batches
+    from pipeline.storage.shards import ShardReader, scale_pixels
     from pipeline.system.files import atomic_folder
     from pipeline.system.ranks import join
     from pipeline.training import Checkpoint, code_digest
@@ -123,7 +123,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     from pipeline.autoencoders.vae import VariationalObjective, kl_divergence
     from pipeline.evaluation.moments import Moments
     from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
-    from pipeline.shards import scale_pixels
+    from pipeline.storage.shards import scale_pixels
     from pipeline.system.progress import Progress
     from stages.arrays import as_bytes, save_arrays
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches import Batches
 from pipeline.errors import DataError, PipelineError, SettingsError
+from pipeline.storage.batches import Batches
 
 
 def batches(counts: list[int], batch_size: int, **arguments: int) -> Batches:

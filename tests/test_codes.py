@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 from pipeline.errors import DataError
+from pipeline.storage.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 
 
 def write(folder: Path, counts: dict[str, list[int]], dim: int = 3, labels: bool = True) -> dict[str, np.ndarray]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipeline import fitting, progress
-from pipeline.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
 from pipeline.settings import DensitySettings, build, implementation
+from pipeline.storage.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 from pipeline.system.ranks import join
 from pipeline.training import Checkpoint
 

@@ -15,8 +15,6 @@ import torch
 from small import DENSITIES
 
 from pipeline.autoencoders import aae, ae, vae
-from pipeline.batches import Batches
-from pipeline.codes import CodeIndex, CodeReader, write_index, write_part
 from pipeline.densities import Density, LatentDensityEstimator, load_density
 from pipeline.densities.gmmn import squared_discrepancy
 from pipeline.errors import PipelineError
@@ -24,6 +22,8 @@ from pipeline.evaluation import parzen
 from pipeline.fitting import fit_density
 from pipeline.settings import build as build_settings
 from pipeline.settings import implementation
+from pipeline.storage.batches import Batches
+from pipeline.storage.codes import CodeIndex, CodeReader, write_index, write_part
 from pipeline.system.ranks import Ranks, join
 from pipeline.training import Checkpoint, train
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pipeline import training
 from pipeline.autoencoders import ae
-from pipeline.batches import Batches
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.settings import TrainingSettings
+from pipeline.storage.batches import Batches
 from pipeline.system.ranks import Ranks
 from pipeline.training import Checkpoint, Step, Trainable, Training, learning_rate, train
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
-from pipeline.shards import SPLITS
+from pipeline.storage.shards import SPLITS
 from pipeline.system.files import atomic_file, read_json, sha256_bytes, sha256_file, write_json
 
 __all__ = ["CodeIndex", "CodePart", "CodeReader", "Moments", "write_part"]
