@@ -19,7 +19,7 @@ from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
-from pipeline.training import Checkpoint, Step, Trainable, Training, train
+from pipeline.training.loop import Checkpoint, Step, Trainable, Training, train
 
 __all__ = ["cholesky_factor", "discrepancy", "fit_density", "log_likelihood", "score_codes"]
 

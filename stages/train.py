@@ -44,8 +44,8 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     from pipeline.storage.shards import ShardReader, scale_pixels
     from pipeline.system.files import atomic_folder
     from pipeline.system.ranks import join
-    from pipeline.training import Checkpoint, code_digest
-    from pipeline.training import train as train_model
+    from pipeline.training.loop import Checkpoint, code_digest
+    from pipeline.training.loop import train as train_model
 
     ranks = join()
     reader = ShardReader(workspace.shards_folder(settings.dataset))

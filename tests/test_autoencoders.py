@@ -19,7 +19,7 @@ from pipeline.autoencoders.incremental import IncrementalSettings
 from pipeline.autoencoders.network import Autoencoder, Decoder, Encoder, filter_side, image_side
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
-from pipeline.training import Step
+from pipeline.training.loop import Step
 
 # C, N, S, D, side, output: the table of experiments
 PAPER = [

@@ -15,7 +15,7 @@ from pipeline.autoencoders.priors import Prior
 from pipeline.autoencoders.vae import kl_divergence
 from pipeline.errors import SettingsError
 from pipeline.settings import Params, build
-from pipeline.training import Step
+from pipeline.training.loop import Step
 
 MODULES = {"ae": ae, "vae": vae, "aae": aae, "rae": rae}
 

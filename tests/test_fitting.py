@@ -16,7 +16,7 @@ from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_like
 from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 from pipeline.system.ranks import join
-from pipeline.training import Checkpoint
+from pipeline.training.loop import Checkpoint
 
 
 def write(folder: Path, train: np.ndarray) -> CodeReader:

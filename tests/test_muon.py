@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.densities import LatentDensityEstimator
-from pipeline.muon import Muon, orthogonalised
+from pipeline.training.muon import Muon, orthogonalised
 
 SHAPES = [(6, 6), (12, 5), (5, 12)]
 

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import training
 from pipeline.autoencoders import ae
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.settings import TrainingSettings
 from pipeline.storage.batches import Batches
 from pipeline.system.ranks import Ranks
-from pipeline.training import Checkpoint, Step, Trainable, Training, learning_rate, train
+from pipeline.training import loop as training
+from pipeline.training.loop import Checkpoint, Step, Trainable, Training, learning_rate, train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNTS = [13, 9, 20]

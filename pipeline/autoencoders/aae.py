@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.autoencoders.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.autoencoders.priors import Prior, PriorName
 from pipeline.settings import check_that
-from pipeline.training import Step
+from pipeline.training.loop import Step
 
 __all__ = ["AdversarialObjective", "Settings", "build"]
 

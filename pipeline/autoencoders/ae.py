@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.autoencoders.base import ImageAutoencoderSettings, ImageObjective
-from pipeline.training import Step
+from pipeline.training.loop import Step
 
 __all__ = ["AutoencoderObjective", "Settings", "build"]
 

@@ -13,7 +13,7 @@ from pipeline.autoencoders.network import Autoencoder, Decoder, Encoder, OutputR
 from pipeline.autoencoders.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.errors import SettingsError
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that
-from pipeline.training import Step, Trainable
+from pipeline.training.loop import Step, Trainable
 
 __all__ = ["ImageAutoencoderSettings", "ImageObjective", "Objective"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.autoencoders.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.settings import check_that
-from pipeline.training import Step
+from pipeline.training.loop import Step
 
 __all__ = ["RegularisedObjective", "Settings", "build"]
 

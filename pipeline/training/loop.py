@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, PipelineError, TrainingError
-from pipeline.muon import Muon
 from pipeline.settings import TrainingSettings
 from pipeline.storage.batches import Batches
 from pipeline.system.devices import has_bfloat16
 from pipeline.system.files import atomic_file
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, synchronise_batch_norm
+from pipeline.training.muon import Muon
 
 __all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "learning_rate", "train"]
 
