@@ -69,8 +69,8 @@ def evaluate(run: Run, settings: Settings) -> None:
 
     from pipeline import figures
     from pipeline.densities import load_density
-    from pipeline.patches import restore
     from pipeline.scoring import grid_scores, parzen_samples, parzen_score, test_log_likelihood
+    from pipeline.sources.common.patches import restore
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join

@@ -47,8 +47,8 @@ def sample(run: Run, settings: SampleSettings) -> None:
     from pipeline import figures
     from pipeline.autoencoders.network import Decoder
     from pipeline.densities import load_density
-    from pipeline.patches import restore
     from pipeline.sampling import write_samples
+    from pipeline.sources.common.patches import restore
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join

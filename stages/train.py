@@ -201,7 +201,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
 def _show_vectors(run: Run, reader: ShardReader, drawn_as: str) -> None:
     """A figure of the data."""
     from pipeline import figures
-    from pipeline.patches import restore
+    from pipeline.sources.common.patches import restore
 
     vectors = next(reader.blocks("train"))["examples"]
     if drawn_as == "patches":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.patches import PatchPool, dequantise, preprocess, restore, to_grey
+from pipeline.sources.common.patches import PatchPool, dequantise, preprocess, restore, to_grey
 
 
 def test_grey_rounds_to_integers() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
 from pipeline.sources import digits5k, grid, patches, vectors
-from pipeline.sources.source import SPLITS, BlockwiseSplit, Source
+from pipeline.sources.common.source import SPLITS, BlockwiseSplit, Source
 
 HERE = Path(".")
 
@@ -154,8 +154,8 @@ def test_patches_come_from_disjoint_tiles() -> None:
 def test_patches_are_cut_from_the_photographs() -> None:
     from PIL import Image
 
-    from pipeline.patches import restore, to_grey
-    from pipeline.sources.source import packaged_file
+    from pipeline.sources.common.patches import restore, to_grey
+    from pipeline.sources.common.source import packaged_file
 
     source = patches.open_source(patches.Settings(source="patches", root=".", split_seed=3), HERE)
     vector = source.read("test", 33, 34).examples  # second tile of the test split in the flower: row 0, column 9

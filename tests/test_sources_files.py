@@ -20,7 +20,7 @@ import pytest
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import Params, build, implementation
 from pipeline.sources import bsds300, idx, tfd
-from pipeline.sources.source import SPLITS, Block, Source
+from pipeline.sources.common.source import SPLITS, Block, Source
 
 RANDOM = np.random.default_rng(0)
 
@@ -302,7 +302,7 @@ SMALL = {"train_count": 1000, "valid_count": 300, "test_count": 600, "valid_imag
 def test_bsds_patches_lie_in_their_images(tmp_path: Path) -> None:
     from PIL import Image
 
-    from pipeline.patches import restore, to_grey
+    from pipeline.sources.common.patches import restore, to_grey
 
     files = bsds_files()
     write_tgz(tmp_path, files)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build, implementation
-from pipeline.sources.archives import open_files
-from pipeline.sources.image_files import decode, fit
-from pipeline.sources.source import SPLITS, Source
+from pipeline.sources.common.archives import open_files
+from pipeline.sources.common.image_files import decode, fit
+from pipeline.sources.common.source import SPLITS, Source
 
 
 def encode(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:

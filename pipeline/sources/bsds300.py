@@ -19,11 +19,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.patches import PatchPool, preprocess, to_grey
 from pipeline.settings import DatasetSettings, check_that
-from pipeline.sources.archives import Files, FolderFiles, TarFiles, file_stamp
-from pipeline.sources.image_files import decode, seeded_split
-from pipeline.sources.source import GROUP, Block, Source, generator, read_in_groups
+from pipeline.sources.common.archives import Files, FolderFiles, TarFiles, file_stamp
+from pipeline.sources.common.image_files import decode, seeded_split
+from pipeline.sources.common.patches import PatchPool, preprocess, to_grey
+from pipeline.sources.common.source import GROUP, Block, Source, generator, read_in_groups
 
 __all__ = ["DrawnPatches", "PreparedPatches", "Settings", "open_source"]
 

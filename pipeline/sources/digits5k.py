@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings
-from pipeline.sources.source import Block, Source, generator, packaged_file
+from pipeline.sources.common.source import Block, Source, generator, packaged_file
 
 __all__ = ["Digits5k", "Settings", "open_source"]
 

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.settings import DatasetSettings, check_that
-from pipeline.sources.source import GROUP, Block, Source, generator, read_in_groups
+from pipeline.sources.common.source import GROUP, Block, Source, generator, read_in_groups
 
 __all__ = ["DROPPED_BOX", "Grid", "Settings", "dropped_box", "dropped_mass", "log_density", "open_source"]
 

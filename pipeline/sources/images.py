@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.settings import check_that
-from pipeline.sources.image_files import ImageFiles, ImageSettings, find_images, image_names, seeded_split
+from pipeline.sources.common.image_files import ImageFiles, ImageSettings, find_images, image_names, seeded_split
 
 __all__ = ["Settings", "open_source"]
 

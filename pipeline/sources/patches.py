@@ -14,9 +14,9 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.patches import PatchPool, preprocess, to_grey
 from pipeline.settings import DatasetSettings, check_that
-from pipeline.sources.source import GROUP, Block, Source, generator, packaged_file, read_in_groups
+from pipeline.sources.common.patches import PatchPool, preprocess, to_grey
+from pipeline.sources.common.source import GROUP, Block, Source, generator, packaged_file, read_in_groups
 
 __all__ = ["PhotoPatches", "Settings", "open_source"]
 

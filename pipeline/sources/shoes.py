@@ -13,9 +13,9 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.settings import check_that
-from pipeline.sources.archives import open_files
-from pipeline.sources.image_files import ImageFiles, ImageSettings, find_images, image_names
-from pipeline.sources.source import generator
+from pipeline.sources.common.archives import open_files
+from pipeline.sources.common.image_files import ImageFiles, ImageSettings, find_images, image_names
+from pipeline.sources.common.source import generator
 
 __all__ = ["Settings", "open_source"]
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.settings import check_that
-from pipeline.sources.image_files import ImageFiles, ImageSettings
-from pipeline.sources.source import SPLITS, Block, Source, generator
+from pipeline.sources.common.image_files import ImageFiles, ImageSettings
+from pipeline.sources.common.source import SPLITS, Block, Source, generator
 
 __all__ = ["Settings", "Union", "open_source"]
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, check_that
-from pipeline.sources.archives import file_stamp
-from pipeline.sources.source import Block, BlockwiseSplit, Source
+from pipeline.sources.common.archives import file_stamp
+from pipeline.sources.common.source import Block, BlockwiseSplit, Source
 
 __all__ = ["Settings", "Vectors", "open_source"]
 

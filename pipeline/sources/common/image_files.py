@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, check_that
-from pipeline.sources.archives import open_files
-from pipeline.sources.source import SPLITS, Block, Source, generator
+from pipeline.sources.common.archives import open_files
+from pipeline.sources.common.source import SPLITS, Block, Source, generator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
