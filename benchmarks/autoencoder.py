@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.autoencoders import ae
-from pipeline.autoencoders.network import image_side
+from pipeline.autoencoders.common.network import image_side
 from pipeline.storage.batches import Batches
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
 from pipeline.system.files import write_json

@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.autoencoders import ae
-from pipeline.autoencoders.network import image_side
-from pipeline.autoencoders.perceptual import CONVOLUTIONS
+from pipeline.autoencoders.common.network import image_side
+from pipeline.autoencoders.common.perceptual import CONVOLUTIONS
 from pipeline.densities import LatentDensityEstimator
 from pipeline.evaluation import parzen
 from pipeline.preparation import prepare_shards

@@ -43,7 +43,7 @@ def extract_codes(
     autoencoder, folder = Path(autoencoder), Path(folder)
     encoder = None
     if reader.index.kind == "images":
-        from pipeline.autoencoders.network import Encoder
+        from pipeline.autoencoders.common.network import Encoder
 
         encoder = Encoder.load(autoencoder / "encoder.safetensors").to(ranks.device)
     with shared_folder(folder, ranks) as temporary:

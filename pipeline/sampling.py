@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.autoencoders.network import Decoder
+from pipeline.autoencoders.common.network import Decoder
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import SamplingSettings

@@ -197,7 +197,7 @@ def feature_network(settings: QualitySettings, reader: ShardReader) -> FeatureNe
     if settings.network == "inception":
         return features.inception_network(settings.weights or "")
     if settings.network == "vgg19":
-        from pipeline.autoencoders.perceptual import vgg19_weights
+        from pipeline.autoencoders.common.perceptual import vgg19_weights
 
         return features.vgg19_network(vgg19_weights(settings.weights or ""))
 

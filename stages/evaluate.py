@@ -162,7 +162,7 @@ def _interpolation(
     import torch
 
     from pipeline import figures
-    from pipeline.autoencoders.network import Decoder
+    from pipeline.autoencoders.common.network import Decoder
     from pipeline.evaluation.interpolation import WEIGHTS, interpolated_images
     from pipeline.scoring import CURVE_WEIGHTS, interpolation_curves, interpolation_pairs, labelled_codes
     from pipeline.storage.shards import scale_pixels

@@ -22,7 +22,7 @@ def export(row: str, target: str | None, register: bool) -> None:
     with one_line_errors(f"export {row}"):
         from pathlib import Path
 
-        from pipeline.autoencoders.network import Decoder
+        from pipeline.autoencoders.common.network import Decoder
         from pipeline.densities import load_density
         from pipeline.errors import PipelineError
         from pipeline.settings import read_params

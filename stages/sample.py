@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from pipeline.autoencoders.network import Decoder
+    from pipeline.autoencoders.common.network import Decoder
 
 SHOWN = 100  # samples in the figure, the first in the order drawn
 SIDE_BY_SIDE = 36  # samples that `report` sets beside those of other rows
@@ -45,7 +45,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
     NAME is a row of `densities`. The number of samples is `sampling.count`; the figure shows the first 100 in the order drawn.
     """
     from pipeline import figures
-    from pipeline.autoencoders.network import Decoder
+    from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import load_density
     from pipeline.sampling import write_samples
     from pipeline.sources.common.patches import restore

@@ -95,7 +95,7 @@ def _define() -> None:
 
         def load_context(self, context: Any) -> None:
             """Reads density and decoder."""
-            from pipeline.autoencoders.network import Decoder
+            from pipeline.autoencoders.common.network import Decoder
             from pipeline.densities import load_density
 
             decoder = context.artifacts.get("decoder")

@@ -12,7 +12,7 @@ from stages.run import Run, stage
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.autoencoders.base import Objective
+    from pipeline.autoencoders.common.base import Objective
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import Ranks
 

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from pipeline.autoencoders import ae, identity
-from pipeline.autoencoders.incremental import IncrementalSettings
-from pipeline.autoencoders.network import Autoencoder, Decoder, Encoder, filter_side, image_side
+from pipeline.autoencoders.common.incremental import IncrementalSettings
+from pipeline.autoencoders.common.network import Autoencoder, Decoder, Encoder, filter_side, image_side
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
 from pipeline.training.loop import Step

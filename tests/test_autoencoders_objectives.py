@@ -11,9 +11,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from pipeline.autoencoders import aae, ae, rae, vae
-from pipeline.autoencoders.priors import Prior
 from pipeline.autoencoders.vae import kl_divergence
 from pipeline.errors import SettingsError
+from pipeline.priors import Prior
 from pipeline.settings import Params, build
 from pipeline.training.loop import Step
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from pipeline.autoencoders.incremental import IncrementalSettings, mask, open_dimensions
+from pipeline.autoencoders.common.incremental import IncrementalSettings, mask, open_dimensions
 
 
 def generator(seed: int = 0) -> torch.Generator:

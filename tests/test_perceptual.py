@@ -13,8 +13,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.functional import normalize
 
 from pipeline.autoencoders import ae, vae
-from pipeline.autoencoders import perceptual as module
-from pipeline.autoencoders.perceptual import PerceptualLoss, vgg19_weights
+from pipeline.autoencoders.common import perceptual as module
+from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import build
 from pipeline.training.loop import Step

@@ -18,7 +18,7 @@ import pytest
 import small
 import torch
 
-from pipeline.autoencoders.network import Decoder
+from pipeline.autoencoders.common.network import Decoder
 from pipeline.densities import LatentDensityEstimator, load_density
 from pipeline.sampling import draw
 from stages.serving import generate, log_model

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.autoencoders.base import ImageAutoencoderSettings, ImageObjective
-from pipeline.autoencoders.priors import Prior, PriorName
+from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
+from pipeline.priors import Prior, PriorName
 from pipeline.settings import check_that
 from pipeline.training.loop import Step
 

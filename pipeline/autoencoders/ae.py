@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.autoencoders.base import ImageAutoencoderSettings, ImageObjective
+from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.training.loop import Step
 
 __all__ = ["AutoencoderObjective", "Settings", "build"]

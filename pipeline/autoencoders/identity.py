@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.autoencoders.base import Objective
+from pipeline.autoencoders.common.base import Objective
 from pipeline.settings import AutoencoderSettings, check_that
 from pipeline.training.loop import Step
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.autoencoders.base import ImageAutoencoderSettings, ImageObjective
+from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.settings import check_that
 from pipeline.training.loop import Step
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pipeline.autoencoders.base import ImageAutoencoderSettings, ImageObjective
-from pipeline.autoencoders.priors import PriorName
+from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
+from pipeline.priors import PriorName
 from pipeline.settings import check_that
 from pipeline.training.loop import Step
 

@@ -71,7 +71,7 @@ def vgg19_network(weights: Mapping[str, Tensor]) -> FeatureNetwork:
     Arguments:
         weights: Weights under torchvision's names, `features.0.weight` up to `features.10.bias`.
     """
-    from pipeline.autoencoders.perceptual import PerceptualLoss
+    from pipeline.autoencoders.common.perceptual import PerceptualLoss
 
     network = PerceptualLoss(weights, value_range=(0.0, 1.0))
     return FeatureNetwork("vgg19", lambda images: network.features(images)[-1].mean(dim=(2, 3)))

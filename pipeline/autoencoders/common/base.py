@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.autoencoders.incremental import IncrementalSettings, mask
-from pipeline.autoencoders.network import Autoencoder, Decoder, Encoder, OutputRange, filter_side, image_side
-from pipeline.autoencoders.perceptual import PerceptualLoss, vgg19_weights
+from pipeline.autoencoders.common.incremental import IncrementalSettings, mask
+from pipeline.autoencoders.common.network import Autoencoder, Decoder, Encoder, OutputRange, filter_side, image_side
+from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.errors import SettingsError
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that
 from pipeline.training.loop import Step, Trainable
