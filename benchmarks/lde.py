@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.densities import Density, LatentDensityEstimator, load_density
-from pipeline.densities.flows import NormalisingFlow
+from pipeline.densities.common.flows import NormalisingFlow
 from pipeline.system.devices import has_bfloat16
 from pipeline.system.files import read_json, write_json
 

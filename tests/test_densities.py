@@ -13,7 +13,7 @@ from scipy import stats
 from small import DENSITIES
 
 from pipeline.densities import ALIASES, Density, gmmn, load_density, mixtures
-from pipeline.densities.flows import NormalisingFlow
+from pipeline.densities.common.flows import NormalisingFlow
 from pipeline.densities.gaussian import Gaussian
 from pipeline.densities.gmm import GaussianMixture
 from pipeline.densities.gmmn import MomentMatchingNetwork, squared_discrepancy

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import nn
 
 from pipeline.densities import LatentDensityEstimator
-from pipeline.densities.density import standard_normal, uniform
-from pipeline.densities.orders import patch_orders, reordered
+from pipeline.densities.common.density import standard_normal, uniform
+from pipeline.densities.common.orders import patch_orders, reordered
 from pipeline.errors import DataError, SettingsError
 from pipeline.sampling import write_samples
 from pipeline.settings import SamplingSettings
@@ -419,7 +419,7 @@ def test_products_by_either_library_are_those_of_float64(name, monkeypatch):
         if kind != "double":
             density, z = density.float(), z.float()
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.densities.products._prefers_mkl", kind == "mkl")
+            patch.setattr("pipeline.densities.common.products._prefers_mkl", kind == "mkl")
             value = density.log_prob(z)
             value.sum().backward()
             samples = density.sample(5, torch.Generator().manual_seed(0)).double() if kind != "double" else None

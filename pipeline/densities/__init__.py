@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.densities.density import Density, load_density
+    from pipeline.densities.common.density import Density, load_density
     from pipeline.densities.lde import LatentDensityEstimator
 
 __all__ = ["ALIASES", "Density", "LatentDensityEstimator", "load_density"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.density import Density, Proceed, own_settings, standard_normal
+from pipeline.densities.common.density import Density, Proceed, own_settings, standard_normal
 from pipeline.errors import DataError
 from pipeline.settings import DensitySettings, check_that
 

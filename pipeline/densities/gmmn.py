@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.densities.density import Density, own_settings, uniform
+from pipeline.densities.common.density import Density, own_settings, uniform
 from pipeline.settings import DensitySettings, check_that
 
 __all__ = ["MomentMatchingNetwork", "Settings", "build", "squared_discrepancy"]

@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from pipeline.densities import mixtures, orders
-from pipeline.densities.causal import CausalNetwork
-from pipeline.densities.density import Density, own_settings, standard_normal, uniform
-from pipeline.densities.orders import ORDERS
-from pipeline.densities.products import ACTIVATIONS
-from pipeline.densities.recorded import Recorded
-from pipeline.densities.separate import SeparateNetworks
+from pipeline.densities.common.causal import CausalNetwork
+from pipeline.densities.common.density import Density, own_settings, standard_normal, uniform
+from pipeline.densities.common.orders import ORDERS
+from pipeline.densities.common.products import ACTIVATIONS
+from pipeline.densities.common.recorded import Recorded
+from pipeline.densities.common.separate import SeparateNetworks
 from pipeline.settings import DensitySettings, check_that
 from pipeline.system.devices import has_bfloat16
 

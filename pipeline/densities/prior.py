@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.density import Density, Proceed, own_settings, standard_normal, uniform
+from pipeline.densities.common.density import Density, Proceed, own_settings, standard_normal, uniform
 from pipeline.errors import PipelineError
 from pipeline.settings import DensitySettings, check_that
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from pipeline.densities import mixtures
-from pipeline.densities.density import Density, own_settings, standard_normal, uniform
+from pipeline.densities.common import mixtures
+from pipeline.densities.common.density import Density, own_settings, standard_normal, uniform
 from pipeline.settings import DensitySettings, check_that
 
 __all__ = ["Rnade", "Settings", "build"]

@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.densities import mixtures
-from pipeline.densities.density import dropout_mask
-from pipeline.densities.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
+from pipeline.densities.common import mixtures
+from pipeline.densities.common.density import dropout_mask
+from pipeline.densities.common.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
 from pipeline.system.ranks import batch_mean
 
 __all__ = ["CausalNetwork", "causal_convolution"]

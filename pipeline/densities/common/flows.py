@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from pipeline.densities.density import Density, own_settings, standard_normal
+from pipeline.densities.common.density import Density, own_settings, standard_normal
 from pipeline.errors import DataError
 from pipeline.settings import DensitySettings, check_that
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Generator, Tensor, nn
 
-from pipeline.densities import mixtures
-from pipeline.densities.density import dropout_mask
-from pipeline.densities.products import ACTIVATIONS, apply_linear
+from pipeline.densities.common import mixtures
+from pipeline.densities.common.density import dropout_mask
+from pipeline.densities.common.products import ACTIVATIONS, apply_linear
 
 __all__ = ["SeparateNetworks"]
 
