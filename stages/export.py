@@ -44,7 +44,7 @@ def export(row: str, target: str | None, register: bool) -> None:
             write_json(temporary / "generator.json", {"row": row, "codes": codes.index.digest, "sha256": digests})
         click.echo(f"exported to {folder}")
         if register:
-            from stages.tracking import Tracker
+            from stages.tracking.client import Tracker
 
             tracker = Tracker(f"export {row}", {"stage": "export", "row": row}, {})
             decoder = folder / "decoder.safetensors"

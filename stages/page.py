@@ -26,7 +26,7 @@ from stages.scoreboard import (
     remark,
     score_names,
 )
-from stages.tracking import git_state
+from stages.tracking.client import git_state
 
 if TYPE_CHECKING:
     import pandas as pd

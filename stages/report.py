@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from stages.graph import StageState
-    from stages.tracking import Tracker
+    from stages.tracking.client import Tracker
 
 REPORTS = Path("reports")
 SCOREBOARD = REPORTS / "scoreboard.csv"
@@ -52,7 +52,7 @@ def _report(params: Params) -> None:
     from stages.page import page_head, render
     from stages.pictures import COMBINED, draw_combined
     from stages.scoreboard import as_text, build_scoreboard, headline
-    from stages.tracking import Tracker
+    from stages.tracking.client import Tracker
 
     board = build_scoreboard(params)  # also checks that no metrics are missing, before anything is written
     names = {"dvc.stage": os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}

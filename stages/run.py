@@ -26,7 +26,7 @@ from pipeline.settings import Params, flatten, read_params
 from pipeline.system.files import write_json, write_text
 from pipeline.system.processes import die_with_parent
 from stages import workspace
-from stages.tracking import Tracker, git_state
+from stages.tracking.client import Tracker, git_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -593,7 +593,7 @@ class Recorder:
 
 
 def test_pipeline_run_names_every_stage(workspace, monkeypatch):
-    monkeypatch.setattr("stages.tracking.Tracker", Recorder)
+    monkeypatch.setattr("stages.tracking.client.Tracker", Recorder)
     monkeypatch.setenv("DVC_EXP_NAME", "trial")
     assert command().exit_code == 0
     run = Recorder.last

@@ -21,7 +21,7 @@ import torch
 from pipeline.autoencoders.common.network import Decoder
 from pipeline.densities import LatentDensityEstimator, load_density
 from pipeline.sampling import draw
-from stages.serving import generate, log_model
+from stages.tracking.serving import generate, log_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

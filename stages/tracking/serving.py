@@ -62,7 +62,7 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import Array
 
-    from stages.tracking import tracking_uri
+    from stages.tracking.client import tracking_uri
 
     mlflow.set_tracking_uri(tracking_uri())
     artifacts = {"density": Path(density).resolve().as_uri()}
@@ -109,5 +109,5 @@ def _define() -> None:
     mlflow.models.set_model(Generator())
 
 
-if __name__ not in ("stages.serving", "__main__"):  # MLflow runs this file under a name of its own
+if __name__ not in ("stages.tracking.serving", "__main__"):  # MLflow runs this file under a name of its own
     _define()

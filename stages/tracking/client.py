@@ -88,7 +88,7 @@ class Tracker:
         try:
             # A session of its own: Ctrl-C ends the stage, and the tracking process then notes how it ended.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stages.tracking"],
+                [sys.executable, "-m", "stages.tracking.client"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
@@ -315,7 +315,7 @@ class _Writer:
 
     def model(self, **values: Any) -> None:
         """Logs and registers a model from code."""
-        from stages.serving import log_model
+        from stages.tracking.serving import log_model
 
         log_model(self.run_id, **values)
 
