@@ -58,7 +58,7 @@ class Experiment:
 
     Attributes:
         title: Its heading.
-        benchmarks: Keys of `stages.published.BENCHMARKS` whose scores stand below it.
+        benchmarks: Keys of `stages.reporting.published.BENCHMARKS` whose scores stand below it.
         leading: Key of `METRICS`: the first column, by which the rows are sorted.
     """
 
@@ -191,7 +191,7 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
     Raises:
         PipelineError: When a row is unknown or hasn't been evaluated.
     """
-    from stages.scoreboard import CONTROLS, read_metrics, read_run
+    from stages.reporting.scoreboard import CONTROLS, read_metrics, read_run
 
     table, rows = trials(params, name)
     if table == "controls":
@@ -219,7 +219,7 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
 def _lines(
     params: Params, dataset: str, scores: list[dict[str, Any]], runs: list[list[dict[str, Any]]], experiment: str, row: str
 ) -> Iterator[Line]:
-    from stages.scoreboard import error_over_trials
+    from stages.reporting.scoreboard import error_over_trials
 
     evaluation, settings = params.evaluation(dataset), params.dataset(dataset)
     network = evaluation.quality.network if evaluation.quality is not None else ""
@@ -317,7 +317,7 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
     from ruamel.yaml import YAML
 
     from stages import workspace
-    from stages.scoreboard import read_metrics, read_run
+    from stages.reporting.scoreboard import read_metrics, read_run
 
     tables: dict[str, Any] = {"datasets": [], "controls": [], "autoencoders": [], "densities": [], "evaluations": []}
     table, rows = trials(params, name)
@@ -367,8 +367,8 @@ def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def markdown_tables(lines: Iterable[Line]) -> str:
     """Markdown tables, one an experiment and protocol, each with the published scores below it."""
-    from stages.published import BENCHMARKS, PUBLISHED
-    from stages.scoreboard import plus_minus
+    from stages.reporting.published import BENCHMARKS, PUBLISHED
+    from stages.reporting.scoreboard import plus_minus
 
     parts: list[str] = []
     lines = list(lines)
@@ -423,7 +423,7 @@ def _column(line: Line) -> str:
 
 
 def _cell(line: Line | None) -> str:
-    from stages.scoreboard import plus_minus
+    from stages.reporting.scoreboard import plus_minus
 
     return "" if line is None else plus_minus(float(line.value), float(line.error) if line.error else None)
 

@@ -16,7 +16,7 @@ from stages.run import one_line_errors
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stages.graph import StageState
+    from stages.reporting.graph import StageState
     from stages.tracking.client import Tracker
 
 REPORTS = Path("reports")
@@ -48,10 +48,10 @@ def report(params_file: str, dry_run: bool, show: bool) -> None:
 
 
 def _report(params: Params) -> None:
-    from stages.graph import repro_started, stage_states
-    from stages.page import page_head, render
-    from stages.pictures import COMBINED, draw_combined
-    from stages.scoreboard import as_text, build_scoreboard, headline
+    from stages.reporting.graph import repro_started, stage_states
+    from stages.reporting.page import page_head, render
+    from stages.reporting.pictures import COMBINED, draw_combined
+    from stages.reporting.scoreboard import as_text, build_scoreboard, headline
     from stages.tracking.client import Tracker
 
     board = build_scoreboard(params)  # also checks that no metrics are missing, before anything is written
@@ -83,9 +83,9 @@ def _report(params: Params) -> None:
 def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[StageState]) -> None:
     """Headline metrics, files and description of the pipeline's run, and the stages' runs below it."""
     from stages import workspace
-    from stages.page import description
-    from stages.pictures import COMBINED
-    from stages.scoreboard import headline, read_metrics
+    from stages.reporting.page import description
+    from stages.reporting.pictures import COMBINED
+    from stages.reporting.scoreboard import headline, read_metrics
 
     scores = {f"{row}.{name}": value for row, scores in headline(board).items() for name, value in scores.items()}
     tracker.metrics(scores)
@@ -109,7 +109,7 @@ def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[S
 def _show() -> None:
     import pandas as pd
 
-    from stages.scoreboard import as_text
+    from stages.reporting.scoreboard import as_text
 
     if not SCOREBOARD.exists():
         raise PipelineError(f"{SCOREBOARD} is missing; run `dvc repro report`")
@@ -121,8 +121,8 @@ def _show() -> None:
 
 def _print_plan(params: Params) -> None:
     from stages import workspace
-    from stages.pictures import COMBINED
-    from stages.scoreboard import stages_and_rows
+    from stages.reporting.pictures import COMBINED
+    from stages.reporting.scoreboard import stages_and_rows
 
     click.echo("report")
     for stage, row in stages_and_rows(params):

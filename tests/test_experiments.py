@@ -183,7 +183,7 @@ def test_principal_components_stand_beside_the_autoencoders():
 
 
 def test_every_figure_is_drawn_and_has_a_caption():
-    from stages.pictures import combined_pictures, pictures
+    from stages.reporting.pictures import combined_pictures, pictures
 
     drawn = {path.stem for path in Path("reports/combined").glob("*.png")}
     assert {f"shapes-{name}" for name in COMBINED} <= drawn

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from stages.__main__ import COMMANDS, cli
-from stages.scoreboard import plus_minus
+from stages.reporting.scoreboard import plus_minus
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text()

@@ -22,11 +22,11 @@ from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
-from stages.graph import Graph, stage_states
-from stages.page import description, render
-from stages.published import BENCHMARKS, PUBLISHED, benchmark_of, best_published, paper_value
 from stages.report import report
-from stages.scoreboard import COLUMNS, QUALITY, as_text, build_scoreboard, headline
+from stages.reporting.graph import Graph, stage_states
+from stages.reporting.page import description, render
+from stages.reporting.published import BENCHMARKS, PUBLISHED, benchmark_of, best_published, paper_value
+from stages.reporting.scoreboard import COLUMNS, QUALITY, as_text, build_scoreboard, headline
 
 HOSTILE = "<script>alert('x')</script>|`\"><img src=http://evil.example/x.png>"
 

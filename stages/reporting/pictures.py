@@ -15,7 +15,7 @@ from pipeline.settings import Params
 from pipeline.system.files import write_text
 from stages import workspace
 from stages.arrays import Arrays, load_arrays
-from stages.scoreboard import read_metrics
+from stages.reporting.scoreboard import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.settings import Params, flatten
-from stages.graph import Graph, StageState
-from stages.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
-from stages.published import BENCHMARKS, PUBLISHED
-from stages.scoreboard import (
+from stages.reporting.graph import Graph, StageState
+from stages.reporting.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
+from stages.reporting.published import BENCHMARKS, PUBLISHED
+from stages.reporting.scoreboard import (
     NETWORKS,
     OF_CODES,
     against,
@@ -298,7 +298,7 @@ def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[
     """The report as text: the same arguments and files give the same text.
 
     Arguments:
-        template: Name of a file in `stages/templates`; `.html` is escaped as such, all else as Markdown.
+        template: Name of a file in `stages/reporting/templates`; `.html` is escaped as such, all else as Markdown.
         params: All tables.
         board: As made by `build_scoreboard`.
         states: As made by `stage_states`.

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.settings import Params
-from stages.scoreboard import duration, read_run, stages_and_rows
+from stages.reporting.scoreboard import duration, read_run, stages_and_rows
 
 __all__ = ["Graph", "Node", "StageState", "repro_started", "stage_states"]
 
