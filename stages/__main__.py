@@ -41,7 +41,7 @@ def cli(context: click.Context) -> None:
     runs all that is out of date.
     """
     if context.invoked_subcommand is None:
-        from stages.overview import print_overview
+        from stages.tools.overview import print_overview
 
         print_overview()
 

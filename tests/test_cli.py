@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 
 from pipeline.settings import read_params
 from stages.__main__ import COMMANDS, cli
-from stages.overview import states
 from stages.run import TABLE_OF_STAGE
+from stages.tools.overview import states
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -92,7 +92,7 @@ def test_the_overview_imports_nothing_heavy():
     command = [sys.executable, "-X", "importtime", "-m", "stages"]
     done = subprocess.run(command, cwd=ROOT, check=True, timeout=60, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "stages.overview" in imported
+    assert "stages.tools.overview" in imported
     assert not imported & set(HEAVY)
 
 

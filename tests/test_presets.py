@@ -14,7 +14,7 @@ from pipeline.densities import ALIASES
 from pipeline.errors import SettingsError
 from pipeline.settings import Params
 from stages.__main__ import cli
-from stages.preset import add_rows, load_preset, preset_names
+from stages.tools.preset import add_rows, load_preset, preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))

@@ -13,7 +13,7 @@ import yaml
 from small import run
 
 from pipeline.settings import read_params
-from stages.record import COLUMNS, END, EXPERIMENTS, METRICS, START, markdown_tables, read_lines
+from stages.tools.record import COLUMNS, END, EXPERIMENTS, METRICS, START, markdown_tables, read_lines
 
 ROOT = Path(__file__).parents[1]
 TABLES = {

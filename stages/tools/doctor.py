@@ -18,9 +18,9 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
-from stages.check import missing_data, row_count
-from stages.preset import Row, load_preset, preset_names
 from stages.run import one_line_errors
+from stages.tools.check import missing_data, row_count
+from stages.tools.preset import Row, load_preset, preset_names
 from stages.tracking.client import tracking_uri
 
 __all__ = ["Finding", "doctor"]
