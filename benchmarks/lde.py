@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.densities import Density, LatentDensityEstimator, load_density
-from pipeline.densities.common.flows import NormalisingFlow
+from pipeline.densities.maf import MaskedAutoregressiveFlow
+from pipeline.densities.nsf import NeuralSplineFlow
 from pipeline.system.devices import has_bfloat16
 from pipeline.system.files import read_json, write_json
 
@@ -139,7 +140,7 @@ def step(rounds: int) -> list[dict[str, Any]]:
     bfloat16 = has_bfloat16(a.device)  # without its instructions a step takes many times as long
     for dim, batch in ((63, 256), (63, 1024), (8, 256), (200, 64), *(((63, 4096),) if device == "cuda" else ())):
         torch.manual_seed(0)
-        density, literal = LatentDensityEstimator(dim, 30).to(device), Literal(dim, 30).to(device)
+        density, literal = LatentDensityEstimator(dim, components=30).to(device), Literal(dim, 30).to(device)
         in_bfloat16 = copy.deepcopy(density)  # else either precision would record the other's steps anew
         z = torch.randn(batch, dim, device=device)
 
@@ -180,7 +181,7 @@ def sampling(rounds: int) -> list[dict[str, Any]]:
     rows, n = [], 10_000
     for dim in (8, 63, 200):
         torch.manual_seed(0)
-        density, literal = LatentDensityEstimator(dim, 30).eval().to(device), Literal(dim, 30).to(device)
+        density, literal = LatentDensityEstimator(dim, components=30).eval().to(device), Literal(dim, 30).to(device)
         part, passes = (2000, 8) if dim == 8 else (128, 4)
         with torch.no_grad():
             z = density.sample(n)
@@ -224,7 +225,7 @@ def memory() -> list[dict[str, Any]]:
 def child(kind: str, count: int) -> None:
     """What `memory` measures, at D = 63 and K = 30."""
     torch.set_num_threads(2)
-    density = LatentDensityEstimator(63, 30)
+    density = LatentDensityEstimator(63, components=30)
     if kind.startswith("training"):
         density.loss(torch.randn(count, 63)).backward()
     elif kind == "samples":
@@ -282,11 +283,11 @@ def contenders(dim: int, mean: Tensor, std: Tensor) -> dict[str, Callable[[], nn
         return density
 
     found: dict[str, Callable[[], nn.Module]] = {
-        "LDE (paper)": lambda: ours(LatentDensityEstimator(dim, 30)),
-        "LDE (residual)": lambda: ours(LatentDensityEstimator(dim, 30, blocks="residual", width=128, dropout=0.1)),
-        "LDE (separate)": lambda: ours(LatentDensityEstimator(dim, 30, blocks="separate", width=96, dropout=0.1)),
-        "zuko MAF": lambda: ours(NormalisingFlow(dim, "maf")),
-        "zuko NSF": lambda: ours(NormalisingFlow(dim, "nsf", transforms=3, hidden=(128, 128))),
+        "LDE (paper)": lambda: ours(LatentDensityEstimator(dim, components=30)),
+        "LDE (residual)": lambda: ours(LatentDensityEstimator(dim, components=30, blocks="residual", width=128, dropout=0.1)),
+        "LDE (separate)": lambda: ours(LatentDensityEstimator(dim, components=30, blocks="separate", width=96, dropout=0.1)),
+        "zuko MAF": lambda: ours(MaskedAutoregressiveFlow(dim)),
+        "zuko NSF": lambda: ours(NeuralSplineFlow(dim, transforms=3, hidden=(128, 128))),
     }
     try:
         import pythae  # noqa: F401

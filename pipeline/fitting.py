@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pipeline.densities import Density
+from pipeline.densities.common.density import build_density
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments
-from pipeline.settings import DensitySettings, implementation
+from pipeline.settings import DensitySettings
 from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader
 from pipeline.system.progress import Progress
@@ -125,9 +126,8 @@ def fit_density(
         DataError: When the codes are damaged or a dimension doesn't vary.
         TrainingError: When the loss isn't finite.
     """
-    module = implementation("pipeline.densities", settings.family, "family")
     torch.manual_seed(settings.seed)
-    density: Density = module.build(settings, codes.index.dim)
+    density = build_density(settings, codes.index.dim)
     mean, std = torch.tensor(codes.index.mean, dtype=torch.float64), torch.tensor(codes.index.std, dtype=torch.float64)
     if settings.standardise == "dimension":
         density.standardise(mean, std)

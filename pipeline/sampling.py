@@ -81,7 +81,7 @@ def write_samples(
             for number in ranks.share(len(sizes)):
                 examples, codes = draw(density, decoder, sizes[number], settings.seed, number)
                 if not np.isfinite(examples).all():
-                    unbounded = density.arguments.get("max_log_scale", 0.0) is None
+                    unbounded = getattr(density.options, "max_log_scale", 0.0) is None
                     remedy = "max_log_scale: 2.0 or a lower learning_rate" if unbounded else "a lower learning_rate"
                     raise DataError(f"samples of {folder.name} aren't finite: the density runs away; fit it with {remedy}")
                 if settings.rounding == "8-bit" and decoder is not None:

@@ -7,9 +7,10 @@ import warnings
 
 import click
 
-from stages.run import TABLE_OF_STAGE
+from stages.workspace import TABLE_OF_STAGE
 
-COMMANDS = (*TABLE_OF_STAGE, "report", "record", "export", "check", "preset", "doctor")
+STAGES = (*TABLE_OF_STAGE, "report")
+TOOLS = ("record", "export", "check", "preset", "doctor")
 
 
 class LazyGroup(click.Group):
@@ -17,13 +18,14 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All commands, in the order in which the pipeline runs them."""
-        return list(COMMANDS)
+        return [*STAGES, *TOOLS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of a module of the same name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in (*STAGES, *TOOLS):
             return None
-        command: click.Command = getattr(importlib.import_module(f"stages.{cmd_name}"), cmd_name)
+        package = "stages" if cmd_name in STAGES else "stages.tools"
+        command: click.Command = getattr(importlib.import_module(f"{package}.{cmd_name}"), cmd_name)
         return command
 
 
@@ -43,6 +45,10 @@ def cli(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         from stages.tools.overview import print_overview
 
+        click.echo("Stages and commands: python -m stages COMMAND --help says more\n")
+        for name in cli.list_commands(context):
+            command = cli.get_command(context, name)
+            click.echo(f"  {name:9} {command.get_short_help_str(100) if command is not None else ''}")
         print_overview()
 
 

@@ -9,10 +9,7 @@ import math
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -24,9 +21,9 @@ import click
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, flatten, read_params
 from pipeline.system.files import write_json, write_text
-from pipeline.system.processes import die_with_parent
 from stages import workspace
-from stages.tracking.client import Tracker, git_state
+from stages.launching.local import PEER_LOST, launched
+from stages.tracking.client import Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +34,6 @@ Settings = TypeVar("Settings")
 
 OUT_OF_MEMORY = "out of memory: lower batch_size, shuffle_examples or shard_examples"
 FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "a file is too large"}
-PEER_LOST = 3  # exit status of a process that couldn't go on for want of another
-PATIENCE_SECONDS = 10.0  # how long the other processes may take to end once one has failed
 
 
 class Run:
@@ -70,7 +65,7 @@ class Run:
             "dvc.stage": os.environ.get("DVC_STAGE", ""),
             "dvc.experiment": os.environ.get("DVC_EXP_NAME", ""),
         }
-        self._details |= git_state()  # of the code that runs, which may have changed when the run ends
+        self._details |= workspace.git_state()  # of the code that runs, which may have changed when the run ends
         # The row's name has no place in the keys, so that two rows of a table can be compared side by side.
         flat = flatten(asdict(settings)) if settings is not None else {}  # type: ignore[call-overload]
         self.tracker = Tracker(f"{stage} {row}", {k: v for k, v in tags.items() if v}, flat, off=not self.first)
@@ -263,7 +258,7 @@ def stage(
                 for path in inputs:
                     if not path.exists():
                         raise PipelineError(f"{path} is missing; run the stage that writes it, or `dvc repro`")
-                if ranks and _relaunch():
+                if ranks and launched():
                     return
                 summary = (function.__doc__ or "").partition("\n")[0]
                 run = Run(name, row, params, chosen, {flag for flag, on in given.items() if on}, summary)
@@ -281,79 +276,6 @@ def stage(
     return decorate
 
 
-def _relaunch() -> bool:
-    """Starts PROCESSES processes that share the work, as torchrun would, unless this is one of them, and waits for them.
-
-    Unlike torchrun it starts at once, and leaves an error at the one line that says what is wrong.
-    """
-    processes = os.environ.get("PROCESSES", "1")
-    if "RANK" in os.environ or processes == "1":
-        return False
-    if not processes.isdecimal() or not 1 <= int(processes) <= 1024:
-        raise PipelineError(f"PROCESSES is {processes[:40]!r}: expected a number from 1 to 1024")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(processes), 1)))
-    command = [sys.executable, "-m", "stages", *sys.argv[1:]]
-    with contextlib.ExitStack() as stack:
-        # The first speaks for all; what the others say is shown when one of them is the cause of a failure.
-        words = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(int(processes) - 1))]
-        peers: list[subprocess.Popen[bytes]] = []
-        with _forwarded(peers):
-            for rank, word in enumerate(words):
-                ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                # In sessions of their own: a signal reaches them once, from here.
-                peer = subprocess.Popen(command, env=ranked, stderr=word, start_new_session=True, preexec_fn=die_with_parent)
-                peers.append(peer)
-            failed = _wait_for(peers)
-        if failed is None:
-            return True
-        if peers[0].returncode in (1, 2):  # it has said why
-            sys.exit(peers[0].returncode)
-        code, word = peers[failed].returncode, words[failed]
-        said = ""
-        if word is not None:
-            word.seek(0)
-            said = next((line for line in reversed(word.read().splitlines()) if line.strip()), "")
-        if code < 0:
-            said = f"process {failed} was killed by {signal.Signals(-code).name}"
-        raise PipelineError(re.sub(r"^error: \S+ \S+: ", "", said) or f"process {failed} failed")
-
-
-@contextlib.contextmanager
-def _forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Hands SIGINT and SIGTERM on."""
-
-    def forward(number: int, _frame: object) -> None:
-        for peer in peers:
-            with contextlib.suppress(ProcessLookupError):
-                peer.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait_for(peers: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all; once one has failed, ends the others after a while. Gives the rank of the one that was the cause."""
-    failed: dict[int, int] = {}
-    deadline = math.inf
-    while any(peer.poll() is None for peer in peers) and time.monotonic() < deadline:
-        if failed := {rank: peer.returncode for rank, peer in enumerate(peers) if peer.returncode}:
-            deadline = min(deadline, time.monotonic() + PATIENCE_SECONDS)
-        time.sleep(0.05)
-    failed |= {rank: peer.returncode for rank, peer in enumerate(peers) if peer.returncode}
-    for peer in peers:
-        peer.kill()
-        peer.wait()
-    return min(failed, key=lambda rank: (failed[rank] == PEER_LOST, rank), default=None)
-
-
 def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     click.echo(f"{name} {row}")
     for key, value in flatten(asdict(settings)).items():
@@ -364,21 +286,10 @@ def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outp
         click.echo(f"  writes {path}")
 
 
-TABLE_OF_STAGE = {
-    "prepare": "datasets",
-    "control": "controls",
-    "train": "autoencoders",
-    "extract": "autoencoders",
-    "fit": "densities",
-    "sample": "densities",
-    "evaluate": "densities",
-}
-
-
 def _complete_rows(name: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     def complete(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
         with contextlib.suppress(PipelineError):
-            return [row for row in read_params().rows(TABLE_OF_STAGE[name]) if row.startswith(start)]
+            return [row for row in read_params().rows(workspace.TABLE_OF_STAGE[name]) if row.startswith(start)]
         return []
 
     return complete

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 __all__ = [
+    "TABLE_OF_STAGE",
     "arrays_folder",
     "autoencoder_folder",
     "checkpoint_folder",
@@ -13,12 +15,24 @@ __all__ = [
     "curve_file",
     "density_file",
     "figure_folder",
+    "git_state",
     "main_checkout",
     "metrics_file",
     "run_file",
     "samples_folder",
     "shards_folder",
 ]
+
+# The stages that run over the rows of a table, in the order of the pipeline; `report` runs over all.
+TABLE_OF_STAGE = {
+    "prepare": "datasets",
+    "control": "controls",
+    "train": "autoencoders",
+    "extract": "autoencoders",
+    "fit": "densities",
+    "sample": "densities",
+    "evaluate": "densities",
+}
 
 
 def shards_folder(dataset: str) -> Path:
@@ -79,3 +93,16 @@ def checkpoint_folder(stage: str, row: str) -> Path:
 def main_checkout() -> Path:
     """The user's checkout: DVC names it also where an experiment runs in a copy of it (`dvc exp run --temp`)."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def git_state() -> dict[str, str]:
+    """The commit of the working tree and whether it has uncommitted changes (dvc.lock aside, which each run may write)."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"],
+            capture_output=True, text=True, check=True, timeout=30,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "unknown", "dirty": "unknown"}
+    return {"commit": commit.stdout.strip(), "dirty": str(bool(changes.stdout.strip())).lower()}

@@ -40,7 +40,7 @@ DENSITIES = {
     "gaussian": {},
     "gmm": {"components": [1, 3]},
     "rnade": {"components": 3, "hidden": 16},
-    "made-mog": {"components": 3, "hidden": [16, 16]},
+    "made_mog": {"components": 3, "hidden": [16, 16]},
     "maf": {"transforms": 2, "hidden": [16]},
     "realnvp": {"transforms": 2, "hidden": [16]},
     "nsf": {"transforms": 2, "hidden": [16]},

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from ruamel.yaml import YAML
 
 from pipeline.settings import read_params
-from stages.__main__ import COMMANDS, cli
-from stages.run import TABLE_OF_STAGE
+from stages.__main__ import STAGES, TOOLS, cli
 from stages.tools.overview import states
+from stages.workspace import TABLE_OF_STAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -79,8 +79,8 @@ def test_help_imports_nothing_heavy():
     code = f"""
 import sys
 from click.testing import CliRunner
-from stages.__main__ import COMMANDS, cli
-for command in [[], ["preset", "list"], ["preset", "show"], ["preset", "add"], *([c] for c in COMMANDS)]:
+from stages.__main__ import STAGES, TOOLS, cli
+for command in [[], ["preset", "list"], ["preset", "show"], ["preset", "add"], *([c] for c in [*STAGES, *TOOLS])]:
     result = CliRunner().invoke(cli, [*command, "--help"])
     assert result.exit_code == 0 and "Usage: " in result.output, (command, result.output)
     assert not (loaded := [name for name in {HEAVY} if name in sys.modules]), (command, loaded)
@@ -96,7 +96,7 @@ def test_the_overview_imports_nothing_heavy():
     assert not imported & set(HEAVY)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*STAGES, *TOOLS])
 def test_every_command_says_what_it_does(command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -358,7 +358,7 @@ def test_without_a_command_stages_rows_and_states(project):
     code, out, err = run()
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert all(any(line.startswith(f"{command} ") for line in lines) for command in COMMANDS)
+    assert all(any(line.startswith(f"{command} ") for line in lines) for command in (*STAGES, *TOOLS))
     assert "digits-ae train, extract: done" in lines
     assert "grid-lde fit: done; sample: settings changed; evaluate: input changed" in lines
     assert lines[-1].endswith("`dvc repro` runs what is left")

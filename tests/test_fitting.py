@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import fitting, progress
+from pipeline import fitting
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
 from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import CodeIndex, CodeReader, Moments, write_index, write_part
+from pipeline.system import progress
 from pipeline.system.ranks import join
 from pipeline.training.loop import Checkpoint
 
@@ -91,7 +92,7 @@ def test_gmm_reads_the_clock_between_candidates_and_tells_of_each(
     settings = row("gmm", components=[1, 2], max_minutes=max_minutes)
     density, training = fit_density(settings, write(tmp_path, codes), join(), "fitting")
     value = training.best["valid_log_likelihood"]
-    assert (density.arguments["components"], training.ended_by) == ([tried[-1]], ended_by)
+    assert (density.arguments()["components"], training.ended_by) == ([tried[-1]], ended_by)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(tried)
     assert [f"of {k} Gaussians" in lines[-1] for k in (1, 2)] == [k in tried for k in (1, 2)]

@@ -111,7 +111,7 @@ def test_samples_are_those_of_the_cpu(codes: CodeReader) -> None:
 @pytest.mark.parametrize("dim", [1, 8, 63, 100])
 def test_loss_and_gradient_are_those_of_the_cpu(dim: int) -> None:
     torch.manual_seed(0)
-    density, z = LatentDensityEstimator(dim, 10), torch.randn(300, dim)
+    density, z = LatentDensityEstimator(dim, components=10), torch.randn(300, dim)
     gradients = {}
     for device in ("cpu", "cuda"):
         density.to(device).zero_grad()
@@ -124,7 +124,7 @@ def test_loss_and_gradient_are_those_of_the_cpu(dim: int) -> None:
 
 def test_parts_of_a_batch_sum_to_the_whole() -> None:
     torch.manual_seed(0)
-    density, z = LatentDensityEstimator(8, 5).cuda(), torch.randn(300, 8, device="cuda")
+    density, z = LatentDensityEstimator(8, components=5).cuda(), torch.randn(300, 8, device="cuda")
     whole = density.loss(z)
     whole.backward()
     in_parts = copy.deepcopy(density)  # with a recording of its own
@@ -142,7 +142,7 @@ def test_parts_of_a_batch_sum_to_the_whole() -> None:
 
 def test_a_frozen_part_gets_no_gradient() -> None:
     torch.manual_seed(0)
-    density, z = LatentDensityEstimator(8, 5).cuda(), torch.randn(100, 8, device="cuda")
+    density, z = LatentDensityEstimator(8, components=5).cuda(), torch.randn(100, 8, device="cuda")
     density.network.head.requires_grad_(False)
     density.loss(z).backward()
     assert density.network.head.weight.grad is None
@@ -156,7 +156,7 @@ def test_a_frozen_part_gets_no_gradient() -> None:
 
 
 def test_empty_batches() -> None:
-    density = LatentDensityEstimator(8, 5).cuda().eval()
+    density = LatentDensityEstimator(8, components=5).cuda().eval()
     with torch.no_grad():
         assert density.log_prob(torch.empty(0, 8, device="cuda")).shape == (0,)
 
@@ -194,8 +194,8 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(
 
 def test_a_recorded_loss_follows_weights_shapes_and_precision() -> None:
     torch.manual_seed(0)
-    density = LatentDensityEstimator(8, 5).cuda()
-    twin = LatentDensityEstimator(8, 5)
+    density = LatentDensityEstimator(8, components=5).cuda()
+    twin = LatentDensityEstimator(8, components=5)
     for n, mixed in ((100, False), (100, False), (60, False), (60, True), (100, False)):
         with torch.no_grad():
             for parameter in density.parameters():

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A process that has imported everything waits for a line, then runs the stage: a kill then falls into its work, not its start.
 READY = """
 import os, sys
-import torch, numpy, safetensors.torch, webdataset, matplotlib.figure, pipeline.figures, pipeline.training.loop, pipeline.scoring
+import torch, numpy, safetensors.torch, webdataset, matplotlib.figure, pipeline.figures, pipeline.training.loop
+import pipeline.scoring
 import pipeline.extraction, pipeline.sampling, pipeline.fitting, pipeline.autoencoders.ae, pipeline.evaluation.reconstruction
 import pipeline.densities.lde, pipeline.sources.images, torch._dynamo
 import stages.prepare, stages.control, stages.train, stages.extract, stages.fit, stages.sample, stages.evaluate

@@ -35,7 +35,7 @@ VARIANTS = {
 def make(dim, components=3, seed=0, **arguments):
     """A float64 LDE in evaluation mode whose every parameter, statistic and scale is far from its default."""
     torch.manual_seed(seed)
-    density = LatentDensityEstimator(dim, components, **arguments).double()
+    density = LatentDensityEstimator(dim, components=components, **arguments).double()
     with torch.no_grad():
         for value in density.parameters():
             value.add_(0.2 * torch.randn_like(value))
@@ -149,7 +149,7 @@ def test_equals_literal_convolutions(dim, training, normalisation):
 def test_any_number_of_dimensions_and_components(components):
     for dim in (1, 2, 5, 33, 65):
         torch.manual_seed(dim)
-        density = LatentDensityEstimator(dim, components).double().eval()
+        density = LatentDensityEstimator(dim, components=components).double().eval()
         z = codes(3, dim)
         torch.testing.assert_close(density.log_prob(z), Twin(density).log_prob(z), rtol=0, atol=1e-8)
         samples = density.sample(3, torch.Generator().manual_seed(0))
@@ -288,7 +288,7 @@ def test_loss_is_that_of_each_patch_in_an_order_drawn_for_it():
 
 
 def test_samples_of_a_patch_come_in_all_orders():
-    density = LatentDensityEstimator(3, 1, patch_orders=8).double().eval()
+    density = LatentDensityEstimator(3, components=1, patch_orders=8).double().eval()
     density.standardise(torch.tensor([9.0, 0.0, -9.0]), torch.tensor(0.01))  # pixels 9, 0, -9 and, in the last place, 0
     drawn = density.sample(4000, torch.Generator().manual_seed(0))
     assert abs(drawn.mean().item()) < 0.2
@@ -324,13 +324,13 @@ def test_settings_out_of_range_are_refused_by_name(key, values):
 def test_orders_are_for_square_patches():
     for key in ("patch_orders", "training_orders"):
         with pytest.raises(SettingsError, match=f"{key} .*are for square patches.*, not 5 numbers"):
-            LatentDensityEstimator(5, 1, **{key: 2})
+            LatentDensityEstimator(5, components=1, **{key: 2})
     with pytest.raises(SettingsError, match="patch_orders"):
-        LatentDensityEstimator(63, 1, patch_orders=3)
+        LatentDensityEstimator(63, components=1, patch_orders=3)
 
 
 def test_no_floor_under_the_likelihood():
-    density = LatentDensityEstimator(2, 4)
+    density = LatentDensityEstimator(2, components=4)
     far = density.log_prob(torch.full((1, 2), 1e4))
     assert torch.isfinite(far).all()
     assert far.item() < -1e6
@@ -377,7 +377,7 @@ def test_dropout_follows_the_generator():
     ("dim", "filters"), [(1, []), (2, [16]), (3, [16, 32]), (8, [16, 32, 64]), (63, [16, 32, 64, 128, 256, 512])]
 )
 def test_network_of_the_paper(dim, filters):
-    density = LatentDensityEstimator(dim, 30)
+    density = LatentDensityEstimator(dim, components=30)
     assert [layer.filters for layer in density.network.layers] == filters
     assert [layer.dilation for layer in density.network.layers] == [2**n for n in range(len(filters))]
     assert density.network.head.out_features == 90
@@ -390,7 +390,7 @@ def test_file_round_trip(name, tmp_path):
     loaded = LatentDensityEstimator.load(tmp_path / "density.safetensors")
     z = codes(4, 5)
     assert torch.equal(loaded.log_prob(z), density.log_prob(z))
-    assert loaded.arguments == density.arguments
+    assert loaded.arguments == density.arguments()
     loaded.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "density.safetensors").read_bytes()
 
@@ -402,7 +402,7 @@ def test_file_holds_settings_type_and_factor(tmp_path):
     with safe_open(tmp_path / "density.safetensors", framework="pt") as file:
         metadata = json.loads(file.metadata()["density"])
     assert metadata["family"] == "lde"
-    assert LatentDensityEstimator(**metadata["arguments"]).arguments == density.arguments
+    assert LatentDensityEstimator(**metadata["arguments"]).arguments == density.arguments()
     loaded = LatentDensityEstimator.load(tmp_path / "density.safetensors")
     z = codes(4, 8)
     assert torch.equal(loaded.log_prob(z), density.log_prob(z))
@@ -433,7 +433,7 @@ def test_products_by_either_library_are_those_of_float64(name, monkeypatch):
 
 
 def test_mixed_precision_stays_near():
-    density = LatentDensityEstimator(8, 5)
+    density = LatentDensityEstimator(8, components=5)
     z = codes(50, 8).float()
     exact = density.loss(z)
     exact.backward()
@@ -495,7 +495,7 @@ def test_casts():
 
 def test_learns():
     torch.manual_seed(0)
-    density = LatentDensityEstimator(2, 5)
+    density = LatentDensityEstimator(2, components=5)
     first = torch.randn(4000)
     z = torch.stack([first, first.square() + 0.1 * torch.randn(4000)], dim=1)
     density.standardise(z.mean(0), z.std(0))
@@ -510,7 +510,7 @@ def test_learns():
 
 @pytest.mark.parametrize(("ceiling", "said"), [(None, "max_log_scale: 2.0 or a lower"), (300.0, "with a lower learning_rate")])
 def test_samples_that_run_away_name_the_remedy(ceiling, said, tmp_path):
-    density = LatentDensityEstimator(3, 1, max_log_scale=ceiling).eval()
+    density = LatentDensityEstimator(3, components=1, max_log_scale=ceiling).eval()
     density.network.head.bias.data[2] = 200.0  # scales of e^200, beyond float32
     with pytest.raises(DataError, match=said):
         write_samples(density, None, SamplingSettings(count=10), tmp_path / "samples", Ranks(0, 1, torch.device("cpu")))

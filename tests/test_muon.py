@@ -113,7 +113,7 @@ def test_its_state_is_saved_and_restored():
     ],
 )
 def test_the_lde_names_the_weights_between_its_hidden_layers(arguments, count):
-    density = LatentDensityEstimator(3, 2, **arguments)
+    density = LatentDensityEstimator(3, components=2, **arguments)
     matrices = density.hidden_matrices()
     assert sum(value.numel() for value in matrices) == count
     assert {id(value) for value in matrices} <= {id(value) for value in density.parameters()}

@@ -15,7 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from stages.__main__ import COMMANDS, cli
+from stages.__main__ import STAGES, TOOLS, cli
 from stages.reporting.scoreboard import plus_minus
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def test_tab_completion_in_a_shell(shell: str) -> None:
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m stages ([a-z]+)", README))))
 def test_commands_exist(command: str) -> None:
-    assert command in COMMANDS
+    assert command in (*STAGES, *TOOLS)
     result = CliRunner().invoke(cli, [command, "--help"])
     assert result.exit_code == 0, result.output
 
@@ -141,7 +141,7 @@ def test_tests_and_benchmarks_exist(name: str) -> None:
 
 
 def test_every_command_answers_help() -> None:
-    for name in COMMANDS:
+    for name in (*STAGES, *TOOLS):
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
         assert command.help

@@ -25,7 +25,7 @@ FAMILIES = {
     "gaussian": "ridge: 0.0",
     "gmm": "components: [5, 20]",
     "rnade": f"hidden: 32, {BUDGET}",
-    "made-mog": f"hidden: [32], {BUDGET}",
+    "made_mog": f"hidden: [32], {BUDGET}",
     "maf": f"transforms: 2, hidden: [32], {BUDGET}",
     "naf": f"transforms: 1, hidden: [32], signal: 4, {BUDGET}",
 }

@@ -19,20 +19,17 @@ from ruamel.yaml import YAML
 
 from pipeline.errors import SettingsError
 from pipeline.settings import (
-    FORBIDDEN_KEYS,
-    TABLES,
     ControlSettings,
     EvaluationSettings,
     Params,
     ParzenSettings,
     SamplingSettings,
-    _declares_settings,
-    _modules,
     build,
     flatten,
     implementation,
     read_params,
 )
+from pipeline.settings.params import FORBIDDEN_KEYS, TABLES, choices
 from stages.__main__ import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,16 +340,6 @@ WRONG = {
 }
 
 
-def names(package: str) -> list[str]:
-    """Names of all that a package implements."""
-    import importlib
-
-    aliases = getattr(importlib.import_module(package), "ALIASES", {})
-    own = {m.replace("_", "-") for m in _modules(package) if _declares_settings(package, m)}
-    there = {alias for alias, module in aliases.items() if module in _modules(package)}
-    return sorted(there | own - {m.replace("_", "-") for m in aliases.values()})
-
-
 def row_of(table: str, name: str) -> dict:
     if table == "datasets":
         return {"source": name, "root": "data/raw/x"} | MORE.get(name, {})
@@ -383,7 +370,7 @@ def keys_of(table: str, name: str) -> dict[str, typing.Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-IMPLEMENTED = [(table, name) for table, (package, _) in PACKAGES.items() for name in names(package)]
+IMPLEMENTED = [(table, name) for table, (package, _) in PACKAGES.items() for name in choices(package)]
 
 
 @pytest.mark.parametrize(("table", "name"), IMPLEMENTED)

@@ -19,7 +19,8 @@ import pytest
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import Params, build, implementation
-from pipeline.sources import bsds300, idx, tfd
+from pipeline.sources import bsds300, tfd
+from pipeline.sources import mnist as mnist_source
 from pipeline.sources.common.source import SPLITS, Block, Source
 
 RANDOM = np.random.default_rng(0)
@@ -100,14 +101,14 @@ def test_mnist_in_every_form(mnist: tuple[Path, dict[str, np.ndarray]], form: st
 
 
 def test_fashion_mnist_by_the_same_reader(mnist: tuple[Path, dict[str, np.ndarray]]) -> None:
-    assert open_row("fashion-mnist", mnist[0], **COUNTS).label_names[9] == "ankle boot"
+    assert open_row("fashion_mnist", mnist[0], **COUNTS).label_names[9] == "ankle boot"
 
 
 def test_mnist_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"download train-images-idx3-ubyte\.gz.* of MNIST"):
         open_row("mnist", tmp_path / "nowhere")
     with pytest.raises(DataError, match="of FashionMNIST"):
-        open_row("fashion-mnist", tmp_path)
+        open_row("fashion_mnist", tmp_path)
 
 
 def test_mnist_too_short_for_the_settings(mnist: tuple[Path, dict[str, np.ndarray]]) -> None:
@@ -155,7 +156,7 @@ def test_mnist_settings() -> None:
     row = {"source": "mnist", "root": "x", "train_count": 55_000, "valid_count": 10_000}
     with pytest.raises(PipelineError, match=r"datasets\.m\.valid_count"):
         Params({"datasets": {"m": row}}).dataset("m")
-    with pytest.raises(PipelineError, match=r"did you mean 'mnist'\? known: .*fashion-mnist.*mnist"):
+    with pytest.raises(PipelineError, match=r"did you mean 'mnist'\? known: .*fashion_mnist.*mnist"):
         Params({"datasets": {"m": row | {"source": "mnits"}}}).dataset("m")
 
 
@@ -169,11 +170,11 @@ def test_download_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.M
 
     # In the place of torchvision, which takes seconds to import.
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(MNIST=fetch)))
-    settings = idx.Settings(source="mnist", root=str(tmp_path))
-    idx.download(settings, tmp_path)
+    settings = mnist_source.Settings(source="mnist", root=str(tmp_path))
+    mnist_source.download(settings, tmp_path)
     assert calls == [(str(tmp_path), True)]
     with pytest.raises(DataError, match="mnist can't be downloaded"):
-        idx.download(settings, tmp_path)
+        mnist_source.download(settings, tmp_path)
 
 
 # TFD ----------------------------------------------------------------------------------------------------------------
@@ -521,4 +522,4 @@ def test_a_file_that_vanishes(tmp_path: Path) -> None:
 def test_settings_shapes() -> None:
     assert bsds300.Settings(source="bsds300", root="x").shape == (63,)
     assert tfd.Settings(source="tfd", root="x").shape == (1, 48, 48)
-    assert idx.Settings(source="mnist", root="x").value_range == (0, 1)
+    assert mnist_source.Settings(source="mnist", root="x").shape == (1, 28, 28)

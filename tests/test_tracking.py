@@ -14,7 +14,7 @@ PROCESSES = 4
 AT_ONCE = f"""
 import os, sys
 import mlflow, mlflow.store.tracking.sqlalchemy_store
-from stages.tracking.client import _Writer
+from stages.tracking.writer import _Writer
 ready, go = os.pipe()
 for number in range({PROCESSES}):
     if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""Densities of latent codes under one protocol; a family is a module with `Settings`, `build` and `Model`."""
+"""Densities of latent codes under one protocol; a family is a file with `Options`, `Settings` and `Model`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ if TYPE_CHECKING:
     from pipeline.densities.common.density import Density, load_density
     from pipeline.densities.lde import LatentDensityEstimator
 
-__all__ = ["ALIASES", "Density", "LatentDensityEstimator", "load_density"]
+__all__ = ["Density", "LatentDensityEstimator", "load_density"]
 
-# Families that share a module; every other family has the module of its own name.
-ALIASES = {"maf": "flows", "naf": "flows", "nsf": "flows", "realnvp": "flows"}
-
-_HOMES = {"Density": "density", "LatentDensityEstimator": "lde", "load_density": "density"}
+_HOMES = {"Density": "common.density", "LatentDensityEstimator": "lde", "load_density": "common.density"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.common.density import Density, Proceed, own_settings, standard_normal
+from pipeline.densities.common.density import Density, Proceed, standard_normal
 from pipeline.errors import DataError
-from pipeline.settings import DensitySettings, check_that
+from pipeline.settings import Checked, DensitySettings, check_that
 
-__all__ = ["Gaussian", "Settings", "build"]
+__all__ = ["Gaussian", "Options", "Settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DensitySettings):
-    """One Gaussian with full covariance.
+class Options(Checked):
+    """Options of `Gaussian`.
 
     Attributes:
         ridge: Added to the variance of each standardised dimension; 0 is maximum likelihood.
@@ -31,12 +32,17 @@ class Settings(DensitySettings):
         check_that(self.ridge >= 0, "ridge", "has to be 0 or more")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings, Options):
+    """One Gaussian with full covariance."""
+
+
 class Gaussian(Density):
     r"""A Gaussian, :math:`p(z) = \mathcal{N}(z; \mu, \Sigma)`, by maximum likelihood in one pass over the data.
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        ridge: Added to each variance, in standardised units.
+        options: The fields of `Options`.
 
     Example:
         >>> density = Gaussian(2)
@@ -50,14 +56,16 @@ class Gaussian(Density):
     """
 
     family = "gaussian"
+    options_type = Options
     trained_by_gradient = False
 
     mean: Tensor
     cholesky: Tensor
 
-    def __init__(self, dim: int, ridge: float = 0.0) -> None:
-        super().__init__(dim, ridge=ridge)
-        self.ridge = ridge
+    options: Options
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("cholesky", torch.eye(dim))
 
@@ -80,7 +88,7 @@ class Gaussian(Density):
         if count == 0:
             raise DataError("there are no training codes")
         mean = first / count
-        covariance = second / count - torch.outer(mean, mean) + self.ridge * torch.eye(self.dim)
+        covariance = second / count - torch.outer(mean, mean) + self.options.ridge * torch.eye(self.dim)
         cholesky, failed = torch.linalg.cholesky_ex(covariance)
         # What is left of a dimension's variance given those before it: nothing but rounding, where it follows from them.
         if failed or not (cholesky.diagonal().square() > 1e-12 * covariance.diagonal()).all():
@@ -103,8 +111,3 @@ class Gaussian(Density):
 
 
 Model = Gaussian
-
-
-def build(settings: Settings, dim: int) -> Gaussian:
-    """The density that a row of `densities` describes."""
-    return Gaussian(dim, **own_settings(settings))

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.common.density import Density, Proceed, own_settings, standard_normal, uniform
+from pipeline.densities.common.density import Density, Proceed, standard_normal, uniform
 from pipeline.errors import DataError
-from pipeline.settings import DensitySettings, check_that
+from pipeline.settings import Checked, DensitySettings, check_that
 
-__all__ = ["GaussianMixture", "Settings", "build"]
+__all__ = ["GaussianMixture", "Options", "Settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DensitySettings):
-    """A mixture of Gaussians with full covariances; only `standardise`, `seed` and `max_minutes` of the common keys matter.
-
-    The clock is read between two numbers of Gaussians: at least one is fitted, and the best so far is kept.
+class Options(Checked):
+    """Options of `GaussianMixture`.
 
     Attributes:
         components: Numbers of Gaussians to try, in ascending order, until the validation likelihood falls.
@@ -48,16 +47,20 @@ class Settings(DensitySettings):
         check_that(self.max_examples >= 1, "max_examples", "has to be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings, Options):
+    """A mixture of Gaussians with full covariances; only `standardise`, `seed` and `max_minutes` of the common keys matter.
+
+    The clock is read between two numbers of Gaussians: at least one is fitted, and the best so far is kept.
+    """
+
+
 class GaussianMixture(Density):
     r"""A mixture of Gaussians, :math:`p(z) = \sum_k \pi_k \, \mathcal{N}(z; \mu_k, \Sigma_k)`, fitted by scikit-learn.
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        components: The numbers of Gaussians to choose from by validation likelihood.
-        iterations: The number of steps of expectation maximisation at most.
-        tolerance: The gain in nats below which they end.
-        ridge: Added to each variance, in standardised units.
-        max_examples: The number of training codes at most.
+        options: The fields of `Options`.
 
     Example:
         >>> density = GaussianMixture(1, components=[1, 2])
@@ -68,25 +71,19 @@ class GaussianMixture(Density):
     """
 
     family = "gmm"
+    options_type = Options
     trained_by_gradient = False
 
     log_weights: Tensor
     means: Tensor
     whitening: Tensor
 
-    def __init__(
-        self,
-        dim: int,
-        components: Sequence[int] = (1,),
-        iterations: int = 100,
-        tolerance: float = 1e-3,
-        ridge: float = 1e-6,
-        max_examples: int = 100_000,
-    ) -> None:
-        super().__init__(dim, components=list(components))  # the others matter to the fit only: they aren't saved
-        self.iterations, self.tolerance, self.ridge, self.max_examples = iterations, tolerance, ridge, max_examples
-        self.candidates = len(components)
-        self._set_components(components[-1])
+    options: Options
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.candidates = len(self.options.components)
+        self._set_components(self.options.components[-1])
 
     def _set_components(self, count: int) -> None:
         self.register_buffer("log_weights", self.shift.new_full((count,), -math.log(count)))
@@ -94,6 +91,10 @@ class GaussianMixture(Density):
         # W_k upper triangular with Sigma_k^-1 = W_k W_k^T, so that (z - mu_k) W_k is white.
         self.register_buffer("whitening", torch.eye(self.dim).to(self.shift).repeat(count, 1, 1))
         self.chunk_examples = max(64, 2**22 // (count * self.dim))
+
+    def arguments(self) -> dict[str, Any]:
+        """The number of Gaussians that the fit has chosen; the other options matter to the fit only."""
+        return {"dim": self.dim, "components": [self.components]}
 
     @property
     def components(self) -> int:
@@ -109,18 +110,18 @@ class GaussianMixture(Density):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Estimator
 
-        codes = _subset(blocks(), self.max_examples, seed).double().cpu().numpy()
+        codes = _subset(blocks(), self.options.max_examples, seed).double().cpu().numpy()
         held_out = valid.double().cpu().numpy()
         best: Estimator | None = None
         best_value = -math.inf
-        for count in self.arguments["components"]:
+        for count in self.options.components:
             if count > len(codes):
                 break
             estimator = Estimator(
                 count,
-                tol=self.tolerance,
-                reg_covar=self.ridge,
-                max_iter=self.iterations,
+                tol=self.options.tolerance,
+                reg_covar=self.options.ridge,
+                max_iter=self.options.iterations,
                 random_state=seed,
             )
             with warnings.catch_warnings():
@@ -137,10 +138,7 @@ class GaussianMixture(Density):
             if not time_left:
                 break
         if best is None:
-            raise DataError(
-                f"{len(codes)} training codes are too few for a mixture of {self.arguments['components'][0]} Gaussians"
-            )
-        self.arguments["components"] = [len(best.weights_)]
+            raise DataError(f"{len(codes)} training codes are too few for a mixture of {self.options.components[0]} Gaussians")
         self._set_components(len(best.weights_))
         self.log_weights.copy_(torch.from_numpy(best.weights_).log())
         self.means.copy_(torch.from_numpy(best.means_))
@@ -186,8 +184,3 @@ def _smallest(rows: list[Tensor], keys: list[Tensor], limit: int) -> tuple[list[
 
 
 Model = GaussianMixture
-
-
-def build(settings: Settings, dim: int) -> GaussianMixture:
-    """The density that a row of `densities` describes."""
-    return GaussianMixture(dim, **own_settings(settings))

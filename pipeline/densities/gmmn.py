@@ -12,18 +12,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.densities.common.density import Density, own_settings, uniform
-from pipeline.settings import DensitySettings, check_that
+from pipeline.densities.common.density import Density, uniform
+from pipeline.settings import Checked, DensitySettings, check_that
 
-__all__ = ["MomentMatchingNetwork", "Settings", "build", "squared_discrepancy"]
+__all__ = ["MomentMatchingNetwork", "Options", "Settings", "squared_discrepancy"]
 
 CHUNK_EXAMPLES = 64  # rows of the kernel matrix computed at once, few enough to stay in the cache
 GPU_CHUNK_EXAMPLES = 2048  # enough to keep a GPU busy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DensitySettings):
-    """A generative moment matching network; it has no likelihood: what chooses the epoch is `discrepancy` on validation codes.
+class Options(Checked):
+    """Options of `MomentMatchingNetwork`.
 
     Attributes:
         noise_dim: Dimensions of the uniform noise.
@@ -32,7 +32,6 @@ class Settings(DensitySettings):
         output: `linear`, or `sigmoid` for codes in -10..10, of which -5..5 becomes 0.25..0.75 (with `standardise: none`).
     """
 
-    batch_size: int = 1000  # the discrepancy is estimated within a batch
     noise_dim: int = 10
     hidden: tuple[int, ...] = (64, 256, 256, 784)
     bandwidths: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -43,6 +42,13 @@ class Settings(DensitySettings):
         check_that(self.noise_dim >= 1, "noise_dim", "has to be at least 1")
         check_that(all(h >= 1 for h in self.hidden), "hidden", "have to be at least 1")
         check_that(len(self.bandwidths) > 0 and min(self.bandwidths) > 0, "bandwidths", "have to be positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings, Options):
+    """A generative moment matching network. It has no likelihood: `discrepancy` on validation codes chooses the epoch."""
+
+    batch_size: int = 1000  # the discrepancy is estimated within a batch
 
 
 def squared_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> Tensor:
@@ -117,10 +123,7 @@ class MomentMatchingNetwork(Density):
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        noise_dim: The number of dimensions of the noise.
-        hidden: The numbers of units of the hidden layers.
-        bandwidths: The bandwidths of the kernels, in units of :math:`\sqrt{D}`.
-        output: `linear` or `sigmoid`.
+        options: The fields of `Options`.
 
     Example:
         >>> MomentMatchingNetwork(8).sample(3).shape
@@ -132,27 +135,23 @@ class MomentMatchingNetwork(Density):
     """
 
     family = "gmmn"
+    options_type = Options
     has_log_prob = False
 
-    def __init__(
-        self,
-        dim: int,
-        noise_dim: int = 10,
-        hidden: Sequence[int] = (64, 256, 256, 784),
-        bandwidths: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0),
-        output: str = "linear",
-    ) -> None:
-        super().__init__(dim, noise_dim=noise_dim, hidden=list(hidden), bandwidths=list(bandwidths), output=output)
-        self.noise_dim, self.output = noise_dim, output
-        self.bandwidths = [h * math.sqrt(dim) for h in bandwidths]
+    options: Options
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        noise_dim, hidden = self.options.noise_dim, self.options.hidden
+        self.bandwidths = [h * math.sqrt(dim) for h in self.options.bandwidths]
         self.network = nn.Sequential()
         for inputs, outputs in itertools.pairwise((noise_dim, *hidden)):
             self.network.extend([nn.Linear(inputs, outputs), nn.ReLU()])
         self.network.append(nn.Linear((noise_dim, *hidden)[-1], dim))
 
     def _generate(self, n: int, generator: Generator | None) -> Tensor:
-        codes: Tensor = self.network(2 * uniform((n, self.noise_dim), self.shift, generator) - 1)
-        return 20 * (torch.sigmoid(codes) - 0.5) if self.output == "sigmoid" else codes
+        codes: Tensor = self.network(2 * uniform((n, self.options.noise_dim), self.shift, generator) - 1)
+        return 20 * (torch.sigmoid(codes) - 0.5) if self.options.output == "sigmoid" else codes
 
     def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
         """Root of the squared maximum mean discrepancy between the batch and as many samples, in standardised units.
@@ -180,8 +179,3 @@ class MomentMatchingNetwork(Density):
 
 
 Model = MomentMatchingNetwork
-
-
-def build(settings: Settings, dim: int) -> MomentMatchingNetwork:
-    """The density that a row of `densities` describes."""
-    return MomentMatchingNetwork(dim, **own_settings(settings))

@@ -13,37 +13,24 @@ from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from pipeline.densities import mixtures, orders
+from pipeline.densities.common import mixtures, orders
 from pipeline.densities.common.causal import CausalNetwork
-from pipeline.densities.common.density import Density, own_settings, standard_normal, uniform
+from pipeline.densities.common.density import Density, standard_normal, uniform
+from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.orders import ORDERS
-from pipeline.densities.common.products import ACTIVATIONS
 from pipeline.densities.common.recorded import Recorded
 from pipeline.densities.common.separate import SeparateNetworks
 from pipeline.settings import DensitySettings, check_that
 from pipeline.system.devices import has_bfloat16
 
-__all__ = ["LatentDensityEstimator", "Settings", "build"]
+__all__ = ["LatentDensityEstimator", "Options", "Settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DensitySettings):
-    """The latent density estimator; the defaults are the paper's network.
+class Options(NetworkOptions):
+    """Options of the latent density estimator, besides those of its network.
 
     Attributes:
-        components: Gaussians in the mixture of each conditional, K.
-        activation: `leaky_relu` (slope 0.2), `relu`, `elu` or `tanh`.
-        normalisation: `none`, or `batch` as in the network that the authors released.
-        blocks: `plain` convolutions; `residual`, x + W act(conv(x)); `gated`, x + W (tanh(conv(x)) * sigmoid(conv'(x)));
-            `separate`: no convolutions, but for each dimension a network of residual blocks, x + W act(W' act(x)), on all
-            dimensions before it, which suits short codes.
-        layers: Convolutions; 0 for ceil(log2 D), and more of them start again at dilation 1. For `separate`, residual blocks;
-            0 for 2.
-        width: Filters of every layer; 0 for the paper's 16, 32, 64, ..
-        channel_cap: Filters of a layer at most; 0 for no limit.
-        dropout: Share of a layer's outputs that is dropped in training.
-        position_embedding: Add a learned vector of each dimension's own to what the first layer gives there, so that deep
-            networks needn't count from the padding which dimension they are at.
         min_log_scale: Soft floor on the log standard deviations, in standardised units; null for none.
         max_log_scale: Soft ceiling on them; null for none. It keeps samples from running away where a conditional is asked
             about values beyond those it was trained on, as in heavy-tailed data such as pixels.
@@ -57,15 +44,6 @@ class Settings(DensitySettings):
             and for a density in float64, nothing is rounded.
     """
 
-    components: int = 30
-    activation: Literal["leaky_relu", "relu", "elu", "tanh"] = "leaky_relu"
-    normalisation: Literal["none", "batch"] = "none"
-    blocks: Literal["plain", "residual", "gated", "separate"] = "plain"
-    layers: int = 0
-    width: int = 0
-    channel_cap: int = 0
-    dropout: float = 0.0
-    position_embedding: bool = False
     min_log_scale: float | None = None
     max_log_scale: float | None = None
     patch_orders: int = 1
@@ -74,48 +52,15 @@ class Settings(DensitySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(**own_settings(self))
+        check_that(self.patch_orders in ORDERS, "patch_orders", f"must be one of {', '.join(map(str, ORDERS))}")
+        check_that(self.training_orders in ORDERS, "training_orders", f"must be one of {', '.join(map(str, ORDERS))}")
+        if self.min_log_scale is not None and self.max_log_scale is not None:
+            check_that(self.min_log_scale < self.max_log_scale, "max_log_scale", "must be greater than min_log_scale")
 
 
-def _check(
-    *,
-    components: int,
-    activation: str,
-    normalisation: str,
-    blocks: str,
-    layers: int,
-    width: int,
-    channel_cap: int,
-    dropout: float,
-    position_embedding: bool,
-    min_log_scale: float | None,
-    max_log_scale: float | None,
-    patch_orders: int,
-    training_orders: int,
-    scoring_precision: str,
-) -> None:
-    check_that(components >= 1, "components", "has to be at least 1")
-    for key, value, known in (
-        ("activation", activation, tuple(ACTIVATIONS)),
-        ("normalisation", normalisation, ("none", "batch")),
-        ("blocks", blocks, ("plain", "residual", "gated", "separate")),
-        ("patch_orders", patch_orders, ORDERS),
-        ("training_orders", training_orders, ORDERS),
-        ("scoring_precision", scoring_precision, ("float32", "bfloat16")),
-    ):
-        check_that(value in known, key, f"has to be one of {', '.join(map(str, known))}, not {value!r}")
-    check_that(layers >= 0, "layers", "has to be 0 (for as many as D asks for) or more")
-    check_that(width >= 0, "width", "has to be 0 (for the paper's) or more")
-    check_that(channel_cap >= 0, "channel_cap", "has to be 0 (for none) or more")
-    check_that(0 <= dropout < 1, "dropout", "has to lie in [0, 1)")
-    check_that(min_log_scale is None or math.isfinite(min_log_scale), "min_log_scale", "has to be finite, or null for none")
-    check_that(max_log_scale is None or math.isfinite(max_log_scale), "max_log_scale", "has to be finite, or null for none")
-    if min_log_scale is not None and max_log_scale is not None:
-        check_that(min_log_scale < max_log_scale, "max_log_scale", "has to be greater than min_log_scale")
-    check_that(blocks == "plain" or width > 0, "width", f"has to be set for {blocks} blocks")
-    check_that(blocks != "separate" or normalisation == "none", "normalisation", "is for convolutions only")
-    check_that(blocks != "separate" or channel_cap == 0, "channel_cap", "is for convolutions only")
-    check_that(blocks != "separate" or not position_embedding, "position_embedding", "is for convolutions only")
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings, Options):
+    """The latent density estimator; the defaults are the paper's network."""
 
 
 def _several(dim: int, count: int) -> Tensor | None:
@@ -143,7 +88,7 @@ class _LossInParts(torch.autograd.Function):
                 total += value.detach()
             return [total, *sums]
 
-        draws = density.training and density.arguments["dropout"] > 0
+        draws = density.training and density.options.dropout > 0
         if z.is_cuda and not draws:
             read = (*density.network.parameters(), *density.network.buffers())
             total, *sums = density._recorded(loss_and_gradients, z, *read)
@@ -189,21 +134,7 @@ class LatentDensityEstimator(Density):
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        components: The number of Gaussians in a mixture :math:`K`.
-        activation: `leaky_relu`, `relu`, `elu` or `tanh`.
-        normalisation: `none` or `batch`.
-        blocks: `plain`, `residual`, `gated`, or `separate` for a residual network for each dimension.
-        layers: The number of convolutions, 0 for :math:`L`; or of residual blocks.
-        width: The number of filters of every layer; 0 for the paper's.
-        channel_cap: The number of filters of a layer at most; 0 for no limit.
-        dropout: The share of a layer's outputs that is dropped in training.
-        position_embedding: Whether each dimension has a learned vector that is added to what the first layer gives there.
-        min_log_scale: A soft floor on :math:`\log \sigma`, in standardised units: a, in a + softplus(log sigma - a).
-        max_log_scale: A soft ceiling on it: b, in b - softplus(b - log sigma).
-        patch_orders: The number of orders :math:`M`, 1, 2, 4 or 8.
-        training_orders: The number of orders that `loss` reads patches in.
-        scoring_precision: What a float32 density computes matrix products in for `log_prob` where no gradient is asked for,
-            `float32` or, where the device has it, `bfloat16`.
+        options: The fields of `Options`.
 
     Raises:
         SettingsError: For a setting out of range, or several orders where patches with D numbers aren't square.
@@ -221,67 +152,20 @@ class LatentDensityEstimator(Density):
     """
 
     family = "lde"
+    options_type = Options
     gpu_chunks = 64
 
     orders: Tensor | None
     training_orders: Tensor | None
 
-    def __init__(
-        self,
-        dim: int,
-        components: int = 30,
-        *,
-        activation: str = "leaky_relu",
-        normalisation: str = "none",
-        blocks: str = "plain",
-        layers: int = 0,
-        width: int = 0,
-        channel_cap: int = 0,
-        dropout: float = 0.0,
-        position_embedding: bool = False,
-        min_log_scale: float | None = None,
-        max_log_scale: float | None = None,
-        patch_orders: int = 1,
-        training_orders: int = 1,
-        scoring_precision: str = "float32",
-    ) -> None:
-        super().__init__(
-            dim,
-            components=components,
-            activation=activation,
-            normalisation=normalisation,
-            blocks=blocks,
-            layers=layers,
-            width=width,
-            channel_cap=channel_cap,
-            dropout=dropout,
-            position_embedding=position_embedding,
-            min_log_scale=min_log_scale,
-            max_log_scale=max_log_scale,
-            patch_orders=patch_orders,
-            training_orders=training_orders,
-            scoring_precision=scoring_precision,
-        )
-        _check(**{key: value for key, value in self.arguments.items() if key != "dim"})
-        self.components, self.min_log_scale, self.max_log_scale = components, min_log_scale, max_log_scale
-        self.register_buffer("orders", _several(dim, patch_orders), persistent=False)
-        self.register_buffer("training_orders", _several(dim, training_orders), persistent=False)
-        self.network: CausalNetwork | SeparateNetworks
-        if blocks == "separate":
-            self.network = SeparateNetworks(dim, 3 * components, activation, layers or 2, width, dropout)
-        else:
-            self.network = CausalNetwork(
-                dim,
-                3 * components,
-                activation,
-                normalisation,
-                blocks,
-                layers,
-                width,
-                channel_cap,
-                dropout,
-                position_embedding,
-            )
+    options: Options
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.register_buffer("orders", _several(dim, self.options.patch_orders), persistent=False)
+        self.register_buffer("training_orders", _several(dim, self.options.training_orders), persistent=False)
+        networks = SeparateNetworks if self.options.blocks == "separate" else CausalNetwork
+        self.network: CausalNetwork | SeparateNetworks = networks(dim, self.options)
         # Few enough to stay in the cache between two layers (8 MB each); while drawing, as many as make good matrix products
         # of one position at a time, with at most 256 MB of inputs kept.
         self.chunk_examples = max(32, 2**21 // (dim * self.network.features))
@@ -290,13 +174,14 @@ class LatentDensityEstimator(Density):
 
     def _bounded(self, outputs: Tensor) -> Tensor:
         """The network's outputs with the log standard deviations above their floor and below their ceiling."""
-        if self.min_log_scale is None and self.max_log_scale is None:
+        floor, ceiling = self.options.min_log_scale, self.options.max_log_scale
+        if floor is None and ceiling is None:
             return outputs
         logits, means, log_scales = mixtures.unpack(outputs)
-        if self.max_log_scale is not None:
-            log_scales = self.max_log_scale - F.softplus(self.max_log_scale - log_scales)
-        if self.min_log_scale is not None:
-            log_scales = self.min_log_scale + F.softplus(log_scales - self.min_log_scale)
+        if ceiling is not None:
+            log_scales = ceiling - F.softplus(ceiling - log_scales)
+        if floor is not None:
+            log_scales = floor + F.softplus(log_scales - floor)
         return torch.cat([logits, means, log_scales], dim=-1)
 
     def _log_prob(self, z: Tensor, generator: Generator | None = None) -> Tensor:
@@ -316,7 +201,7 @@ class LatentDensityEstimator(Density):
         same length.
         """
         z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
-        normalised = self.training and self.arguments["normalisation"] == "batch"  # that needs the batch as a whole
+        normalised = self.training and self.options.normalisation == "batch"  # that needs the batch as a whole
         at_once = len(self._chunks(z)) == 1 and not z.is_cuda
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once or not trained:
@@ -331,7 +216,7 @@ class LatentDensityEstimator(Density):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch where there are several."""
-        wanted = self.arguments["scoring_precision"] == "bfloat16" and not torch.is_grad_enabled()
+        wanted = self.options.scoring_precision == "bfloat16" and not torch.is_grad_enabled()
         rounded = wanted and self.shift.dtype == torch.float32 and has_bfloat16(z.device)
         with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
             if self.orders is None:
@@ -387,8 +272,3 @@ class LatentDensityEstimator(Density):
 
 
 Model = LatentDensityEstimator
-
-
-def build(settings: Settings, dim: int) -> LatentDensityEstimator:
-    """The density that a row of `densities` describes."""
-    return LatentDensityEstimator(dim, **own_settings(settings))

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from zuko.nn import MaskedMLP
 
 from pipeline.densities.common import mixtures
-from pipeline.densities.common.density import Density, own_settings, standard_normal, uniform
-from pipeline.settings import DensitySettings, check_that
+from pipeline.densities.common.density import Density, standard_normal, uniform
+from pipeline.settings import Checked, DensitySettings, check_that
 
-__all__ = ["MadeMog", "Settings", "build"]
+__all__ = ["MadeMog", "Options", "Settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DensitySettings):
-    """A masked multi-layer perceptron with mixtures of Gaussians.
+class Options(Checked):
+    """Options of `MadeMog`.
 
     Attributes:
         components: Gaussians in the mixture of each conditional, K.
@@ -36,6 +36,11 @@ class Settings(DensitySettings):
         check_that(len(self.hidden) > 0 and min(self.hidden) >= 1, "hidden", "has to list numbers of at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings, Options):
+    """A masked multi-layer perceptron with mixtures of Gaussians."""
+
+
 class MadeMog(Density):
     r"""The masked autoencoder for distribution estimation (MADE), with mixtures of Gaussians.
 
@@ -49,25 +54,29 @@ class MadeMog(Density):
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        components: The number of Gaussians in a mixture.
-        hidden: The numbers of units of the hidden layers.
-        residual: Whether layers of equal width become residual blocks.
+        options: The fields of `Options`.
 
     Example:
         >>> MadeMog(8, components=2, hidden=[16]).log_prob(torch.zeros(3, 8)).shape
         torch.Size([3])
     """
 
-    family = "made-mog"
+    family = "made_mog"
+    options_type = Options
     has_meta = False  # masks are computed from values
 
-    def __init__(self, dim: int, components: int = 10, hidden: Sequence[int] = (512, 512), residual: bool = False) -> None:
-        super().__init__(dim, components=components, hidden=list(hidden), residual=residual)
+    options: Options
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        components = self.options.components
         self.bias = nn.Parameter(mixtures.initial_bias(components).repeat(dim, 1))
         self.network: MaskedMLP | None = None
         if dim > 1:  # the first conditional depends on nothing: it is its bias
             earlier = torch.ones(dim, dim, dtype=torch.bool).tril(-1)[1:, :-1]
-            self.network = MaskedMLP(earlier.repeat_interleave(3 * components, dim=0), hidden, residual=residual)
+            self.network = MaskedMLP(
+                earlier.repeat_interleave(3 * components, dim=0), self.options.hidden, residual=self.options.residual
+            )
         self.chunk_examples = self.sample_chunk_examples = max(64, 2**22 // (3 * components * dim))
 
     def _outputs(self, z: Tensor) -> Tensor:
@@ -90,8 +99,3 @@ class MadeMog(Density):
 
 
 Model = MadeMog
-
-
-def build(settings: Settings, dim: int) -> MadeMog:
-    """The density that a row of `densities` describes."""
-    return MadeMog(dim, **own_settings(settings))

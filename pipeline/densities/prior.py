@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.common.density import Density, Proceed, own_settings, standard_normal, uniform
+from pipeline import priors
+from pipeline.densities.common.density import Density, Proceed, standard_normal, uniform
 from pipeline.errors import PipelineError
-from pipeline.settings import DensitySettings, check_that
+from pipeline.settings import Checked, DensitySettings, check_that
 
-__all__ = ["Prior", "Settings", "build"]
+__all__ = ["Options", "Prior", "Settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DensitySettings):
-    """A fixed prior; codes aren't standardised.
+class Options(Checked):
+    """Options of `Prior`.
 
     Attributes:
         prior: `normal` for N(0, I), `two_normals` for the equal mixture of N(-3, I) and N(3, I) (section 4.2.2).
     """
 
+    prior: priors.PriorName = "normal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings, Options):
+    """A fixed prior; codes aren't standardised."""
+
     standardise: Literal["dimension", "scalar", "none"] = "none"
-    prior: Literal["normal", "two_normals"] = "normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.standardise == "none", "standardise", "has to be 'none': a prior is fixed in the units of the codes")
+        check_that(self.standardise == "none", "standardise", "must be 'none': a prior is fixed in the units of the codes")
 
 
 class Prior(Density):
@@ -42,9 +47,10 @@ class Prior(Density):
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        prior: `normal` or `two_normals`.
+        options: The fields of `Options`.
 
     Example:
+        >>> import torch
         >>> Prior(3).log_prob(torch.zeros(1, 3))
         tensor([-2.7568])
         >>> Prior(1, prior="two_normals").log_prob(torch.tensor([[3.0]]))
@@ -52,11 +58,14 @@ class Prior(Density):
     """
 
     family = "prior"
+    options_type = Options
     trained_by_gradient = False
 
-    def __init__(self, dim: int, prior: str = "normal") -> None:
-        super().__init__(dim, prior=prior)
-        self.offset = {"normal": 0.0, "two_normals": 3.0}[prior]
+    options: Options
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.prior = priors.Prior(self.options.prior, dim)
 
     def standardise(self, mean: Tensor, std: Tensor) -> None:
         """Refused: a prior is fixed in the units of the codes."""
@@ -66,17 +75,11 @@ class Prior(Density):
         pass
 
     def _log_prob(self, z: Tensor) -> Tensor:
-        sides = torch.stack([(z - self.offset).square().sum(dim=1), (z + self.offset).square().sum(dim=1)])  # (2, B)
-        return torch.logsumexp(-0.5 * sides, dim=0) - math.log(2) - 0.5 * self.dim * math.log(2 * math.pi)
+        return self.prior.log_prob(z)
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
-        side = torch.where(uniform((n, 1), self.shift, generator) < 0.5, -self.offset, self.offset)
-        return side + standard_normal((n, self.dim), self.shift, generator)
+        chosen = (uniform((n,), self.shift, generator) * len(self.prior.means)).long()
+        return self.prior.means.to(self.shift)[chosen, None] + standard_normal((n, self.dim), self.shift, generator)
 
 
 Model = Prior
-
-
-def build(settings: Settings, dim: int) -> Prior:
-    """The density that a row of `densities` describes."""
-    return Prior(dim, **own_settings(settings))

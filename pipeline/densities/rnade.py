@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from pipeline.densities.common import mixtures
-from pipeline.densities.common.density import Density, own_settings, standard_normal, uniform
-from pipeline.settings import DensitySettings, check_that
+from pipeline.densities.common.density import Density, standard_normal, uniform
+from pipeline.settings import Checked, DensitySettings, check_that
 
-__all__ = ["Rnade", "Settings", "build"]
+__all__ = ["Options", "Rnade", "Settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DensitySettings):
-    """RNADE with mixtures of Gaussians.
+class Options(Checked):
+    """Options of `Rnade`.
 
     Attributes:
         components: Gaussians in the mixture of each conditional, K; 10 in its paper.
@@ -33,6 +34,11 @@ class Settings(DensitySettings):
         check_that(self.hidden >= 1, "hidden", "has to be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(DensitySettings, Options):
+    """RNADE with mixtures of Gaussians."""
+
+
 class Rnade(Density):
     r"""The real-valued neural autoregressive density estimator (RNADE), with mixtures of Gaussians.
 
@@ -46,8 +52,7 @@ class Rnade(Density):
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        components: The number of Gaussians in a mixture.
-        hidden: The number of units of the hidden layer.
+        options: The fields of `Options`.
 
     Example:
         >>> Rnade(8, components=2, hidden=16).log_prob(torch.zeros(3, 8)).shape
@@ -55,9 +60,13 @@ class Rnade(Density):
     """
 
     family = "rnade"
+    options_type = Options
 
-    def __init__(self, dim: int, components: int = 10, hidden: int = 512) -> None:
-        super().__init__(dim, components=components, hidden=hidden)
+    options: Options
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        components, hidden = self.options.components, self.options.hidden
         self.weight = nn.Parameter(torch.randn(dim, hidden) / math.sqrt(dim))  # W; its last row reaches nothing
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.rescaling = nn.Parameter(torch.ones(dim, 1, 1))
@@ -84,8 +93,3 @@ class Rnade(Density):
 
 
 Model = Rnade
-
-
-def build(settings: Settings, dim: int) -> Rnade:
-    """The density that a row of `densities` describes."""
-    return Rnade(dim, **own_settings(settings))

@@ -35,6 +35,7 @@ from pipeline.training.muon import Muon
 
 __all__ = ["Checkpoint", "Step", "Trainable", "Training", "code_digest", "learning_rate", "train"]
 
+PACKAGE = Path(__file__).parents[1]
 CURVE_POINTS = 200  # rows of a training curve, about
 
 
@@ -163,8 +164,8 @@ def _optimizers(model: Trainable, phase: str, settings: TrainingSettings) -> lis
 def code_digest() -> str:
     """Digest of the library's source, so that a checkpoint of other code is never picked up."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.relative_to(Path(__file__).parent).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from stages.reporting.scoreboard import (
     remark,
     score_names,
 )
-from stages.tracking.client import git_state
+from stages.workspace import git_state
 
 if TYPE_CHECKING:
     import pandas as pd

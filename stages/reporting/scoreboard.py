@@ -14,7 +14,7 @@ from pipeline.settings import Params
 from pipeline.system.files import read_json
 from stages import workspace
 from stages.reporting.published import BENCHMARKS, benchmark_of, best_published, paper_value
-from stages.run import TABLE_OF_STAGE
+from stages.workspace import TABLE_OF_STAGE
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,8 @@ import click
 
 from pipeline.errors import PipelineError, SettingsError
 from pipeline.settings import Params, implementation, read_params
-from stages.run import TABLE_OF_STAGE, one_line_errors
+from stages.run import one_line_errors
+from stages.workspace import TABLE_OF_STAGE
 
 __all__ = ["check", "missing_data", "pipeline_problems", "row_count"]
 

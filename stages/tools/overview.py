@@ -11,7 +11,7 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
-from stages.run import TABLE_OF_STAGE
+from stages.workspace import TABLE_OF_STAGE
 
 __all__ = ["print_overview", "states"]
 
@@ -19,14 +19,7 @@ DONE, CHANGED, OUTDATED, MISSING, NOT_RUN = "done", "settings changed", "input c
 
 
 def print_overview() -> None:
-    """Prints each stage in a line, then each row with the state of its stages."""
-    from stages.__main__ import cli
-
-    context = click.Context(cli)
-    click.echo("Stages and commands: python -m stages COMMAND --help says more\n")
-    for name in cli.list_commands(context):
-        command = cli.get_command(context, name)
-        click.echo(f"  {name:9} {command.get_short_help_str(100) if command is not None else ''}")
+    """Prints each row with the state of its stages."""
     try:
         params = read_params()
     except PipelineError as error:

@@ -17,7 +17,8 @@ from typing import Any
 import click
 
 from pipeline.errors import PipelineError, SettingsError
-from pipeline.settings import ROW_NAME, TABLES, Params, implementation
+from pipeline.settings import Params, implementation
+from pipeline.settings.params import ROW_NAME, TABLES
 from pipeline.system.files import write_text
 from stages.run import one_line_errors
 

@@ -1,4 +1,4 @@
-"""MLflow tracking: one run a stage, written by a process of its own.
+"""MLflow tracking, the stage's side: one run per stage, written by a process of its own (`writer`).
 
 The stage sends JSON lines to that process, which imports MLflow while the stage does its work. So a stage starts at once, its
 memory is its own, a slow or unreachable server never holds it up, and when a stage is killed its run is marked so.
@@ -8,34 +8,20 @@ Environment: MLFLOW_TRACKING_URI (default: a SQLite file in the project's root) 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
-import queue
 import select
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.workspace import main_checkout
 
-__all__ = ["EXPERIMENT", "Tracker", "git_state", "prepare_environment", "tracking_uri"]
+__all__ = ["EXPERIMENT", "Tracker", "prepare_environment", "tracking_uri"]
 
 EXPERIMENT = "latent-density-pipeline"
-# What the experiment's page says of it.
-ABOUT = """\
-Runs named `pipeline` are states of the whole, with the headline scores of every row and a link to the report; their child runs
-are the stages that it is made of, named by stage and row. Search `tags.stage = 'report'` for the former alone, and
-`tags.stage = 'fit'` or `tags.row = 'digits-iae-lde'` to compare trials: settings are logged without the row's name, so that
-rows and trials stand side by side. Seconds, memory and the like are metrics below `run/`.
-"""
-VIEW = "scores"  # name of the run list's view with the headline scores as columns
-VIEW_COLUMNS = 16
-SYSTEM_METRICS_SECONDS = 2.0
 FINISH_SECONDS = 60.0
 
 
@@ -52,19 +38,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.pop("MLFLOW_RUN_ID", None)  # passed on, it would reopen and rename another run
-
-
-def git_state() -> dict[str, str]:
-    """The commit of the working tree and whether it has uncommitted changes (dvc.lock aside, which each run may write)."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"],
-            capture_output=True, text=True, check=True, timeout=30,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": "unknown", "dirty": "unknown"}
-    return {"commit": commit.stdout.strip(), "dirty": str(bool(changes.stdout.strip())).lower()}
 
 
 class Tracker:
@@ -88,7 +61,7 @@ class Tracker:
         try:
             # A session of its own: Ctrl-C ends the stage, and the tracking process then notes how it ended.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stages.tracking.client"],
+                [sys.executable, "-m", "stages.tracking.writer"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
@@ -168,239 +141,3 @@ class Tracker:
                 file=sys.stderr,
             )
         return self.run_id
-
-
-# The tracking process ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Keeps others away from a SQLite file: two that make its tables at the same time fail, as MLflow doesn't lock it then."""
-    if not uri.startswith("sqlite:///"):
-        yield  # a server sees to it
-        return
-    import fcntl
-
-    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "a") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container without names
-        return "unknown"
-
-
-class _Writer:
-    """The tracking process's side: what MLflow is asked to do."""
-
-    def __init__(self) -> None:
-        import mlflow
-        from mlflow.tracking import MlflowClient
-
-        mlflow.set_tracking_uri(tracking_uri())
-        with _alone(tracking_uri()):  # the tables are made here where there are none
-            self.client = MlflowClient(tracking_uri())
-        self.run_id = ""
-
-    def experiment(self) -> str:
-        """The experiment's id; it is made when missing."""
-        from mlflow.exceptions import MlflowException
-
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        for _ in range(2):
-            found = self.client.get_experiment_by_name(name)
-            if found is not None:
-                return str(found.experiment_id)
-            location = None
-            if tracking_uri().startswith("sqlite:"):
-                location = (main_checkout() / "mlartifacts").as_uri()
-            with contextlib.suppress(MlflowException):  # another process may have made it meanwhile
-                # Without its kind the UI opens it as one of language models.
-                tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": ABOUT}
-                return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
-        raise RuntimeError(f"experiment '{name}' can't be made")
-
-    def start(self, name: str, tags: dict[str, str], params: dict[str, Any], pid: int) -> None:
-        """Opens the run."""
-        from mlflow.entities import Param
-
-        state = git_state()
-        tags = {
-            "mlflow.source.name": "python -m stages",
-            "mlflow.source.type": "LOCAL",
-            "mlflow.user": _user(),
-            "mlflow.source.git.commit": state["commit"],
-            "git.dirty": state["dirty"],
-            **tags,
-        }
-        run = self.client.create_run(self.experiment(), run_name=name, tags=tags)
-        self.run_id = run.info.run_id
-        flat = [Param(key, str(value)[:6000]) for key, value in params.items()]
-        for start in range(0, len(flat), 100):
-            self.client.log_batch(self.run_id, params=flat[start : start + 100])
-
-    def metrics(self, points: list[tuple[str, float, int, int]]) -> None:
-        """Logs (name, value, step, milliseconds)."""
-        from mlflow.entities import Metric
-
-        for start in range(0, len(points), 1000):
-            self.client.log_batch(self.run_id, metrics=[Metric(k, v, t, s) for k, v, s, t in points[start : start + 1000]])
-
-    def dataset(self, name: str, digest: str, path: str, context: str) -> None:
-        """Logs an input."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        dataset = Dataset(
-            name=name, digest=digest[:10], source_type="local", source=json.dumps({"uri": path}),
-            profile=json.dumps({"sha256": digest}),
-        )  # fmt: skip
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
-
-    def artifact(self, path: str, folder: str | None) -> None:
-        """Logs a file or the files of a folder."""
-        if os.path.isdir(path):
-            self.client.log_artifacts(self.run_id, path, folder)
-        elif os.path.isfile(path):
-            self.client.log_artifact(self.run_id, path, folder)
-
-    def tag(self, name: str, value: str) -> None:
-        """Sets a tag."""
-        self.client.set_tag(self.run_id, name, value)
-
-    def describe(self, markdown: str) -> None:
-        """Sets the description, with the address of the run's files where it says `ARTIFACTS`."""
-        address = f"#/experiments/{self.client.get_run(self.run_id).info.experiment_id}/runs/{self.run_id}/artifacts"
-        self.client.set_tag(self.run_id, "mlflow.note.content", markdown.replace("ARTIFACTS", address))
-
-    def view(self, metrics: list[str]) -> None:
-        """Sets the view that `runs?viewStateShareKey=scores` shows: pipeline runs, with these metrics as columns.
-
-        The UI keeps what a person chose to share in such tags, and takes from them what it knows.
-        """
-        columns = [f"metrics.`{name}`" for name in metrics[:VIEW_COLUMNS]]
-        state = {"searchFilter": "tags.stage = 'report'", "selectedColumns": columns}
-        self.client.set_experiment_tag(self.experiment(), f"mlflow.sharedViewState.{VIEW}", json.dumps(state))
-
-    def pipeline(self, children: list[dict[str, Any]]) -> None:
-        """Hangs the stages that a state is made of below this run.
-
-        A run that no pipeline run has claimed becomes a child. A run has one parent: for one that an earlier pipeline run has
-        claimed, whose results came from DVC's cache, a light child names it; likewise for a run that this server doesn't know.
-        """
-        from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
-
-        for child in children:
-            known = None
-            if child["run_id"]:
-                with contextlib.suppress(MlflowException):
-                    known = self.client.get_run(child["run_id"])
-            if known is not None and "mlflow.parentRunId" not in known.data.tags:
-                self.client.set_tag(child["run_id"], "mlflow.parentRunId", self.run_id)
-                continue
-            tags = {"mlflow.parentRunId": self.run_id, "stage": child["stage"], "row": child["row"], "cached": "true"}
-            tags["made_by_run"] = str(child["run_id"] or "not tracked")
-            if known is None:
-                tags["made_by_run_unknown_here"] = "true"
-            light = self.client.create_run(self.experiment(), run_name=f"{child['stage']} {child['row']} (cached)", tags=tags)
-            now = int(time.time() * 1000)
-            self.client.log_batch(light.info.run_id, metrics=[Metric(k, float(v), now, 0) for k, v in child["metrics"].items()])
-            self.client.set_terminated(light.info.run_id)
-
-    def model(self, **values: Any) -> None:
-        """Logs and registers a model from code."""
-        from stages.tracking.serving import log_model
-
-        log_model(self.run_id, **values)
-
-    def finish(self, status: str) -> None:
-        """Closes the run."""
-        self.client.set_terminated(self.run_id, status)
-
-
-def _watch_system(pid: int, messages: queue.Queue[dict[str, Any]], done: threading.Event) -> None:
-    """Puts CPU and memory of the stage's process into the queue, under MLflow's own names."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        process.cpu_percent()
-        step = 0
-        while not done.wait(SYSTEM_METRICS_SECONDS):
-            values = {
-                "system/cpu_utilization_percentage": process.cpu_percent(),
-                "system/process_memory_usage_megabytes": process.memory_info().rss / 2**20,
-                "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
-            }
-            messages.put({"metrics": values, "step": step})
-            step += 1
-
-
-def main() -> None:
-    """Reads messages from standard input until it ends, and answers with the run's id."""
-    messages: queue.Queue[dict[str, Any]] = queue.Queue()
-    done = threading.Event()
-
-    def read() -> None:
-        for line in sys.stdin:
-            messages.put(json.loads(line) | {"time": int(time.time() * 1000)})
-        messages.put({"end": True})
-
-    threading.Thread(target=read, daemon=True).start()
-    error = ""
-    writer: _Writer | None = None
-    status: str | None = None
-    points: list[tuple[str, float, int, int]] = []
-    try:
-        # Standard output carries the answer alone: what MLflow prints goes to standard error, where only errors matter.
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            import logging
-
-            logging.disable(logging.WARNING)
-            while True:
-                message = messages.get()
-                if "metrics" in message:
-                    stamp = message.get("time", int(time.time() * 1000))
-                    points += [(k, float(v), int(message["step"]), stamp) for k, v in message["metrics"].items()]
-                    if not messages.empty() and len(points) < 5000:
-                        continue
-                if points and writer is not None:
-                    writer.metrics(points)
-                    points = []
-                if message.get("end"):
-                    break
-                for name in ("start", "dataset", "artifact", "tag", "describe", "view", "model"):
-                    if name in message:
-                        if name == "start":
-                            writer = _Writer()
-                            threading.Thread(
-                                target=_watch_system, args=(message["start"]["pid"], messages, done), daemon=True
-                            ).start()
-                        if writer is not None:
-                            getattr(writer, name)(**message[name])
-                if "pipeline" in message and writer is not None:
-                    writer.pipeline(message["pipeline"])
-                status = message.get("finish", status)
-            done.set()
-            if writer is not None:
-                # No word of an end: the stage was killed.
-                writer.finish(status or "KILLED")
-    except Exception as problem:
-        error = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
-        while not messages.get().get("end"):
-            pass
-    with contextlib.suppress(OSError):
-        print(
-            json.dumps({"run_id": writer.run_id if writer is not None and writer.run_id else None, "error": error}), flush=True
-        )
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

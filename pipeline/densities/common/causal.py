@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.densities.common import mixtures
 from pipeline.densities.common.density import dropout_mask
+from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
 from pipeline.system.ranks import batch_mean
 
@@ -90,18 +91,17 @@ def causal_convolution(
 class _Layer(nn.Module):
     """A causal convolution with kernel 2, and what its block adds to it."""
 
-    def __init__(
-        self, inputs: int, filters: int, dilation: int, activation: str, normalisation: str, blocks: str, dropout: float
-    ) -> None:
+    def __init__(self, inputs: int, filters: int, dilation: int, options: NetworkOptions) -> None:
         super().__init__()
-        self.filters, self.dilation, self.blocks, self.dropout = filters, dilation, blocks, dropout
-        self.activation = ACTIVATIONS[activation]
+        blocks = options.blocks
+        self.filters, self.dilation, self.blocks, self.dropout = filters, dilation, blocks, options.dropout
+        self.activation = ACTIVATIONS[options.activation]
         self.shortcut = blocks != "plain" and inputs == filters
         outputs = 2 * filters if blocks == "gated" else filters
         # weight[0] is the tap on the past, weight[1] on the present: each contiguous, unlike nn.Conv1d's (C', C, 2).
         self.weight = nn.Parameter(torch.empty(2, outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        self.norm = nn.BatchNorm1d(outputs) if normalisation == "batch" else None
+        self.norm = nn.BatchNorm1d(outputs) if options.normalisation == "batch" else None
         self.mix = nn.Linear(filters, filters) if blocks != "plain" else None
         if self.norm is not None:
             nn.init.normal_(self.weight, std=0.02)  # as in the authors' network
@@ -205,47 +205,28 @@ class CausalNetwork(nn.Module):
 
     Arguments:
         dim: The number of dimensions D.
-        outputs: The number of outputs for a conditional.
-        activation: Name of the activation.
-        normalisation: `none` or `batch`.
-        blocks: `plain`, `residual` or `gated`.
-        layers: The number of convolutions; 0 for ceil(log2 D).
-        width: The number of filters of every layer; 0 for 16, 32, 64, ..
-        channel_cap: The number of filters of a layer at most; 0 for no limit.
-        dropout: The share of a layer's outputs that is dropped in training.
-        position_embedding: Whether a vector of each position's own is added to what the first layer gives there.
+        options: Those of the density that says what the network is made of.
 
     Attributes:
         features: Features that the outputs are made of.
         kept: Numbers that a walk keeps for an example.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        outputs: int,
-        activation: str,
-        normalisation: str,
-        blocks: str,
-        layers: int,
-        width: int,
-        channel_cap: int,
-        dropout: float,
-        position_embedding: bool = False,
-    ) -> None:
+    def __init__(self, dim: int, options: NetworkOptions) -> None:
         super().__init__()
         cycle = math.ceil(math.log2(dim))
         channels = [2]  # the value and the mask
-        for layer in range(layers or cycle):
-            filters = width or 2 ** (layer + 4)
-            channels.append(min(filters, channel_cap or filters))
+        for layer in range(options.layers or cycle):
+            filters = options.width or 2 ** (layer + 4)
+            channels.append(min(filters, options.channel_cap or filters))
         self.layers = nn.ModuleList(
-            _Layer(inputs, filters, 2 ** (layer % max(cycle, 1)), activation, normalisation, blocks, dropout)
+            _Layer(inputs, filters, 2 ** (layer % max(cycle, 1)), options)
             for layer, (inputs, filters) in enumerate(itertools.pairwise(channels))
         )
-        self.positions = nn.Parameter(torch.zeros(dim - 1, channels[1])) if position_embedding and dim > 1 else None
-        self.head = nn.Linear(channels[-1], outputs)
-        self.head.bias.data = mixtures.initial_bias(outputs // 3)
+        embedded = options.position_embedding and dim > 1
+        self.positions = nn.Parameter(torch.zeros(dim - 1, channels[1])) if embedded else None
+        self.head = nn.Linear(channels[-1], 3 * options.components)
+        self.head.bias.data = mixtures.initial_bias(options.components)
         self.features = channels[-1]
         self.kept = sum(layer.dilation * inputs for layer, inputs in zip(self._layers(), channels, strict=False))
 

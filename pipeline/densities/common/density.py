@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import importlib
 import itertools
 import json
 import os
@@ -17,12 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from pipeline.densities import ALIASES
 from pipeline.errors import DataError, PipelineError
-from pipeline.settings import DensitySettings
+from pipeline.settings import Checked, DensitySettings, build, implementation
 from pipeline.system.files import atomic_file
 
-__all__ = ["Density", "Proceed", "dropout_mask", "load_density", "own_settings", "standard_normal", "uniform"]
+__all__ = ["Density", "Proceed", "build_density", "dropout_mask", "load_density", "standard_normal", "uniform"]
 
 Proceed = Callable[[str, float], bool]  # name and validation log-likelihood of a candidate -> whether to try another
 
@@ -43,10 +40,12 @@ class Density(nn.Module):
 
     Arguments:
         dim: The number of dimensions :math:`D`.
-        arguments: The other arguments of the family's constructor; they are saved beside the weights.
+        options: The fields of the family's `Options`; they are saved with the weights.
 
     Attributes:
-        family: Name of the family, as in params.yaml.
+        family: Name of the family, as in params.yaml and as its file.
+        options_type: The class of the family's options, each with its meaning, default and range.
+        options: Those of this density.
         has_log_prob: Whether the family has a likelihood.
         has_meta: Whether it can be built on torch's `meta` device, which holds shapes but no values.
         candidates: Fits that `estimate` chooses from, at most.
@@ -54,13 +53,16 @@ class Density(nn.Module):
         chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
         gpu_chunks: Chunks of a CPU, made to fit its cache, that a GPU takes at once, to be kept busy.
         sample_chunk_examples: Samples drawn at once.
+        retired: Arguments in files of earlier versions that this family never read.
     """
 
-    family: str
+    family: ClassVar[str]
+    options_type: ClassVar[type[Checked]] = Checked
     has_log_prob: ClassVar[bool] = True
     has_meta: ClassVar[bool] = True
     trained_by_gradient: ClassVar[bool] = True
     gpu_chunks: ClassVar[int] = 8
+    retired: ClassVar[frozenset[str]] = frozenset()
     candidates: int = 1
     chunk_examples: int = 4096
     sample_chunk_examples: int = 4096
@@ -69,12 +71,14 @@ class Density(nn.Module):
     scale: Tensor
     factor: Tensor | None
 
-    def __init__(self, dim: int, **arguments: Any) -> None:
+    options: Any
+
+    def __init__(self, dim: int, **options: Any) -> None:
         super().__init__()
         if dim < 1:
             raise PipelineError(f"a density needs at least 1 dimension, not {dim}")
         self.dim = dim
-        self.arguments: dict[str, Any] = {"dim": dim, **arguments}
+        self.options = build(self.options_type, options, self.family)
         self.register_buffer("shift", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         self.register_buffer("factor", None)
@@ -240,10 +244,14 @@ class Density(nn.Module):
 
     # Files
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor that gives a density of the same shapes."""
+        return {"dim": self.dim, **dataclasses.asdict(self.options)}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: the weights, and in its metadata the family and the constructor's arguments."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        metadata = json.dumps({"family": self.family, "arguments": self.arguments}, sort_keys=True)
+        metadata = json.dumps({"family": self.family, "arguments": self.arguments()}, sort_keys=True)
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={METADATA_KEY: metadata})
 
@@ -276,11 +284,12 @@ def load_density(path: str | os.PathLike[str]) -> Density:
         with safe_open(Path(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file isn't a mapping)
-        family, arguments = metadata["family"], metadata["arguments"]
-        module = importlib.import_module(f"pipeline.densities.{ALIASES.get(family, family.replace('-', '_'))}")
-        _check_shapes(module.Model, arguments, tensors)
+        family = metadata["family"].replace("-", "_")  # `made-mog` in files of earlier versions
+        model: type[Density] = implementation("pipeline.densities", family, "family").Model
+        arguments = {key: value for key, value in metadata["arguments"].items() if key not in model.retired}
+        _check_shapes(model, arguments, tensors)
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the global generator alone
-            density: Density = module.Model(**arguments)
+            density = model(**arguments)
         density.factor = tensors.get("factor")
         density.to(tensors["scale"].dtype)
         density.load_state_dict(tensors)
@@ -294,7 +303,7 @@ def load_density(path: str | os.PathLike[str]) -> Density:
 
 
 def _check_shapes(model: type[Density], arguments: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    # A file that lies about its shapes shall claim neither memory nor time.
+    # Reject files with forged shapes before allocating anything.
     numbers = max(1024, sum(tensor.numel() for tensor in tensors.values()))
     values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in arguments.values())
     if any(isinstance(value, int) and value > numbers for value in values):
@@ -309,14 +318,10 @@ def _check_shapes(model: type[Density], arguments: dict[str, Any], tensors: dict
         raise ValueError("weights of other names or shapes than its arguments ask for")
 
 
-def own_settings(settings: DensitySettings) -> dict[str, Any]:
-    """The keys that a family's `Settings` add to the common ones: its constructor's arguments."""
-    common = {field.name for field in dataclasses.fields(DensitySettings)}
-    return {
-        field.name: copy.deepcopy(getattr(settings, field.name))
-        for field in dataclasses.fields(settings)
-        if field.name not in common
-    }
+def build_density(settings: DensitySettings, dim: int) -> Density:
+    """The untrained density that a row of `densities` describes, of codes with `dim` dimensions."""
+    model: type[Density] = implementation("pipeline.densities", settings.family, "family").Model
+    return model(dim, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(model.options_type)})  # type: ignore[arg-type]
 
 
 def uniform(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from pipeline.densities.common import mixtures
 from pipeline.densities.common.density import dropout_mask
+from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.products import ACTIVATIONS, apply_linear
 
 __all__ = ["SeparateNetworks"]
@@ -24,15 +25,15 @@ def _linear(inputs: int, outputs: int, gain: float, bias: float = 0.0) -> nn.Lin
 class _Network(nn.Module):
     """Residual blocks, x + V a(W a(x) + b) + c, between two linear layers."""
 
-    def __init__(self, inputs: int, outputs: int, width: int, layers: int, activation: str, dropout: float) -> None:
+    def __init__(self, inputs: int, options: NetworkOptions) -> None:
         super().__init__()
-        self.activation, self.dropout = ACTIVATIONS[activation], dropout
-        gain = self.activation.gain
+        self.activation, self.dropout = ACTIVATIONS[options.activation], options.dropout
+        gain, width, layers = self.activation.gain, options.width, options.layers or 2
         self.start = _linear(inputs, width, gain, bias=0.5)
         self.into = nn.ModuleList(_linear(width, width, gain) for _ in range(layers))
         self.back = nn.ModuleList(_linear(width, width, 0.1) for _ in range(layers))
-        self.head = nn.Linear(width, outputs)
-        self.head.bias.data = mixtures.initial_bias(outputs // 3)
+        self.head = nn.Linear(width, 3 * options.components)
+        self.head.bias.data = mixtures.initial_bias(options.components)
 
     def hidden_matrices(self) -> list[Tensor]:
         """The matrices W and V of all blocks."""
@@ -54,22 +55,18 @@ class SeparateNetworks(nn.Module):
 
     Arguments:
         dim: The number of dimensions D.
-        outputs: The number of outputs for a conditional.
-        activation: Name of the activation.
-        layers: The number of residual blocks.
-        width: The number of units of every layer.
-        dropout: The share of a block's hidden units that is dropped in training.
+        options: Those of the density that says what the network is made of.
 
     Attributes:
         features: Features that the outputs are made of.
         kept: Numbers that a walk keeps for an example.
     """
 
-    def __init__(self, dim: int, outputs: int, activation: str, layers: int, width: int, dropout: float) -> None:
+    def __init__(self, dim: int, options: NetworkOptions) -> None:
         super().__init__()
-        self.first = nn.Parameter(mixtures.initial_bias(outputs // 3))
-        self.networks = nn.ModuleList(_Network(i, outputs, width, layers, activation, dropout) for i in range(1, dim))
-        self.features, self.kept = width, dim
+        self.first = nn.Parameter(mixtures.initial_bias(options.components))
+        self.networks = nn.ModuleList(_Network(i, options) for i in range(1, dim))
+        self.features, self.kept = options.width, dim
 
     def hidden_matrices(self) -> list[Tensor]:
         """The matrices (C, C) of all blocks."""

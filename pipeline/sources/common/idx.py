@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: 70,000 grey images of 28x28 pixels in four IDX files, gzipped or not.
+"""MNIST's format: 70,000 grey images of 28x28 pixels in four IDX files, gzipped or not.
 
 To train on are the first images of the training file, to validate with are its last ones.
 """
@@ -20,21 +20,16 @@ from pipeline.settings import DatasetSettings, check_that
 from pipeline.sources.common.archives import file_stamp
 from pipeline.sources.common.source import Block, Source
 
-__all__ = ["IdxImages", "Settings", "download", "open_source"]
+__all__ = ["IdxImages", "IdxSettings", "download_by_torchvision"]
 
-LABEL_NAMES = {
-    "mnist": tuple("0123456789"),
-    "fashion-mnist": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
-}
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MAX_IMAGES = 1_000_000
 CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DatasetSettings):
-    """A row of `datasets` with `source: mnist` or `source: fashion-mnist`.
+class IdxSettings(DatasetSettings):
+    """Keys of a row of `datasets` in this format.
 
     Attributes:
         train_count: Images to train on, the first of the training file.
@@ -57,21 +52,16 @@ class Settings(DatasetSettings):
         """(1, 28, 28)."""
         return (1, 28, 28)
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """(0, 1)."""
-        return (0.0, 1.0)
 
-
-def _find(root: Path, name: str, source: str) -> Path:
+def _find(root: Path, name: str, torchvision_name: str) -> Path:
     """An IDX file, gzipped or not, in the root or where torchvision puts it."""
-    for folder in (root, root / TORCHVISION[source] / "raw"):
+    for folder in (root, root / torchvision_name / "raw"):
         for written in (name, name.replace("-idx", ".idx")):
             for ending in ("", ".gz"):
                 if (folder / (written + ending)).is_file():
                     return folder / (written + ending)
     raise DataError(
-        f"{root} holds no {name} (or {name}.gz); download {', '.join(f'{n}.gz' for n in FILES)} of {TORCHVISION[source]} "
+        f"{root} holds no {name} (or {name}.gz); download {', '.join(f'{n}.gz' for n in FILES)} of {torchvision_name} "
         "and put them there, or run prepare with --download"
     )
 
@@ -110,6 +100,8 @@ class IdxImages(Source):
     Arguments:
         root: The folder.
         settings: The row of `datasets`.
+        label_names: Names of the labels 0, 1, ..
+        torchvision_name: What torchvision calls the data set, and the folder that it downloads it into.
 
     Raises:
         DataError: When a file is missing or damaged, or holds too few images.
@@ -119,9 +111,9 @@ class IdxImages(Source):
     value_range = (0.0, 1.0)
     label_names: tuple[str, ...]
 
-    def __init__(self, root: Path, settings: Settings) -> None:
-        self.label_names = LABEL_NAMES[settings.source]
-        self.paths = {name: _find(root, name, settings.source) for name in FILES}
+    def __init__(self, root: Path, settings: IdxSettings, label_names: tuple[str, ...], torchvision_name: str) -> None:
+        self.label_names = label_names
+        self.paths = {name: _find(root, name, torchvision_name) for name in FILES}
         train, test = (len(self._arrays(part)[0]) for part in ("train", "t10k"))
         if train < settings.train_count + settings.valid_count:
             raise DataError(
@@ -148,17 +140,8 @@ class IdxImages(Source):
         return Block(examples=images[rows, None], labels=labels[rows].astype(np.int64))
 
 
-def open_source(settings: Settings, root: Path) -> IdxImages:
-    """The source of a row; `root` is the folder with the four files, or the one given to torchvision.
-
-    Raises:
-        DataError: When a file is missing or damaged, or holds too few images.
-    """
-    return IdxImages(root, settings)
-
-
-def download(settings: Settings, root: Path) -> None:
-    """Downloads the files through torchvision into `root/MNIST/raw` or `root/FashionMNIST/raw`.
+def download_by_torchvision(root: Path, name: str) -> None:
+    """Downloads the files of a data set of torchvision into `root/NAME/raw`.
 
     Raises:
         DataError: When they can't be had.
@@ -166,6 +149,6 @@ def download(settings: Settings, root: Path) -> None:
     from torchvision import datasets
 
     try:
-        getattr(datasets, TORCHVISION[settings.source])(str(root), download=True)
+        getattr(datasets, name)(str(root), download=True)
     except Exception as error:  # network, archives and files each raise errors of their own
-        raise DataError(f"{root}: {settings.source} can't be downloaded ({' '.join(str(error).split())})") from None
+        raise DataError(f"{root}: {name} can't be downloaded ({' '.join(str(error).split())})") from None

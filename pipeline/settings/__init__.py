@@ -1,0 +1,42 @@
+"""Settings: params.yaml -> typed, frozen dataclasses that check themselves.
+
+A table of params.yaml holds rows; a row becomes one dataclass. `build` makes it from the mapping, `rows` has the common keys of
+each table, `params` the tables as a whole. The keys of one source, objective or density family are in the file of its name, as
+a class `Settings` that extends the common one. Unknown keys, wrong types and impossible values are refused with the row and the
+key named.
+"""
+
+from pipeline.settings.build import Checked, build, check_that, flatten
+from pipeline.settings.params import Params, implementation, read_params
+from pipeline.settings.rows import (
+    AutoencoderSettings,
+    ControlSettings,
+    DatasetSettings,
+    DensitySettings,
+    EvaluationSettings,
+    InterpolationSettings,
+    ParzenSettings,
+    QualitySettings,
+    SamplingSettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "AutoencoderSettings",
+    "Checked",
+    "ControlSettings",
+    "DatasetSettings",
+    "DensitySettings",
+    "EvaluationSettings",
+    "InterpolationSettings",
+    "Params",
+    "ParzenSettings",
+    "QualitySettings",
+    "SamplingSettings",
+    "TrainingSettings",
+    "build",
+    "check_that",
+    "flatten",
+    "implementation",
+    "read_params",
+]

@@ -1,0 +1,228 @@
+"""params.yaml: its tables, each row typed and checked when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError, SettingsError
+from pipeline.settings.build import build, shorten
+from pipeline.settings.rows import (
+    AutoencoderSettings,
+    ControlSettings,
+    DatasetSettings,
+    DensitySettings,
+    EvaluationSettings,
+    SamplingSettings,
+)
+
+__all__ = ["Params", "choices", "implementation", "read_params"]
+
+ROW_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+LONGEST_NAME = 100  # rows name files and folders
+FORBIDDEN_KEYS = ("size", "nfiles")  # DVC's run cache drops these keys (treeverse/dvc issue 10296)
+TABLES = ("datasets", "controls", "autoencoders", "densities", "sampling", "evaluations")
+
+
+def choices(package: str) -> list[str]:
+    """The choices that a package offers: the names of its files, without importing any."""
+    spec = importlib.util.find_spec(package)
+    folder = Path(typing.cast(str, typing.cast(Any, spec).origin)).parent
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def implementation(package: str, name: str, where: str) -> types.ModuleType:
+    """The file of `package` that has the name of a choice, with its `Settings`.
+
+    Raises:
+        SettingsError: Naming `where`, when there is no such file, or it has no `Settings`.
+    """
+    known = choices(package)
+    if name not in known:
+        if name.replace("-", "_") in known:
+            raise SettingsError(f"{where}: '{name}' is written '{name.replace('-', '_')}', like its file")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise SettingsError(f"{where}: unknown '{name}'; {hint}known: {', '.join(known)}")
+    module = importlib.import_module(f"{package}.{name}")
+    if not hasattr(module, "Settings"):
+        raise SettingsError(f"{where}: {package.replace('.', '/')}/{name}.py has no class Settings")
+    return module
+
+
+class Params:
+    """The tables of params.yaml, each row typed and checked when it is asked for.
+
+    Arguments:
+        tables: The mapping read from params.yaml.
+
+    Raises:
+        SettingsError: For an unknown table, a table of the wrong type, a bad row name or a forbidden key.
+    """
+
+    def __init__(self, tables: Mapping[str, Any]) -> None:
+        if not isinstance(tables, Mapping):
+            raise SettingsError("params.yaml: expected tables such as datasets and densities")
+        for name, table in tables.items():
+            if name not in TABLES:
+                close = difflib.get_close_matches(str(name), TABLES, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else "known tables: " + ", ".join(TABLES)
+                raise SettingsError(f"{name}: unknown table; {hint}")
+            if not isinstance(table, Mapping):
+                hint = f"; write '{name}: {{}}' where there are none" if table is None else ""
+                raise SettingsError(f"{name}: expected a table, got {'nothing' if table is None else shorten(table)}{hint}")
+            for key in _all_keys(table):
+                if key in FORBIDDEN_KEYS:
+                    raise SettingsError(f"{name}: a key is named '{key}', which DVC's run cache ignores; rename it")
+            if name == "sampling":
+                continue
+            for row, values in table.items():
+                if not isinstance(row, str) or not ROW_NAME.fullmatch(row) or len(row) > LONGEST_NAME:
+                    raise SettingsError(f"{name}.{row}: a row's name is made of a-z, 0-9 and dashes, at most {LONGEST_NAME}")
+                if not isinstance(values, Mapping):
+                    raise SettingsError(f"{name}.{row}: expected a table of settings, got {shorten(values)}")
+        self.absent = [name for name in TABLES if name not in tables]
+        self.tables: dict[str, dict[str, Any]] = {name: dict(tables.get(name, {})) for name in TABLES}
+
+    def rows(self, table: str) -> list[str]:
+        """Names of the rows of a table, in order."""
+        return list(self.tables[table])
+
+    def _row(self, table: str, name: str, asked_by: str = "") -> Mapping[str, Any]:
+        rows = self.tables[table]
+        if name not in rows:
+            prefix = f"{asked_by}: " if asked_by else ""
+            raise SettingsError(f"{prefix}'{name}' is no row of {table}; rows: {', '.join(rows) or 'none'}")
+        return typing.cast(Mapping[str, Any], rows[name])
+
+    def _implemented(self, package: str, table: str, name: str, key: str, values: Mapping[str, Any]) -> Any:
+        where = f"{table}.{name}"
+        kind = values.get(key)
+        if not isinstance(kind, str):
+            raise SettingsError(f"{where}.{key}: missing or not a string")
+        return build(implementation(package, kind, f"{where}.{key}").Settings, values, where)
+
+    def dataset(self, name: str, asked_by: str = "") -> DatasetSettings:
+        """A row of `datasets`, as its source's `Settings`."""
+        values = self._row("datasets", name, asked_by)
+        return typing.cast(DatasetSettings, self._implemented("pipeline.sources", "datasets", name, "source", values))
+
+    def autoencoder(self, name: str, asked_by: str = "") -> AutoencoderSettings:
+        """A row of `autoencoders`, as its objective's `Settings`, checked against its data set."""
+        values = self._row("autoencoders", name, asked_by)
+        settings = self._implemented("pipeline.autoencoders", "autoencoders", name, "objective", values)
+        dataset = self.dataset(settings.dataset, f"autoencoders.{name}.dataset")
+        try:
+            settings.check_shape(dataset.shape)
+        except SettingsError as error:
+            raise SettingsError(f"autoencoders.{name}.{error}") from None
+        return typing.cast(AutoencoderSettings, settings)
+
+    def density(self, name: str) -> DensitySettings:
+        """A row of `densities`, as its family's `Settings`, checked against the codes that it names."""
+        values = self._row("densities", name)
+        settings = self._implemented("pipeline.densities", "densities", name, "family", values)
+        autoencoder = self.autoencoder(settings.codes, f"densities.{name}.codes")
+        if autoencoder.dataset != settings.dataset:
+            raise SettingsError(
+                f"densities.{name}.dataset: '{settings.dataset}', but autoencoders.{settings.codes}.dataset "
+                f"is '{autoencoder.dataset}'"
+            )
+        drawn, held = getattr(settings, "prior", None), getattr(autoencoder, "prior", None)
+        if None not in (drawn, held) and drawn != held:
+            raise SettingsError(
+                f"densities.{name}.prior: '{drawn}', but the codes of autoencoders.{settings.codes} are held to '{held}'"
+            )
+        return typing.cast(DensitySettings, settings)
+
+    def control(self, name: str) -> ControlSettings:
+        """A row of `controls`."""
+        settings = build(ControlSettings, self._row("controls", name), f"controls.{name}")
+        shape = self.dataset(settings.dataset, f"controls.{name}.dataset").shape
+        if len(shape) != 3:
+            raise SettingsError(f"controls.{name}.dataset: '{settings.dataset}' holds vectors; controls are for images")
+        return settings
+
+    def sampling(self) -> SamplingSettings:
+        """The section `sampling`."""
+        return build(SamplingSettings, self.tables["sampling"], "sampling")
+
+    def evaluation(self, dataset: str, asked_by: str = "") -> EvaluationSettings:
+        """The row of `evaluations` for a data set."""
+        return build(EvaluationSettings, self._row("evaluations", dataset, asked_by), f"evaluations.{dataset}")
+
+    def problems(self) -> Iterator[str]:
+        """One line for each thing that is wrong, over all rows."""
+        checks: list[Callable[[], object]] = [self.sampling]
+        checks += [partial(self.dataset, n) for n in self.rows("datasets")]
+        checks += [partial(self._check_evaluation, n) for n in self.rows("evaluations")]
+        checks += [partial(self.autoencoder, n) for n in self.rows("autoencoders")]
+        checks += [partial(self._check_density, n) for n in self.rows("densities")]
+        checks += [partial(self._check_control, n) for n in self.rows("controls")]
+        seen: set[str] = set()
+        for check in checks:
+            try:
+                check()
+            except PipelineError as error:
+                if str(error) not in seen:
+                    seen.add(str(error))
+                    yield str(error)
+
+    def _check_evaluation(self, name: str) -> None:
+        self.evaluation(name)
+        self.dataset(name, f"evaluations.{name}")
+
+    def _check_density(self, name: str) -> None:
+        settings = self.density(name)
+        self.evaluation(settings.dataset, f"densities.{name}.dataset")
+
+    def _check_control(self, name: str) -> None:
+        settings = self.control(name)
+        evaluation = self.evaluation(settings.dataset, f"controls.{name}.dataset")
+        if evaluation.parzen is None and evaluation.quality is None and settings.pca_components == 0:
+            raise SettingsError(f"controls.{name}.dataset: evaluations.{settings.dataset}.parzen is missing")
+
+
+def _all_keys(table: Mapping[str, Any]) -> Iterator[str]:
+    """Keys at any depth, each mapping and list visited once, even where YAML's aliases repeat it or put it into itself."""
+    waiting: list[Any] = [table]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                yield from map(str, value)
+            waiting += value.values() if isinstance(value, Mapping) else value
+
+
+def read_params(path: str | Path = "params.yaml") -> Params:
+    """Reads params.yaml.
+
+    Raises:
+        SettingsError: When the file is missing, isn't YAML, or a table is wrong.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            tables = YAML(typ="safe", pure=True).load(file)
+    except FileNotFoundError:
+        raise SettingsError(f"{path} is missing; run the command from the project's folder") from None
+    except OSError as error:
+        raise SettingsError(f"{path} can't be read: {error.strerror}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} isn't valid YAML: it is nested too deeply") from None
+    except (YAMLError, UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
+        problem = " ".join(str(error).split())[:500]
+        raise SettingsError(f"{path} isn't valid YAML: {problem}") from None
+    return Params(tables if tables is not None else {})

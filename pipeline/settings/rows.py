@@ -1,0 +1,328 @@
+"""The common keys of each table of params.yaml; the file of a choice extends those of its row by its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pipeline.settings.build import Checked, check_that
+
+__all__ = [
+    "AutoencoderSettings",
+    "ControlSettings",
+    "DatasetSettings",
+    "DensitySettings",
+    "EvaluationSettings",
+    "InterpolationSettings",
+    "ParzenSettings",
+    "QualitySettings",
+    "SamplingSettings",
+    "TrainingSettings",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSettings(Checked):
+    """Common keys of a row of `datasets`; a module of `pipeline/sources` extends them.
+
+    Attributes:
+        source: Name of the module in `pipeline/sources` that reads the raw files.
+        root: Where the raw files lie; for a packaged set, its source module.
+        split_seed: Seed of the split and of whatever the source draws at random.
+        shard_examples: Examples in a shard at most.
+        label: What a label is called in figures; no key of the row.
+        drawn_as: What figures draw a vector as: `points` of its first two numbers, those of the `grid` density, or image
+            `patches`; no key of the row.
+    """
+
+    source: str
+    root: str
+    split_seed: int = 0
+    label: ClassVar[str] = "label"
+    drawn_as: ClassVar[str] = "points"
+    shard_examples: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.shard_examples >= 1, "shard_examples", "has to be at least 1")
+        check_that(self.split_seed >= 0, "split_seed", "has to be 0 or more")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an example: (C, H, W) for an image, (D,) for a vector; (0,) where only the file can tell."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(Checked):
+    """How a network is trained: what autoencoders and densities have in common.
+
+    Attributes:
+        epochs: Passes over the training examples.
+        batch_size: Examples in a step, over all ranks together.
+        learning_rate: The highest learning rate.
+        betas: Adam's decay rates; (0.5, 0.999) in the paper's supplement, section A.
+        weight_decay: Decoupled weight decay, in units of the learning rate; 0 is plain Adam.
+        schedule: `constant`; `steps`: halved at each of `milestones`; `cosine`: a linear warm-up over `warm_up` of all
+            steps, then a cosine to zero.
+        milestones: Epochs at which the schedule `steps` halves the learning rate.
+        warm_up: Share of all steps over which `cosine` rises.
+        gradient_clip: Largest norm of the gradient; 0 switches clipping off.
+        ema_decay: Decay of the exponential moving average of the weights that is kept in the end; 0 keeps the last weights.
+        precision: `float32`, or `bfloat16` for mixed precision, which is slow where the processor has no such instructions.
+        checkpoint_minutes: Minutes between two checkpoints; one is also written whenever an epoch ends after it.
+        sync_batch_norm: Whether batch norm takes its statistics over all processes; alone it changes nothing.
+        shuffle_examples: Examples held in memory for shuffling, in a window of whole shards that is drawn from at random.
+        seed: Seed of initial weights, order of examples and noise.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    betas: tuple[float, ...] = (0.5, 0.999)
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "steps", "cosine"] = "constant"
+    milestones: tuple[int, ...] = ()
+    warm_up: float = 0.1
+    gradient_clip: float = 0.0
+    ema_decay: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_minutes: float = 1.0
+    sync_batch_norm: bool = False
+    shuffle_examples: int = 16_384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.epochs >= 1, "epochs", "has to be at least 1")
+        check_that(self.batch_size >= 1, "batch_size", "has to be at least 1")
+        check_that(self.learning_rate > 0, "learning_rate", "has to be positive")
+        check_that(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "have to be two numbers in [0, 1)")
+        check_that(self.weight_decay >= 0, "weight_decay", "has to be 0 or more")
+        check_that(0 <= self.warm_up < 1, "warm_up", "has to lie in [0, 1)")
+        check_that(self.gradient_clip >= 0, "gradient_clip", "has to be 0 or more")
+        check_that(0 <= self.ema_decay < 1, "ema_decay", "has to lie in [0, 1)")
+        check_that(self.checkpoint_minutes > 0, "checkpoint_minutes", "has to be positive")
+        check_that(self.shuffle_examples >= 1, "shuffle_examples", "has to be at least 1")
+        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings(Checked):
+    """Common keys of a row of `autoencoders`; a module of `pipeline/autoencoders` extends them.
+
+    Attributes:
+        dataset: Row of `datasets` that it is trained on.
+        objective: Name of the module in `pipeline/autoencoders`: `ae`, `identity`, ..
+    """
+
+    dataset: str
+    objective: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensitySettings(TrainingSettings):
+    """Common keys of a row of `densities`; a module of `pipeline/densities` extends them.
+
+    Attributes:
+        codes: Row of `autoencoders` whose codes it is fitted on.
+        dataset: Data set of those codes (named again, since DVC can't look it up; checked for agreement).
+        family: Density family: `lde`, `gmm`, `maf`, ..
+        standardise: `dimension` shifts and scales each code dimension to mean 0 and variance 1 over the training codes,
+            `scalar` uses one mean and one scale for all, `none` nothing; `cholesky` takes from each dimension its linear
+            prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
+            such as pixels. The log-determinant is added back in every likelihood.
+        optimizer: `adamw`, or `muon` for steps of orthogonalised momentum, of decay 0.95, on the weights between hidden layers
+            of an `lde`, and AdamW's on the others; deep networks learn as much in a fraction of the steps.
+        muon_rate: Muon's learning rate, as a multiple of AdamW's; the weights that it moves decay as many times as fast.
+        max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
+            on the speed of the machine. `gmm` reads the clock between two numbers of Gaussians.
+        validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.
+        shuffle_examples: Codes held in memory for shuffling, in a window of whole files that is drawn from at random.
+    """
+
+    codes: str
+    dataset: str
+    family: str
+    learning_rate: float = 2e-4
+    standardise: Literal["dimension", "scalar", "cholesky", "none"] = "dimension"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_rate: float = 3.0
+    max_minutes: float = 0.0
+    validate_steps: int = 0
+    shuffle_examples: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.optimizer in ("adamw", "muon"), "optimizer", f"has to be one of adamw, muon, not {self.optimizer!r}")
+        check_that(self.optimizer == "adamw" or self.family == "lde", "optimizer", "can be muon for the family lde only")
+        check_that(self.muon_rate > 0, "muon_rate", "has to be positive")
+        check_that(self.validate_steps >= 0, "validate_steps", "has to be 0 or more")
+        check_that(self.max_minutes >= 0, "max_minutes", "has to be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(Checked):
+    """The section `sampling`.
+
+    Attributes:
+        count: Samples drawn from each density.
+        seed: Seed of the draws.
+        shard_examples: Samples in a shard at most.
+        rounding: `none`, or `8-bit` to round decoded pixels to 256 levels as the paper's authors do.
+    """
+
+    count: int = 10_000
+    seed: int = 0
+    shard_examples: int = 2_000
+    rounding: Literal["none", "8-bit"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.count >= 1, "count", "has to be at least 1")
+        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+        check_that(self.shard_examples >= 1, "shard_examples", "has to be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParzenSettings(Checked):
+    """Protocol of the Parzen-window score.
+
+    Attributes:
+        protocol: Name of the protocol, shown beside each score.
+        bandwidth_start: First bandwidth of the grid, in units of the pixel range 0..1.
+        bandwidth_stop: Last bandwidth of the grid.
+        bandwidth_count: Number of bandwidths.
+        spacing: `linear` or `log`.
+        validation_count: Validation examples used for the search, the first of the split; 0 takes all.
+    """
+
+    protocol: str = "gmmn"
+    bandwidth_start: float = 0.10
+    bandwidth_stop: float = 0.29
+    bandwidth_count: int = 20
+    spacing: Literal["linear", "log"] = "linear"
+    validation_count: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(1 <= self.bandwidth_count <= 1000, "bandwidth_count", "has to lie in 1..1000")
+        check_that(self.bandwidth_start > 0, "bandwidth_start", "has to be positive")
+        check_that(self.bandwidth_start <= self.bandwidth_stop, "bandwidth_stop", "has to be at least bandwidth_start")
+        check_that(self.validation_count >= 0, "validation_count", "has to be 0 or more")
+
+    @property
+    def bandwidths(self) -> tuple[float, ...]:
+        """The grid, in ascending order."""
+        if self.bandwidth_count == 1:
+            return (self.bandwidth_start,)
+        steps = [i / (self.bandwidth_count - 1) for i in range(self.bandwidth_count)]
+        if self.spacing == "log":
+            ratio = self.bandwidth_stop / self.bandwidth_start
+            return tuple(round(self.bandwidth_start * ratio**s, 12) for s in steps)
+        return tuple(round(self.bandwidth_start + s * (self.bandwidth_stop - self.bandwidth_start), 12) for s in steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualitySettings(Checked):
+    """How samples of images are compared with test images in the features of a network.
+
+    Attributes:
+        network: `classifier`: a small one, trained on the labelled training images; `vgg19`: up to relu3_1; `inception`: that
+            of published scores. Scores of two networks don't compare.
+        weights: Where the weights come from: a file, or `imagenet` for torchvision's official VGG19, downloaded once; null for
+            the classifier.
+        samples: Samples compared, at most, the first drawn.
+        neighbours: k of precision and recall.
+        classifier_examples: Training images that the classifier is trained on, at most, the first of the split.
+        classifier_epochs: Passes over them.
+        seed: Seed of the classifier and of the subsets of KID.
+    """
+
+    network: Literal["classifier", "vgg19", "inception"]
+    weights: str | None = None
+    samples: int = 10_000
+    neighbours: int = 3
+    classifier_examples: int = 10_000
+    classifier_epochs: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(
+            (self.network == "classifier") == (self.weights is None),
+            "weights",
+            "the classifier is trained here: leave it out"
+            if self.network == "classifier"
+            else f"missing; {self.network} needs a file with its weights" + (", or 'imagenet'" * (self.network == "vgg19")),
+        )
+        check_that(self.samples >= 20, "samples", "has to be at least 20")
+        check_that(1 <= self.neighbours <= 100, "neighbours", "has to lie in 1..100")
+        check_that(self.classifier_examples >= 1, "classifier_examples", "has to be at least 1")
+        check_that(self.classifier_epochs >= 1, "classifier_epochs", "has to be at least 1")
+        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolationSettings(Checked):
+    """How interpolated test codes are scored (Figure 10) and shown (Figure 7).
+
+    Attributes:
+        pairs: Pairs of test codes of the same label, and as many of different labels.
+        seed: Seed of the draw of pairs.
+    """
+
+    pairs: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(2 <= self.pairs <= 1_000_000, "pairs", "has to lie in 2..1000000")
+        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Checked):
+    """A row of `evaluations`, named like its data set.
+
+    Attributes:
+        parzen: Protocol of the Parzen score; null for none.
+        quality: Comparison of samples with test images in a feature space; null for none.
+        interpolation: Scores and images of interpolated test codes; null for none.
+    """
+
+    parzen: ParzenSettings | None = None
+    quality: QualitySettings | None = None
+    interpolation: InterpolationSettings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings(Checked):
+    """A row of `controls`: what a data set's own images score where samples and reconstructions of a model do.
+
+    Attributes:
+        dataset: Row of `datasets`, of images.
+        seed: Seed of the choice of training images and of k-means.
+        kmeans_centroids: Number of centroids; 0 takes as many as there are samples of the models. A data set with no more
+            training images than that needs fewer, since each image would be its own centroid; their score then has an n of its
+            own.
+        kmeans_batch_size: Images in a step of mini-batch k-means.
+        kmeans_epochs: Passes over the training images.
+        pca_components: Numbers of a code up to which principal components are reconstructed from, beside the autoencoders'
+            open dimensions; 0 for none.
+    """
+
+    dataset: str
+    seed: int = 0
+    kmeans_centroids: int = 0
+    kmeans_batch_size: int = 4096
+    kmeans_epochs: int = 10
+    pca_components: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+        check_that(self.kmeans_centroids >= 0, "kmeans_centroids", "has to be 0 or more")
+        check_that(self.kmeans_batch_size >= 1, "kmeans_batch_size", "has to be at least 1")
+        check_that(self.kmeans_epochs >= 1, "kmeans_epochs", "has to be at least 1")
+        check_that(0 <= self.pca_components <= 4096, "pca_components", "has to lie in 0..4096")
