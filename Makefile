@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install repro test test-slow test-gpu lint ui clean
+.PHONY: install repro test test-slow test-gpu mutants lint ui clean
 
 install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock
 
@@ -29,6 +29,9 @@ test-slow: install  ## Run the tests that take long: kills, memory, fuzzing at l
 
 test-gpu: install  ## Run the tests that only a GPU can tell, on a machine with one
 	python -m pytest -m gpu
+
+mutants: install  ## Plant the faults of tests/mutants.yaml, one at a time, and tell which of them the tests notice
+	python -m tests.mutants
 
 lint: install  ## Check style, annotations, docstrings and types
 	ruff check .
