@@ -242,7 +242,7 @@ def test_priors():
     assert ((sides == 0) | (sides == 3)).float().mean() > 0.98
     with pytest.raises(PipelineError, match="fixed in the units of the codes"):
         Prior(2).standardise(torch.zeros(2), torch.ones(2))
-    with pytest.raises(SettingsError, match="standardise: has to be 'none'"):
+    with pytest.raises(SettingsError, match="standardise: must be 'none'"):
         build("prior", standardise="scalar")
 
 
@@ -357,14 +357,14 @@ def test_settings_name_the_row():
 
     assert row(family="nsf").family == "nsf"
     for values, message in [
-        ({"family": "lde", "components": 0}, "densities.points-d.components: has to be at least 1"),
-        ({"family": "lde", "blocks": "residual"}, "densities.points-d.width: has to be set for residual blocks"),
+        ({"family": "lde", "components": 0}, "densities.points-d.components: must be at least 1"),
+        ({"family": "lde", "blocks": "residual"}, "densities.points-d.width: must be set for residual blocks"),
         ({"family": "gmm", "components": [5, 2]}, "densities.points-d.components: have to ascend"),
         ({"family": "maff"}, "did you mean 'maf'"),
         ({"family": "common"}, "densities.points-d.family"),
         ({"family": "made-mog"}, "densities.points-d.family: 'made-mog' is written 'made_mog', like its file"),
         ({"family": "maf", "bins": 8}, "densities.points-d.bins: unknown key"),
-        ({"family": "made_mog", "hidden": []}, "densities.points-d.hidden: has to list"),
+        ({"family": "made_mog", "hidden": []}, "densities.points-d.hidden: must list"),
         ({"family": "rnade", "hiden": 3}, "did you mean 'hidden'"),
     ]:
         with pytest.raises(SettingsError, match=message.replace("(", r"\(")):

@@ -173,7 +173,7 @@ def test_download_goes_through_torchvision(tmp_path: Path, monkeypatch: pytest.M
     settings = mnist_source.Settings(source="mnist", root=str(tmp_path))
     mnist_source.download(settings, tmp_path)
     assert calls == [(str(tmp_path), True)]
-    with pytest.raises(DataError, match="mnist can't be downloaded"):
+    with pytest.raises(DataError, match="MNIST can't be downloaded"):
         mnist_source.download(settings, tmp_path)
 
 
