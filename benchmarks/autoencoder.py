@@ -28,7 +28,8 @@ from pipeline.storage.batches import Batches
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
 from pipeline.system.files import write_json
 from pipeline.system.ranks import Ranks
-from pipeline.training.loop import Step, train
+from pipeline.training.loop import train
+from pipeline.training.trainable import Step
 
 # C, N, S, D, batch size: batches are cut for the larger images, so that a step takes about a second at most on two cores.
 EXPERIMENTS = {

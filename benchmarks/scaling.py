@@ -37,7 +37,7 @@ from pipeline.storage.batches import Batches
 from pipeline.storage.codes import write_part
 from pipeline.storage.shards import ShardReader, scale_pixels
 from pipeline.system.files import read_json, write_json, write_text
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 HERE = Path(__file__).parent
 START, END = "<!-- measured and computed by benchmarks/scaling.py -->", "<!-- end -->"

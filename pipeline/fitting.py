@@ -20,7 +20,9 @@ from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
-from pipeline.training.loop import Checkpoint, Step, Trainable, Training, train
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.loop import train
+from pipeline.training.trainable import Step, Trainable, Training
 
 __all__ = ["cholesky_factor", "discrepancy", "fit_density", "log_likelihood", "score_codes"]
 

@@ -9,7 +9,7 @@ from stages import workspace
 from stages.run import Run, stage
 
 if TYPE_CHECKING:
-    from pipeline.training.loop import Training
+    from pipeline.training.trainable import Training
 
 SCORED = 20_000  # codes of a split that are scored here, at most, the first; evaluate scores every test code
 
@@ -32,7 +32,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
     from pipeline.system.files import atomic_folder
     from pipeline.system.progress import track
     from pipeline.system.ranks import join
-    from pipeline.training.loop import Checkpoint, code_digest
+    from pipeline.training.checkpoint import Checkpoint, code_digest
 
     ranks = join()
     codes = CodeReader(workspace.codes_folder(settings.codes))

@@ -44,7 +44,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     from pipeline.storage.shards import ShardReader, scale_pixels
     from pipeline.system.files import atomic_folder
     from pipeline.system.ranks import join
-    from pipeline.training.loop import Checkpoint, code_digest
+    from pipeline.training.checkpoint import Checkpoint, code_digest
     from pipeline.training.loop import train as train_model
 
     ranks = join()

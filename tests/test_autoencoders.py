@@ -19,7 +19,7 @@ from pipeline.autoencoders.common.incremental import IncrementalSettings
 from pipeline.autoencoders.common.network import Autoencoder, Decoder, Encoder, filter_side, image_side
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 # C, N, S, D, side, output: the table of experiments
 PAPER = [

@@ -15,7 +15,7 @@ from pipeline.autoencoders.vae import kl_divergence
 from pipeline.errors import SettingsError
 from pipeline.priors import Prior
 from pipeline.settings import Params, build
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 MODULES = {"ae": ae, "vae": vae, "aae": aae, "rae": rae}
 

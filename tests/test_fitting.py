@@ -17,7 +17,7 @@ from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import CodeIndex, CodeReader, Moments, write_index, write_part
 from pipeline.system import progress
 from pipeline.system.ranks import join
-from pipeline.training.loop import Checkpoint
+from pipeline.training.checkpoint import Checkpoint
 
 
 def write(folder: Path, train: np.ndarray) -> CodeReader:

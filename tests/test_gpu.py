@@ -25,7 +25,8 @@ from pipeline.settings import implementation
 from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeIndex, CodeReader, write_index, write_part
 from pipeline.system.ranks import Ranks, join
-from pipeline.training.loop import Checkpoint, train
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.loop import train
 
 pytestmark = [
     pytest.mark.gpu,

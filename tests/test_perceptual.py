@@ -17,7 +17,7 @@ from pipeline.autoencoders.common import perceptual as module
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import build
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 
 def generator(seed: int = 0) -> torch.Generator:

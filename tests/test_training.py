@@ -21,8 +21,12 @@ from pipeline.errors import PipelineError, TrainingError
 from pipeline.settings import TrainingSettings
 from pipeline.storage.batches import Batches
 from pipeline.system.ranks import Ranks
+from pipeline.training import checkpoint as checkpoints
 from pipeline.training import loop as training
-from pipeline.training.loop import Checkpoint, Step, Trainable, Training, learning_rate, train
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.loop import train
+from pipeline.training.schedule import learning_rate
+from pipeline.training.trainable import Step, Trainable, Training
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNTS = [13, 9, 20]
@@ -131,13 +135,13 @@ def test_schedules() -> None:
 def test_averaged_weights_are_the_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SETTINGS, epochs=1, schedule="constant")
     seen: list[dict[str, Tensor]] = []
-    update = training._Averaged.update
+    update = training._Averages.update
 
     def noted(self: Any, model: nn.Module, step: int) -> None:
         seen.append({n: v.clone() for n, v in model.state_dict().items()})
         update(self, model, step)
 
-    monkeypatch.setattr(training._Averaged, "update", noted)
+    monkeypatch.setattr(training._Averages, "update", noted)
     model, _ = run(settings=settings, best=False)
     average = {n: v.clone().double() for n, v in Toy().state_dict().items() if v.is_floating_point()}
     for step, weights in enumerate(seen, start=1):
@@ -254,8 +258,8 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_the_code_digest_follows_the_library() -> None:
-    assert len(training.code_digest()) == 64
-    assert training.code_digest() == training.code_digest()
+    assert len(checkpoints.code_digest()) == 64
+    assert checkpoints.code_digest() == checkpoints.code_digest()
 
 
 # NaN ------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.priors import Prior, PriorName
 from pipeline.settings import check_that
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 __all__ = ["AdversarialObjective", "Settings", "build"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 __all__ = ["AutoencoderObjective", "Settings", "build"]
 

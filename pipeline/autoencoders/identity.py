@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.autoencoders.common.base import Objective
 from pipeline.settings import AutoencoderSettings, check_that
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 __all__ = ["IdentityObjective", "Settings", "build"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.settings import check_that
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 __all__ = ["RegularisedObjective", "Settings", "build"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.priors import PriorName
 from pipeline.settings import check_that
-from pipeline.training.loop import Step
+from pipeline.training.trainable import Step
 
 __all__ = ["Settings", "VariationalObjective", "build", "kl_divergence"]
 

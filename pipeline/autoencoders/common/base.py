@@ -13,7 +13,7 @@ from pipeline.autoencoders.common.network import Autoencoder, Decoder, Encoder, 
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.errors import SettingsError
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that
-from pipeline.training.loop import Step, Trainable
+from pipeline.training.trainable import Step, Trainable
 
 __all__ = ["ImageAutoencoderSettings", "ImageObjective", "Objective"]
 

@@ -1,0 +1,85 @@
+"""What the training loop trains, where it stands, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Step", "Trainable", "Training"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training stands when a loss is computed.
+
+    Attributes:
+        index: Steps done before this one.
+        epoch: Fractional epoch, index / steps an epoch.
+        generator: Source of all randomness of the step. It is seeded anew from (seed, index, rank) at every step, so a resumed
+            run draws the same numbers with no state to keep. It lives on the CPU.
+    """
+
+    index: int
+    epoch: float
+    generator: torch.Generator
+
+
+class Trainable(nn.Module):
+    """A network together with the losses that train it.
+
+    Attributes:
+        phases: Names of the parts of a step, each with its own optimizers, in order. Most have one.
+        muon_rate: Muon's learning rate, as a multiple of AdamW's.
+    """
+
+    phases: tuple[str, ...] = ("model",)
+    muon_rate: float = 1.0
+
+    def phase_parameters(self, phase: str) -> Iterable[nn.Parameter]:
+        """The parameters that the phase's optimizers move."""
+        return self.parameters()
+
+    def muon_parameters(self, phase: str) -> Iterable[Tensor]:
+        """Those of them that Muon moves; AdamW moves the others."""
+        return ()
+
+    def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
+        """The loss of a phase under the key "loss", and what else is to be logged, each a scalar.
+
+        Arguments:
+            phase: One of `phases`.
+            batch: "images" with shape (B, C, H, W) in the range of the data set, or "codes" with shape (B, D); "labels" (B,)
+                where there are any.
+            step: Where training stands.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class Training:
+    """What a training run leaves besides the weights.
+
+    Attributes:
+        curve: Rows of the training curve: step, epoch, learning_rate, the means of the logged losses since the row before.
+        validations: A row for each validation: step, epoch, and what `validate` gave.
+        validation_seconds: When each validation ended, in seconds of the loop; apart, since the rows are the same in every run.
+        best: Step and value of the best validation, where a key was given.
+        steps: Steps taken in all.
+        seconds: Time spent in the loop, over all pieces of a resumed run.
+        examples: Examples seen.
+        resumed_at: Step of the checkpoint that this process went on from; none for a fresh start.
+        ended_by: `epochs`, or `max_minutes`.
+    """
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    validations: list[dict[str, float]] = field(default_factory=list)
+    validation_seconds: list[float] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    examples: int = 0
+    resumed_at: int | None = None
+    ended_by: str = "epochs"
