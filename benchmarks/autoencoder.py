@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from pipeline.autoencoders import ae
 from pipeline.autoencoders.common.network import image_side
 from pipeline.storage.batches import Batches
-from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
+from pipeline.storage.parts import write_index
+from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels
 from pipeline.system.files import write_json
 from pipeline.system.ranks import Ranks
 from pipeline.training.loop import train

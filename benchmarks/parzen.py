@@ -23,7 +23,8 @@ import torch
 
 from pipeline.scoring import parzen_score, unit_blocks
 from pipeline.settings import ParzenSettings
-from pipeline.storage.shards import Shard, ShardIndex, ShardReader, ShardWriter, write_index
+from pipeline.storage.parts import Part, write_index
+from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter
 from pipeline.system.files import write_json
 from pipeline.system.ranks import join
 
@@ -32,7 +33,7 @@ SHAPE = (1, 28, 28)
 SHARD_EXAMPLES = 4000
 
 
-def write_split(folder: Path, split: str, count: int, seed: int, dtype: str) -> tuple[Shard, ...]:
+def write_split(folder: Path, split: str, count: int, seed: int, dtype: str) -> tuple[Part, ...]:
     """Writes images around a few prototypes, so that distances spread as those of digits do."""
     prototypes = np.random.default_rng(0).random((10, *SHAPE), dtype=np.float32) ** 4
     generator = np.random.default_rng(seed)

@@ -158,7 +158,7 @@ def measure_data(row: dict[str, Any], folder: Path, count: int, dim: int, second
     )
     prepared = per_cpu_second(lambda: prepare_shards(settings, folder / "shards", processes=1), count, seconds)
     reader = ShardReader(folder / "shards")
-    shards = reader.index.shards("train")
+    shards = reader.index.parts("train")
     examples = reader.load("train", 0)["examples"]
 
     def shuffle() -> None:

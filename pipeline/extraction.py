@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from pipeline.errors import DataError
-from pipeline.storage.codes import CodeIndex, CodePart, CodeReader, Moments, write_index, write_part
-from pipeline.storage.shards import SPLITS, ShardIndex, ShardReader, scale_pixels
+from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.parts import SPLITS, Part, write_index
+from pipeline.storage.shards import ShardIndex, ShardReader, scale_pixels
 from pipeline.system.files import sha256_file
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder
@@ -47,7 +48,7 @@ def extract_codes(
 
         encoder = Encoder.load(autoencoder / "encoder.safetensors").to(ranks.device)
     with shared_folder(folder, ranks) as temporary:
-        work = [(split, number) for split in SPLITS for number in range(len(reader.index.shards(split)))]
+        work = [(split, number) for split in SPLITS for number in range(len(reader.index.parts(split)))]
         mine = {}
         with Progress(len(work), f"encoding {folder.name}", unit="shards", quiet=not ranks.first) as progress:
             for i in ranks.share(len(work)):
@@ -73,7 +74,7 @@ def extract_codes(
 
 def _write_index(folder: Path, reader: ShardReader, autoencoder: Path, parts: dict[str, dict[str, object]]) -> CodeIndex:
     by_split = {
-        split: tuple(CodePart(**parts[f"{split}/{n}"]) for n in range(len(reader.index.shards(split))))  # type: ignore[arg-type]
+        split: tuple(Part(**parts[f"{split}/{n}"]) for n in range(len(reader.index.parts(split))))  # type: ignore[arg-type]
         for split in SPLITS
     }
     decoder = autoencoder / "decoder.safetensors"
@@ -85,11 +86,11 @@ def _write_index(folder: Path, reader: ShardReader, autoencoder: Path, parts: di
     from safetensors.numpy import load_file
 
     # The moments are taken over the finished files in order: the same however many ranks wrote them.
-    moments: Moments | None = None
+    moments: VectorMoments | None = None
     for part in by_split["train"]:
         codes = load_file(folder / part.name)["codes"]
         dim = codes.shape[1]
-        moments = moments or Moments(dim)
+        moments = moments or VectorMoments(dim)
         moments.update(codes)
     assert moments is not None
     index = CodeIndex(

@@ -19,7 +19,8 @@ import numpy as np
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import DatasetSettings, implementation
-from pipeline.storage.shards import SPLITS, ShardIndex, ShardWriter, write_index
+from pipeline.storage.parts import SPLITS, write_index
+from pipeline.storage.shards import ShardIndex, ShardWriter
 from pipeline.system.files import atomic_folder
 from pipeline.system.processes import die_with_parent
 from pipeline.system.progress import Progress

@@ -14,7 +14,8 @@ from pipeline.autoencoders.common.network import Decoder
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import SamplingSettings
-from pipeline.storage.shards import Shard, ShardIndex, ShardWriter, write_index
+from pipeline.storage.parts import Part, write_index
+from pipeline.storage.shards import ShardIndex, ShardWriter
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder
 
@@ -101,7 +102,7 @@ def write_samples(
             shape=shape,
             dtype="float32",
             value_range=value_range,
-            samples=tuple(Shard(**shards[i]) for i in range(len(sizes))),  # type: ignore[arg-type]
+            samples=tuple(Part(**shards[i]) for i in range(len(sizes))),  # type: ignore[arg-type]
         )
         if ranks.first:
             write_index(temporary, index)

@@ -147,7 +147,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     def mine(split: str, label: str) -> Iterator[dict[str, np.ndarray]]:
         total = reader.index.count(split)
         with Progress(total, f"{label} of {run.row}", unit="images", quiet=not ranks.first) as progress:
-            for block in reader.blocks(split, ranks.share(len(reader.index.shards(split)))):
+            for block in reader.blocks(split, ranks.share(len(reader.index.parts(split)))):
                 yield block
                 progress.advance(len(block["examples"]) * ranks.world)
 

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from pipeline.storage.codes import CodeIndex, CodeReader, Moments, write_index, write_part
+from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.parts import write_index
 
 
 def write(folder: Path, counts: dict[str, list[int]], dim: int = 3, labels: bool = True) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     codes, parts = {}, {}
-    moments = Moments(dim)
+    moments = VectorMoments(dim)
     for split, sizes in counts.items():
         codes[split] = generator.normal(5, 2, (sum(sizes), dim)).astype(np.float32)
         pieces = np.split(codes[split], np.cumsum(sizes)[:-1])
@@ -64,7 +65,7 @@ def test_same_codes_same_bytes(tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.floats(-1e4, 1e4))
 def test_moments_of_a_stream_are_those_of_the_whole(sizes: list[int], shift: float) -> None:
     whole = np.random.default_rng(1).normal(shift, 3, (sum(sizes), 2))
-    moments = Moments(2)
+    moments = VectorMoments(2)
     for piece in np.split(whole, np.cumsum(sizes)[:-1]):
         moments.update(piece)
     if len(whole):

@@ -14,7 +14,8 @@ from pipeline import fitting
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
 from pipeline.settings import DensitySettings, build, implementation
-from pipeline.storage.codes import CodeIndex, CodeReader, Moments, write_index, write_part
+from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.parts import write_index
 from pipeline.system import progress
 from pipeline.system.ranks import join
 from pipeline.training.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from pipeline.training.checkpoint import Checkpoint
 
 def write(folder: Path, train: np.ndarray) -> CodeReader:
     """Codes whose validation and test splits are those of training."""
-    moments = Moments(train.shape[1])
+    moments = VectorMoments(train.shape[1])
     moments.update(train)
     parts = {split: (write_part(folder, split, 0, train, None),) for split in ("train", "valid", "test")}
     write_index(

@@ -23,7 +23,8 @@ from pipeline.fitting import fit_density
 from pipeline.settings import build as build_settings
 from pipeline.settings import implementation
 from pipeline.storage.batches import Batches
-from pipeline.storage.codes import CodeIndex, CodeReader, write_index, write_part
+from pipeline.storage.codes import CodeIndex, CodeReader, write_part
+from pipeline.storage.parts import write_index
 from pipeline.system.ranks import Ranks, join
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import train

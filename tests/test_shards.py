@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels, write_index
+from pipeline.storage.parts import write_index
+from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels
 from pipeline.system.files import atomic_file, atomic_folder, read_json, sha256_file
 
 

@@ -12,7 +12,8 @@ import pytest
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
 from pipeline.sources import digits5k, grid, patches, vectors
-from pipeline.sources.common.source import SPLITS, BlockwiseSplit, Source
+from pipeline.sources.common.source import BlockwiseSplit, Source
+from pipeline.storage.parts import SPLITS
 
 HERE = Path(".")
 

@@ -21,7 +21,8 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.settings import Params, build, implementation
 from pipeline.sources import bsds300, tfd
 from pipeline.sources import mnist as mnist_source
-from pipeline.sources.common.source import SPLITS, Block, Source
+from pipeline.sources.common.source import Block, Source
+from pipeline.storage.parts import SPLITS
 
 RANDOM = np.random.default_rng(0)
 

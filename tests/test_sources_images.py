@@ -19,7 +19,8 @@ from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build, implementation
 from pipeline.sources.common.archives import open_files
 from pipeline.sources.common.image_files import decode, fit
-from pipeline.sources.common.source import SPLITS, Source
+from pipeline.sources.common.source import Source
+from pipeline.storage.parts import SPLITS
 
 
 def encode(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:

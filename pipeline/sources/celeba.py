@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.errors import DataError
 from pipeline.settings import check_that
 from pipeline.sources.common.image_files import ImageFiles, ImageSettings, find_images, image_names, seeded_split
-from pipeline.sources.common.source import SPLITS
+from pipeline.storage.parts import SPLITS
 
 __all__ = ["Settings", "download", "open_source"]
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.settings import check_that
 from pipeline.sources.common.image_files import ImageFiles, ImageSettings
-from pipeline.sources.common.source import SPLITS, Block, Source, generator
+from pipeline.sources.common.source import Block, Source, generator
+from pipeline.storage.parts import SPLITS
 
 __all__ = ["Settings", "Union", "open_source"]
 

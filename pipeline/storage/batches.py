@@ -14,10 +14,9 @@ from typing import Any, cast
 import numpy as np
 
 from pipeline.errors import PipelineError, SettingsError
+from pipeline.storage.parts import Arrays
 
 __all__ = ["Batches"]
-
-Arrays = dict[str, np.ndarray]
 
 CACHE_MIB = 512  # parts are kept in memory up to this much in all, so that small data sets are read once
 

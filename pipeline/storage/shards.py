@@ -14,40 +14,23 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
-from pipeline.errors import DataError, SettingsError
-from pipeline.settings import build
-from pipeline.system.files import read_json, sha256_bytes, sha256_file, write_json
+from pipeline.storage.parts import SPLITS, Arrays, Part, PartIndex, PartReader, part_name, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BLOCK_EXAMPLES", "SPLITS", "Shard", "ShardIndex", "ShardReader", "ShardWriter", "scale_pixels"]
+__all__ = ["BLOCK_EXAMPLES", "ShardIndex", "ShardReader", "ShardWriter", "scale_pixels"]
 
 BLOCK_EXAMPLES = 256
-SPLITS = ("train", "valid", "test")
 MEMBERS = ("examples", "labels", "codes")  # the arrays that a block may hold
 
-Arrays = dict[str, np.ndarray]
-
-_AGAIN = "run the stage that writes it again"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar file: its name, how many examples it holds, its length in bytes and its SHA-256 digest."""
-
-    name: str
-    count: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
+class ShardIndex(PartIndex):
     """What a folder of shards holds.
 
     Attributes:
@@ -59,39 +42,17 @@ class ShardIndex:
         train, valid, test, samples: The shards of each split, in order.
     """
 
+    splits: ClassVar = (*SPLITS, "samples")
+
     kind: Literal["images", "vectors"]
     shape: tuple[int, ...]
     dtype: Literal["uint8", "float32"]
     value_range: tuple[float, ...] | None = None
     label_names: tuple[str, ...] | None = None
-    train: tuple[Shard, ...] = ()
-    valid: tuple[Shard, ...] = ()
-    test: tuple[Shard, ...] = ()
-    samples: tuple[Shard, ...] = ()
-
-    def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of a split, in order."""
-        shards: tuple[Shard, ...] = getattr(self, split)
-        return shards
-
-    def count(self, split: str) -> int:
-        """Number of examples of a split."""
-        return sum(shard.count for shard in self.shards(split))
-
-    @property
-    def digest(self) -> str:
-        """One digest for all that the folder holds, made from those of the shards."""
-        names = [f"{s.name} {s.sha256}" for split in (*SPLITS, "samples") for s in self.shards(split)]
-        return sha256_bytes("\n".join(names).encode())
-
-    def as_json(self) -> dict[str, Any]:
-        """The index as it's written to `index.json`."""
-        values: dict[str, Any] = {"kind": self.kind, "shape": list(self.shape), "dtype": self.dtype}
-        values["value_range"] = None if self.value_range is None else list(self.value_range)
-        values["label_names"] = None if self.label_names is None else list(self.label_names)
-        for split in (*SPLITS, "samples"):
-            values[split] = [vars(shard) for shard in self.shards(split)]
-        return values
+    train: tuple[Part, ...] = ()
+    valid: tuple[Part, ...] = ()
+    test: tuple[Part, ...] = ()
+    samples: tuple[Part, ...] = ()
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -128,7 +89,7 @@ class ShardWriter:
 
     def __init__(self, folder: str | Path, split: str, shard_examples: int = 4096, first: int = 0) -> None:
         self.folder, self.split, self.shard_examples, self.first = Path(folder), split, shard_examples, first
-        self.shards: list[Shard] = []
+        self.shards: list[Part] = []
         self._pending: list[Arrays] = []
         self._pending_count = 0
         self._tar: Any = None
@@ -149,7 +110,7 @@ class ShardWriter:
                 self._write_block()
 
     def _path(self) -> Path:
-        return self.folder / f"{self.split}-{self.first + len(self.shards):06d}.tar"
+        return self.folder / part_name(self.split, self.first + len(self.shards), "tar")
 
     def _write_block(self) -> None:
         if self._tar is None:
@@ -167,8 +128,7 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         self._tar.close()
-        path = self._path()
-        self.shards.append(Shard(name=path.name, count=self._tar_count, bytes=path.stat().st_size, sha256=sha256_file(path)))
+        self.shards.append(part_of(self._path(), self._tar_count))
         self._tar, self._tar_count, self._tar_blocks = None, 0, 0
 
     def close(self) -> None:
@@ -188,54 +148,7 @@ class ShardWriter:
             self._tar.close()
 
 
-def write_index(folder: str | Path, index: ShardIndex) -> None:
-    """Writes `index.json` beside the shards."""
-    write_json(Path(folder) / "index.json", index.as_json())
-
-
-def read_index(folder: str | Path) -> ShardIndex:
-    """Reads and checks `index.json`.
-
-    Raises:
-        DataError: When it's missing, isn't JSON, or says something impossible.
-    """
-    path = Path(folder) / "index.json"
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise DataError(f"{path} isn't an index of shards; {_AGAIN}")
-    try:
-        index = build(ShardIndex, values, str(path))
-    except SettingsError as error:
-        raise DataError(f"{error}; {_AGAIN}") from None
-    if len(index.shape) not in (1, 3) or (len(index.shape) == 3) != (index.kind == "images") or min(index.shape) < 1:
-        raise DataError(f"{path}: impossible shape {list(index.shape)[:8]} of {index.kind}; {_AGAIN}")
-    low, high = index.value_range if index.value_range and len(index.value_range) == 2 else (0.0, 0.0)
-    if (low >= high) if index.kind == "images" else index.value_range is not None:
-        raise DataError(f"{path}: impossible value_range of {index.kind}; {_AGAIN}")
-    if not index.samples and not all(index.shards(split) for split in SPLITS):
-        raise DataError(f"{path}: a split has no shards; {_AGAIN}")
-    example_bytes = math.prod(index.shape) * np.dtype(index.dtype).itemsize
-    for split in (*SPLITS, "samples"):
-        for number, shard in enumerate(index.shards(split)):
-            if shard.name != f"{split}-{number:06d}.tar":
-                raise DataError(f"{path}: {shard.name[:80]!r} stands where {split}-{number:06d}.tar should; {_AGAIN}")
-            if shard.count < 1 or shard.bytes < shard.count * example_bytes:
-                counts = f"{str(shard.count)[:30]} examples in {str(shard.bytes)[:30]} bytes"
-                raise DataError(f"{path}: {shard.name} can't hold {counts}; {_AGAIN}")
-            _check_length(Path(folder) / shard.name, shard)
-    return index
-
-
-def _check_length(path: Path, shard: Shard) -> None:
-    try:
-        length = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from None
-    if length != shard.bytes:
-        raise DataError(f"{path} has {length} bytes instead of {shard.bytes}: truncated or changed; {_AGAIN}")
-
-
-class ShardReader:
+class ShardReader(PartReader[ShardIndex]):
     """Reads a folder of shards.
 
     Arguments:
@@ -245,13 +158,22 @@ class ShardReader:
         DataError: When the index or, on reading, a shard is missing, truncated, changed or holds something unexpected.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.index = read_index(folder)
+    index_type = ShardIndex
+    ending = "tar"
+    remedy = "run the stage that writes it again"
 
-    def counts(self, split: str) -> list[int]:
-        """Number of examples in each shard of a split."""
-        return [shard.count for shard in self.index.shards(split)]
+    def _impossible(self, index: ShardIndex) -> str:
+        if len(index.shape) not in (1, 3) or (len(index.shape) == 3) != (index.kind == "images") or min(index.shape) < 1:
+            return f"impossible shape {list(index.shape)[:8]} of {index.kind}"
+        low, high = index.value_range if index.value_range and len(index.value_range) == 2 else (0.0, 0.0)
+        if (low >= high) if index.kind == "images" else index.value_range is not None:
+            return f"impossible value_range of {index.kind}"
+        if not index.samples and not all(index.parts(split) for split in SPLITS):
+            return "a split has no shards"
+        return ""
+
+    def _example_bytes(self, index: ShardIndex) -> int:
+        return math.prod(index.shape) * np.dtype(index.dtype).itemsize
 
     def load(self, split: str, number: int) -> Arrays:
         """All examples of one shard: "examples" (n, ...), and "labels" (n,) or "codes" (n, D) where there are any."""
@@ -263,11 +185,11 @@ class ShardReader:
 
         Memory holds one shard.
         """
-        shards = self.index.shards(split)
+        shards = self.index.parts(split)
         for number in range(len(shards)) if numbers is None else numbers:
             shard = shards[number]
             path = self.folder / shard.name
-            data = self._checked_bytes(path, shard)
+            data = self._bytes(shard)
             total, names = 0, None
             for block in self._blocks(path, data):
                 names = names or block.keys()
@@ -277,17 +199,7 @@ class ShardReader:
                     break
                 yield block
             if total != shard.count:
-                raise DataError(f"{path} doesn't hold the {shard.count} examples that its index says; {_AGAIN}")
-
-    def _checked_bytes(self, path: Path, shard: Shard) -> bytes:
-        _check_length(path, shard)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from None
-        if sha256_bytes(data) != shard.sha256:
-            raise DataError(f"{path} doesn't match the digest in its index; {_AGAIN}")
-        return data
+                raise self._error(f"{path} doesn't hold the {shard.count} examples that its index says")
 
     def _blocks(self, path: Path, data: bytes) -> Iterator[Arrays]:
         """The blocks of a shard. Only plain files with the names that `ShardWriter` gives are understood, only as arrays."""
@@ -297,18 +209,17 @@ class ShardReader:
             key, _, ending = member.name.partition(".")
             name = ending.removesuffix(".npy")
             if not member.plain or name not in MEMBERS or not ending.endswith(".npy"):
-                raise DataError(f"{path} holds an unexpected member {member.name[:80]!r}; {_AGAIN}")
+                raise self._error(f"{path} holds an unexpected member {member.name[:80]!r}")
             if block and key == f"{number + 1:06d}":
                 yield self._whole(block, path)
                 block, number = {}, number + 1
             if key != f"{number:06d}" or name in block:
-                raise DataError(f"{path} holds {member.name[:80]!r} out of order; {_AGAIN}")
+                raise self._error(f"{path} holds {member.name[:80]!r} out of order")
             block[name] = self._array(name, data[member.start : member.stop], path)
         if block:
             yield self._whole(block, path)
 
-    @staticmethod
-    def _members(path: Path, data: bytes) -> Iterator[_Member]:
+    def _members(self, path: Path, data: bytes) -> Iterator[_Member]:
         # By offsets, uncompressed: a compressed or sparse member could claim more memory than the file has bytes.
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -317,12 +228,11 @@ class ShardReader:
                     stop = info.offset_data + info.size
                     yield _Member(info.name, plain and info.size >= 0 and stop <= len(data), info.offset_data, stop)
         except (tarfile.TarError, ValueError, OSError, EOFError, OverflowError, RecursionError) as error:
-            raise DataError(f"{path} isn't a readable shard ({type(error).__name__}: {error}); {_AGAIN}") from None
+            raise self._error(f"{path} isn't a readable shard ({type(error).__name__}: {error})") from None
 
-    @staticmethod
-    def _whole(block: Arrays, path: Path) -> Arrays:
+    def _whole(self, block: Arrays, path: Path) -> Arrays:
         if "examples" not in block or len({len(array) for array in block.values()}) != 1:
-            raise DataError(f"{path} holds a block whose arrays don't belong together; {_AGAIN}")
+            raise self._error(f"{path} holds a block whose arrays don't belong together")
         return block
 
     def _array(self, name: str, data: bytes, path: Path) -> np.ndarray:
@@ -338,17 +248,17 @@ class ShardReader:
             header_shape, fortran, header_dtype = np.lib.format.read_array_header_1_0(stream)
         except Exception as error:  # NumPy parses the header as Python literals, and passes on whatever that raises
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise DataError(f"{path}: {name} isn't a plain .npy array ({reason}); {_AGAIN}") from None
+            raise self._error(f"{path}: {name} isn't a plain .npy array ({reason})") from None
         right = header_dtype == np.dtype(dtype) and not fortran and len(header_shape) >= 1 and min(header_shape) >= 1
         right = right and (header_shape[1:] == shape if shape is not None else len(header_shape) == 2)
         # The declared size is checked against what is there before anything is allocated.
         right = right and math.prod(header_shape) * header_dtype.itemsize == len(data) - stream.tell()
         if not right:
-            raise DataError(f"{path}: {name} has type {header_dtype} and shape {header_shape}; {_AGAIN}")
+            raise self._error(f"{path}: {name} has type {header_dtype} and shape {header_shape}")
         # A copy of its own: torch warns of arrays that can't be written to.
         array = np.frombuffer(data, header_dtype, offset=stream.tell()).reshape(header_shape).copy()
         if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise DataError(f"{path}: {name} aren't finite; {_AGAIN}")
+            raise self._error(f"{path}: {name} aren't finite")
         return array
 
 

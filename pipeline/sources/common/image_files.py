@@ -14,7 +14,8 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, check_that
 from pipeline.sources.common.archives import open_files
-from pipeline.sources.common.source import SPLITS, Block, Source, generator
+from pipeline.sources.common.source import Block, Source, generator
+from pipeline.storage.parts import SPLITS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,10 +18,10 @@ from typing import Literal
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.storage.parts import SPLITS
 
-__all__ = ["SPLITS", "Block", "BlockwiseSplit", "Source", "generator", "packaged_file", "read_in_groups"]
+__all__ = ["Block", "BlockwiseSplit", "Source", "generator", "packaged_file", "read_in_groups"]
 
-SPLITS = ("train", "valid", "test")
 GROUP = 256  # consecutive drawn examples that share a generator
 
 

@@ -1,0 +1,181 @@
+"""What shards and codes have in common: numbered files by split, and an `index.json` with count, length and digest of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from pipeline.errors import DataError, SettingsError
+from pipeline.settings import build
+from pipeline.system.files import read_json, sha256_bytes, sha256_file, write_json
+
+__all__ = ["SPLITS", "Arrays", "Part", "PartIndex", "PartReader", "part_name", "part_of", "write_index"]
+
+SPLITS = ("train", "valid", "test")
+
+Arrays = dict[str, np.ndarray]  # by name, examples along the first axis of each
+
+
+def part_name(split: str, number: int, ending: str) -> str:
+    """Name of file `number` of a split.
+
+    Example:
+        >>> part_name("train", 3, "tar")
+        'train-000003.tar'
+    """
+    return f"{split}-{number:06d}.{ending}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One file: its name, number of examples, length in bytes and SHA-256 digest."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+def part_of(path: Path, count: int) -> Part:
+    """The entry of a finished file that holds `count` examples."""
+    return Part(name=path.name, count=count, bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+class PartIndex:
+    """Base of indexes, dataclasses with a field of files, `tuple[Part, ...]`, for each split.
+
+    Attributes:
+        splits: Names of those fields.
+    """
+
+    splits: ClassVar[tuple[str, ...]] = SPLITS
+
+    def parts(self, split: str) -> tuple[Part, ...]:
+        """The files of a split, in order."""
+        parts: tuple[Part, ...] = getattr(self, split)
+        return parts
+
+    def counts(self, split: str) -> list[int]:
+        """Number of examples in each file of a split."""
+        return [part.count for part in self.parts(split)]
+
+    def count(self, split: str) -> int:
+        """Number of examples of a split."""
+        return sum(self.counts(split))
+
+    @property
+    def digest(self) -> str:
+        """One digest for all that the folder holds, made from those of its files."""
+        return sha256_bytes("\n".join(self._digests()).encode())
+
+    def _digests(self) -> list[str]:
+        return [f"{part.name} {part.sha256}" for split in self.splits for part in self.parts(split)]
+
+    def as_json(self) -> dict[str, Any]:
+        """The index as it's written to `index.json`."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        return values | {split: [vars(part) for part in self.parts(split)] for split in self.splits}
+
+
+def write_index(folder: str | Path, index: PartIndex) -> None:
+    """Writes `index.json` next to the files."""
+    write_json(Path(folder) / "index.json", index.as_json())
+
+
+Index = TypeVar("Index", bound=PartIndex)
+
+
+class PartReader(Generic[Index]):
+    """Base of readers of a folder with an `index.json`.
+
+    Arguments:
+        folder: The folder.
+
+    Attributes:
+        index: What the folder holds.
+        index_type: The class of the index.
+        ending: Ending of the files' names.
+        remedy: What to do about a damaged file; the end of every message.
+
+    Raises:
+        DataError: When the index is missing or says something impossible, or a file is missing or has another length.
+    """
+
+    index_type: type[Index]
+    ending: ClassVar[str]
+    remedy: ClassVar[str]
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "index.json"
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise self._error(f"{path} isn't an index")
+        try:
+            self.index = build(self.index_type, values, str(path))
+        except SettingsError as error:
+            raise self._error(str(error)) from None
+        wrong = self._impossible(self.index)
+        if wrong:
+            raise self._error(f"{path}: {wrong}")
+        example_bytes = self._example_bytes(self.index)
+        for split in self.index.splits:
+            for number, part in enumerate(self.index.parts(split)):
+                expected = part_name(split, number, self.ending)
+                if part.name != expected:
+                    raise self._error(f"{path}: {part.name[:80]!r} stands where {expected} should")
+                if part.count < 1 or part.bytes < part.count * example_bytes:
+                    counts = f"{str(part.count)[:30]} examples in {str(part.bytes)[:30]} bytes"
+                    raise self._error(f"{path}: {part.name} can't hold {counts}")
+                self._check_length(part)
+
+    # What a kind of files implements
+
+    def _impossible(self, index: Index) -> str:
+        """What is wrong with an index beyond its files, or nothing."""
+        raise NotImplementedError
+
+    def _example_bytes(self, index: Index) -> int:
+        """Bytes that an example takes at least."""
+        raise NotImplementedError
+
+    def load(self, split: str, number: int) -> Arrays:
+        """All examples of one file.
+
+        Raises:
+            DataError: When the file is missing, truncated, changed or holds something unexpected.
+        """
+        raise NotImplementedError
+
+    # What they have in common
+
+    def counts(self, split: str) -> list[int]:
+        """Number of examples in each file of a split."""
+        return self.index.counts(split)
+
+    def _bytes(self, part: Part) -> bytes:
+        """The content of a file, its length and digest checked."""
+        self._check_length(part)
+        path = self.folder / part.name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise self._error(f"{path} can't be read ({error.strerror})") from None
+        if sha256_bytes(data) != part.sha256:
+            raise self._error(f"{path} doesn't match the digest in its index")
+        return data
+
+    def _check_length(self, part: Part) -> None:
+        path = self.folder / part.name
+        try:
+            length = path.stat().st_size
+        except OSError as error:
+            raise self._error(f"{path} can't be read ({error.strerror})") from None
+        if length != part.bytes:
+            raise self._error(f"{path} has {length} bytes instead of {part.bytes}: truncated or changed")
+
+    def _error(self, message: str) -> DataError:
+        return DataError(f"{message}; {self.remedy}")
