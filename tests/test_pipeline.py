@@ -127,7 +127,7 @@ def test_edits_rerun_what_they_touch_and_nothing_else(project: Project) -> None:
     assert "grid-gaussian" not in project.report()
 
 
-README = (ROOT / "README.md").read_text()
+PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
 # Indented blocks that hold no commands, by their first word: the graph, the tree, the citation.
 NO_COMMANDS = ("raw", "pipeline/", "@article{yoo2019density,")
 # What a test can't do as it stands, and what is done instead.
@@ -143,12 +143,12 @@ INSTEAD = {
 }  # fmt: skip
 
 
-def readme_blocks() -> list[list[str]]:
-    """The commands of the README, block by block, without their comments."""
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+def command_blocks() -> list[list[str]]:
+    """The commands of the README and of docs/, block by block, without their comments."""
+    text = re.sub(r"^```.*?^```$", "", "\n".join(PAGES), flags=re.DOTALL | re.MULTILINE)
     blocks = [block.strip("\n").splitlines() for block in re.findall(r"(?:^    .*\n)+", text, flags=re.MULTILINE)]
     blocks = [block for block in blocks if block[0].split()[0] not in NO_COMMANDS]
-    blocks.append(re.findall(r"`(python -m stages doctor|dvc plots diff HEAD)", README))
+    blocks.append(re.findall(r"`(dvc plots diff HEAD)`", text))
     return [[re.split(r"\s+# ", line.strip())[0] for line in block] for block in blocks]
 
 
@@ -176,7 +176,7 @@ def serves(project: Project) -> None:
 
 
 @pytest.mark.timeout(1500)
-def test_the_commands_of_the_readme(project: Project) -> None:
+def test_the_commands_of_the_readme_and_docs(project: Project) -> None:
     if not (project.folder / "dvc.lock").exists():
         project.repro()
     project.environment["TRACKING"] = "off"
@@ -198,7 +198,7 @@ def test_the_commands_of_the_readme(project: Project) -> None:
     project.commit()
 
     said: dict[str, str] = {}
-    for block in readme_blocks():
+    for block in command_blocks():
         rows_added = False
         for command in block:
             if command == "make ui":
@@ -239,8 +239,8 @@ def test_the_commands_of_the_readme(project: Project) -> None:
 
 
 def said_options(start: str) -> list[str]:
-    """The options that the README gives to a command."""
-    (command,) = [command for block in readme_blocks() for command in block if command.startswith(start)]
+    """The options that a page gives to a command."""
+    (command,) = [command for block in command_blocks() for command in block if command.startswith(start)]
     return shlex.split(command.removeprefix(start))
 
 

@@ -1,4 +1,4 @@
-"""What the README says holds."""
+"""What the README and the pages of docs/ say holds."""
 
 from __future__ import annotations
 
@@ -14,29 +14,57 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from ruamel.yaml import YAML
 
 from stages.__main__ import STAGES, TOOLS, cli
 from stages.reporting.scoreboard import plus_minus
 
 PROJECT = Path(__file__).resolve().parent.parent
-README = (PROJECT / "README.md").read_text()
+PAGES = {path.relative_to(PROJECT): path.read_text() for path in (PROJECT / "README.md", *sorted(PROJECT.glob("docs/*.md")))}
+TEXT = "\n".join(PAGES.values())
 
-
-PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 LIBRARY = [code for code in PYTHON if not code.startswith("# ")]
 FILES = {code.splitlines()[0].removeprefix("# "): code for code in PYTHON if code.startswith("# ")}  # path -> text
+ROWS = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+SMALL = {"datasets": {}, "autoencoders": {"base_channels": 4, "epochs": 1, "batch_size": 500}, "densities": {"epochs": 1}}
 
-EXTENDED = """\
-datasets:
-  stripes: {source: stripes, root: params.yaml}
-controls: {}
-autoencoders:
-  stripes: {dataset: stripes, objective: sparse, latent_dim: 2, blocks: 1, base_channels: 4, epochs: 1, batch_size: 500}
-densities:
-  stripes: {codes: stripes, dataset: stripes, family: independent, epochs: 1, batch_size: 500}
-sampling: {count: 20}
-evaluations: {stripes: {}}
-"""
+with (PROJECT / "reports/paper/results.csv").open() as file:
+    RESULTS = list(csv.DictReader(file))
+MACHINES = {"1": "1 core", "2": "2 cores", "16 + NVIDIA H200": "H200 GPU"}  # as in results.csv -> as in the README
+
+# Words of the drafts, and what plain English says instead.
+HABITS = {
+    r"\b(stands?|stood)\b": "is",
+    r"\b(has|have) to be\b": "must be",
+    r"\banew\b": "again",
+    r"\b(don't|doesn't) compare\b": "isn't comparable",
+    r"\bbeside\b": "next to, with",
+    r"\b(be rid of|foretells?|mend(s|ed)?|put aside)\b": "delete, predict, fix, ignore",
+}
+WRITTEN = (
+    *(PROJECT / path for path in PAGES),
+    *(
+        PROJECT / name
+        for name in ("CHANGELOG.md", "CONTRIBUTING.md", "presets/README.md", "data/raw/README.md", "params.yaml", "dvc.yaml")
+    ),
+    *sorted(PROJECT.glob("presets/*.yaml")),
+)
+
+
+def test_the_readme_is_read_in_one_go() -> None:
+    assert 8000 <= len((PROJECT / "README.md").read_bytes()) <= 9216
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_texts_are_plain_english(path: Path) -> None:
+    text = path.read_text()
+    places = [
+        f"line {1 + text.count(chr(10), 0, match.start())}: {match[0]!r}; write {better}"
+        for habit, better in HABITS.items()
+        for match in re.finditer(habit, text)
+    ]
+    assert not places, "\n".join(places)
 
 
 @pytest.mark.parametrize("code", LIBRARY)
@@ -53,8 +81,12 @@ def test_the_library_example_runs(code: str, capsys: pytest.CaptureFixture[str])
 ALL_STAGES = """\
 from click.testing import CliRunner
 from stages.__main__ import cli
-for stage in ("prepare", "train", "extract", "fit", "sample", "evaluate"):
-    result = CliRunner().invoke(cli, [stage, "stripes"])
+for stage, row in (
+    ("prepare", "stripes"),
+    *((stage, "stripes-sparse") for stage in ("train", "extract")),
+    *((stage, "stripes-independent") for stage in ("fit", "sample", "evaluate")),
+):
+    result = CliRunner().invoke(cli, [stage, row])
     assert result.exit_code == 0, result.output
 """
 
@@ -66,19 +98,38 @@ def test_a_data_set_an_objective_and_a_density_take_a_file_each(tmp_path: Path) 
     for path, code in FILES.items():
         assert (tmp_path / path).parent.is_dir()
         (tmp_path / path).write_text(code)
-    (tmp_path / "params.yaml").write_text(EXTENDED)
+    tables = {"controls": {}, "sampling": {"count": 20}, "evaluations": {"stripes": {}}}
+    yaml = YAML(typ="safe", pure=True)
+    for text in ROWS:
+        for table, rows in yaml.load(text).items():
+            tables[table] = {name: row | SMALL[table] for name, row in rows.items()}
+    with (tmp_path / "params.yaml").open("w") as file:
+        yaml.dump(tables, file)
     done = subprocess.run([sys.executable, "-c", ALL_STAGES], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "penalty" in (tmp_path / "reports/curves/train/stripes.tsv").read_text().splitlines()[0]
-    assert (tmp_path / "reports/figures/sample/stripes/samples.png").exists()
+    assert "penalty" in (tmp_path / "reports/curves/train/stripes-sparse.tsv").read_text().splitlines()[0]
+    assert (tmp_path / "reports/figures/sample/stripes-independent/samples.png").exists()
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\| .* \| `([a-z0-9-]+)` \| (.*) \| .* \|$", README, flags=re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^\| .* \| `([a-z0-9-]+)` \| (.*) \| .* \|$", TEXT, flags=re.MULTILINE))
 def test_results_are_those_on_record(line: tuple[str, str]) -> None:
-    with (PROJECT / "reports/paper/results.csv").open() as file:
-        found = [r for r in csv.DictReader(file) if (r["row"], r["metric"]) == (line[0], "test_log_likelihood")]
+    found = [r for r in RESULTS if (r["row"], r["metric"]) == (line[0], "test_log_likelihood")]
     assert line[1] in [plus_minus(float(r["value"]), float(r["error"])) for r in found]
     assert (PROJECT / "reports/paper" / line[0] / "params.yaml").exists()
+
+
+HEADLINES = re.findall(r"\| \[([^\]]+)\]\(reports/paper/([a-z0-9-]+)\) \| ([\d.]+) \| (.+) \|$", TEXT, flags=re.MULTILINE)
+
+
+def test_six_rows_are_shown() -> None:
+    assert len(HEADLINES) == 6
+
+
+@pytest.mark.parametrize(("score", "row", "minutes", "machine"), HEADLINES)
+def test_scores_minutes_and_machines_are_those_on_record(score: str, row: str, minutes: str, machine: str) -> None:
+    kept = [r for r in RESULTS if r["row"] == row and r["metric"] in ("test_log_likelihood", "kid")]
+    lines = [(plus_minus(float(r["value"]), float(r["error"])), r["minutes"], MACHINES[r["cores"]]) for r in kept]
+    assert (score, minutes, machine) in lines
 
 
 def test_speeds_are_those_measured() -> None:
@@ -86,18 +137,18 @@ def test_speeds_are_those_measured() -> None:
         name: json.loads((PROJECT / f"benchmarks/results/{name}.json").read_text()) for name in ("lde", "parzen", "autoencoder")
     }
     by_dim = {row["D"]: row["times as fast"] for row in measured["lde"]["sampling"]["rows"]}
-    assert f"drawn {by_dim[63]:.0f} times as fast" in README
-    assert f"at D = 200 {by_dim[200]:.0f} times" in README
-    assert f"in {measured['parzen']['rows'][-1]['peak_mib']:.0f} MiB" in README
+    assert f"drawn {by_dim[63]:.0f} times as fast" in TEXT
+    assert f"at D = 200 {by_dim[200]:.0f} times" in TEXT
+    assert f"in {measured['parzen']['rows'][-1]['peak_mib']:.0f} MiB" in TEXT
     slowest = max(1 / row["pipeline_to_bare"] for row in measured["autoencoder"]["rows"])
-    assert f"at most {100 * (slowest - 1):.0f} % longer" in README
+    assert f"at most {100 * (slowest - 1):.0f} % longer" in TEXT
     rivals = measured["lde"]["rivals"]["rows"]
     for dim, digits in ((8, 2), (63, 1)):
         cells = [f"{row['test, nats']:.{digits}f}" for row in rivals if f", {dim} principal" in row["codes"]]
-        assert f"| {dim} numbers | {' | '.join(cells)} |" in README
+        assert f"| {dim} numbers | {' | '.join(cells)} |" in TEXT
 
 
-# Shell -> what asks for the completions of "stages fit grid" in it, after the README's lines.
+# Shell -> what asks for the completions of "stages fit grid" in it, after the page's lines.
 ASK = {
     "bash": 'COMP_WORDS=(stages fit grid); COMP_CWORD=2; _stages; printf "%s\\n" "${COMPREPLY[@]}"',
     "zsh": 'compadd() { shift; print -l -- "$@"; }; words=(stages fit grid); CURRENT=3; _stages',
@@ -109,7 +160,7 @@ ASK = {
 def test_tab_completion_in_a_shell(shell: str) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} isn't installed")
-    (lines,) = re.findall(rf"```{shell}\n(.*?)```", README, flags=re.DOTALL)
+    (lines,) = re.findall(rf"```{shell}\n(.*?)```", TEXT, flags=re.DOTALL)
     start = "compdef() { :; }\n" if shell == "zsh" else ""  # of an interactive shell
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
@@ -118,24 +169,27 @@ def test_tab_completion_in_a_shell(shell: str) -> None:
     assert done.stdout.split() == ["grid-lde"], done.stderr
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m stages ([a-z]+)", README))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m stages ([a-z]+)", TEXT))))
 def test_commands_exist(command: str) -> None:
     assert command in (*STAGES, *TOOLS)
     result = CliRunner().invoke(cli, [command, "--help"])
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make ([a-z-]+)`|^    make ([a-z-]+)", README, flags=re.MULTILINE))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make ([a-z-]+)`|^    make ([a-z-]+)", TEXT, flags=re.MULTILINE))))
 def test_make_targets_exist(target: tuple[str, str]) -> None:
     assert re.search(rf"^{''.join(target)}:", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_links_lead_somewhere(path: str) -> None:
-    assert (PROJECT / path).exists()
+LINKS = {(page.parent, link) for page, text in PAGES.items() for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)}
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\b(tests/\w+\.py|benchmarks\.\w+)", README))))
+@pytest.mark.parametrize(("folder", "path"), sorted(LINKS))
+def test_links_lead_somewhere(folder: Path, path: str) -> None:
+    assert (PROJECT / folder / path).exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\b(tests/\w+\.py|benchmarks\.\w+)", TEXT))))
 def test_tests_and_benchmarks_exist(name: str) -> None:
     assert (PROJECT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")).is_file()
 
