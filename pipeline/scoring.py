@@ -42,6 +42,7 @@ Blocks = Callable[[], Iterator[np.ndarray]]
 
 INTERPOLATED = 20_000  # test codes that pairs are drawn from, at most, the first of the split
 COMPARED = 5_000  # samples, and as many test points, whose discrepancy is taken: all pairs count
+FEWEST_GROUPS = 5  # below that, a standard error over groups says nothing
 SCORED_AT_ONCE = 8192  # codes, between two lines of progress
 CURVE_WEIGHTS = tuple(i / 10 for i in range(11))
 
@@ -128,7 +129,7 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
         codes: The codes.
         ranks: This process among its peers.
         by_group: Whether labels name groups that aren't independent, such as the image of a patch: then the standard error
-            over groups is given too.
+            over groups is given too, where there are at least five.
     """
     mine = GroupedMoments()
     with Progress(codes.index.count("test"), "scoring test codes", unit="codes", quiet=not ranks.first) as progress:
@@ -150,7 +151,7 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
     scores: dict[str, float] = {"test_log_likelihood": mean, "test_log_likelihood_se": error, "test_scored": float(count)}
     scores |= {"test_log_likelihood_per_dimension": mean / codes.index.dim}
     result = moments.groups()
-    if by_group and result.number > 1:
+    if by_group and result.number >= FEWEST_GROUPS:
         scores |= {"test_log_likelihood_group_se": result.standard_error, "test_groups": result.number}
     return scores
 

@@ -127,7 +127,7 @@ class LatentDensityEstimator(Density):
     patch, it is tuned to their mean, and sees each patch in as many ways.
 
     References:
-        | Unpriortized Autoencoder For Image Generation (Yoo et al., 2019), section 3.3
+        | Density Estimation and Incremental Learning of Latent Vector for Generative Autoencoders, section 3.3
         | https://arxiv.org/abs/1902.04294
         | A Deep and Tractable Density Estimator (Uria et al., 2014), for ensembles of orders
         | https://arxiv.org/abs/1310.1757

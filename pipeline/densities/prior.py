@@ -42,7 +42,7 @@ class Prior(Density):
     r"""A fixed prior: :math:`\mathcal{N}(0, I)`, or :math:`\frac{1}{2} \mathcal{N}(-3, I) + \frac{1}{2} \mathcal{N}(3, I)`.
 
     References:
-        | Unpriortized Autoencoder For Image Generation (Yoo et al., 2019), section 4.2.2
+        | Density Estimation and Incremental Learning of Latent Vector for Generative Autoencoders, section 4.2.2
         | https://arxiv.org/abs/1902.04294
 
     Arguments:

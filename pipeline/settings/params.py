@@ -1,8 +1,9 @@
-"""params.yaml: its tables, each row typed and checked when it is asked for."""
+"""params.yaml: its tables, each row typed and checked when it is first asked for."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import re
@@ -25,6 +26,8 @@ from pipeline.settings.rows import (
 )
 
 __all__ = ["Params", "choices", "implementation", "read_params"]
+
+T = typing.TypeVar("T")
 
 ROW_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 LONGEST_NAME = 100  # rows name files and folders
@@ -58,8 +61,21 @@ def implementation(package: str, name: str, where: str) -> types.ModuleType:
     return module
 
 
+def _resolved_once(resolve: Callable[..., T]) -> Callable[..., T]:
+    """Keeps what a method of `Params` made of a row; an error is raised again each time, with the name of who asks."""
+
+    @functools.wraps(resolve)
+    def resolved(self: Params, name: str, *arguments: str) -> T:
+        key = (resolve.__name__, name)
+        if key not in self._rows:
+            self._rows[key] = resolve(self, name, *arguments)
+        return typing.cast(T, self._rows[key])
+
+    return resolved
+
+
 class Params:
-    """The tables of params.yaml, each row typed and checked when it is asked for.
+    """The tables of params.yaml, each row typed and checked when it is first asked for.
 
     Arguments:
         tables: The mapping read from params.yaml.
@@ -91,6 +107,7 @@ class Params:
                     raise SettingsError(f"{name}.{row}: expected a table of settings, got {shorten(values)}")
         self.absent = [name for name in TABLES if name not in tables]
         self.tables: dict[str, dict[str, Any]] = {name: dict(tables.get(name, {})) for name in TABLES}
+        self._rows: dict[tuple[str, str], object] = {}
 
     def rows(self, table: str) -> list[str]:
         """Names of the rows of a table, in order."""
@@ -110,11 +127,13 @@ class Params:
             raise SettingsError(f"{where}.{key}: missing or not a string")
         return build(implementation(package, kind, f"{where}.{key}").Settings, values, where)
 
+    @_resolved_once
     def dataset(self, name: str, asked_by: str = "") -> DatasetSettings:
         """A row of `datasets`, as its source's `Settings`."""
         values = self._row("datasets", name, asked_by)
         return typing.cast(DatasetSettings, self._implemented("pipeline.sources", "datasets", name, "source", values))
 
+    @_resolved_once
     def autoencoder(self, name: str, asked_by: str = "") -> AutoencoderSettings:
         """A row of `autoencoders`, as its objective's `Settings`, checked against its data set."""
         values = self._row("autoencoders", name, asked_by)
@@ -126,6 +145,7 @@ class Params:
             raise SettingsError(f"autoencoders.{name}.{error}") from None
         return typing.cast(AutoencoderSettings, settings)
 
+    @_resolved_once
     def density(self, name: str) -> DensitySettings:
         """A row of `densities`, as its family's `Settings`, checked against the codes that it names."""
         values = self._row("densities", name)
@@ -143,6 +163,7 @@ class Params:
             )
         return typing.cast(DensitySettings, settings)
 
+    @_resolved_once
     def control(self, name: str) -> ControlSettings:
         """A row of `controls`."""
         settings = build(ControlSettings, self._row("controls", name), f"controls.{name}")
@@ -155,6 +176,7 @@ class Params:
         """The section `sampling`."""
         return build(SamplingSettings, self.tables["sampling"], "sampling")
 
+    @_resolved_once
     def evaluation(self, dataset: str, asked_by: str = "") -> EvaluationSettings:
         """The row of `evaluations` for a data set."""
         return build(EvaluationSettings, self._row("evaluations", dataset, asked_by), f"evaluations.{dataset}")

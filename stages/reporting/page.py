@@ -19,6 +19,7 @@ from stages.reporting.scoreboard import (
     NETWORKS,
     OF_CODES,
     against,
+    contenders,
     duration,
     is_missing,
     plus_minus,
@@ -216,13 +217,13 @@ def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
 def _verdict(part: pd.DataFrame) -> str:
     """The outcome of a data set in a sentence; empty where nothing is scored."""
     lines = [line for line in part.to_dict("records") if not is_missing(line["value"])]
-    models = [line for line in lines if line["kind"] == "model"]
-    if not models:
+    if not (rivals := contenders(lines)):
         return ""
-    best = models[0]
-    if best["score"] == OF_CODES and len({line["autoencoder"] for line in models}) > 1:
-        return _verdict_by_pictures(models)
-    text = f"{best['row']}: {plus_minus(best['value'], best['error'])} nats ({best['score']})"
+    best = max(rivals, key=lambda line: float(line["value"]))
+    codes = {line["autoencoder"] for line in lines if line["kind"] == "model"}
+    if best["score"] == OF_CODES and len(codes) > 1:
+        return _verdict_by_pictures(rivals)
+    text = f"{_named(best)}: {plus_minus(best['value'], best['error'])} nats ({best['score']})"
     if not is_missing(best["against_control"]):
         gap = f"{abs(best['control_difference']):.1f} nats"
         words = {"better": f"{gap} above", "worse": f"{gap} below", "level": "level with"}[best["against_control"]]
@@ -234,15 +235,20 @@ def _verdict(part: pd.DataFrame) -> str:
     return text + "."
 
 
-def _verdict_by_pictures(models: Sequence[Mapping[Any, Any]]) -> str:
+def _named(line: Mapping[Any, Any]) -> str:
+    """A row's name, with what it is where it is no row of `densities`."""
+    return f"{line['row']} ({remark(line)})" if remark(line) else str(line["row"])
+
+
+def _verdict_by_pictures(rivals: Sequence[Mapping[Any, Any]]) -> str:
     """The lowest KID in each feature space, of rows whose likelihoods are those of different codes."""
     found = []
     for network in NETWORKS:
         kid = f"{network}_kid"
-        if scored := [line for line in models if not is_missing(line.get(kid))]:
+        if scored := [line for line in rivals if not is_missing(line.get(kid))]:
             best = min(scored, key=lambda line: float(line[kid]))
             found.append(
-                f"{best['row']}: KID {plus_minus(best[kid], best[f'{kid}_se'])} in the features of {network}, the lowest"
+                f"{_named(best)}: KID {plus_minus(best[kid], best[f'{kid}_se'])} in the features of {network}, the lowest"
             )
     return "; ".join(found) + "." if found else ""
 

@@ -24,6 +24,7 @@ __all__ = [
     "NETWORKS",
     "as_text",
     "build_scoreboard",
+    "contenders",
     "duration",
     "error_over_trials",
     "headline",
@@ -224,9 +225,15 @@ def _means(params: Params, models: Sequence[dict[str, Any]]) -> Iterator[dict[st
         shared = {key: value for key, value in lines[0].items() if all(line.get(key) == value for line in lines)}
         columns = {key: [line[key] for line in lines if line.get(key) is not None] for key in AVERAGED}
         means = {key: statistics.fmean(values) for key, values in columns.items() if len(values) == len(lines)}
+        # The error of a mean is that over trials, not what its first trial has over test points or subsets.
+        errors = {
+            f"{key}_se": statistics.stdev(columns[key]) / math.sqrt(len(lines)) for key in means if f"{key}_se" in COLUMNS
+        }
         error, kind = error_over_trials([line["value"] for line in lines], params.dataset(lines[0]["dataset"]).source)
         protocol = f"mean of {len(lines)} trials, ± {kind}; {lines[0]['protocol']}"
-        yield shared | means | {"row": name, "kind": "mean", "trials": len(lines), "error": error, "protocol": protocol}
+        yield (
+            shared | means | errors | {"row": name, "kind": "mean", "trials": len(lines), "error": error, "protocol": protocol}
+        )
 
 
 def _controls(params: Params, name: str) -> Iterator[dict[str, Any]]:
@@ -276,9 +283,9 @@ def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
-    """Sets a model's line beside the best control of the same data set, score and number of samples."""
+    """Compares a model, or the mean of its trials, with the best control of the same data set, score and number of samples."""
     rivals = [c for c in controls if all(c.get(key) == line.get(key) for key in ("dataset", "score", "samples"))]
-    if line["kind"] != "model" or not rivals or line["value"] is None:
+    if line["kind"] == "control" or not rivals or line["value"] is None:
         return
     best = max(rivals, key=lambda c: float(c["value"]))
     difference = line["value"] - best["value"]
@@ -304,6 +311,21 @@ def error_over_trials(values: Sequence[float], source: str) -> tuple[float, str]
     if source == "bsds300":
         return 2 * deviation, f"2 standard deviations over {len(values)} trials"
     return deviation / math.sqrt(len(values)), f"standard error over {len(values)} seeds"
+
+
+def contenders(lines: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
+    """The lines that may be called the best: means of trials, and models that aren't one of several trials.
+
+    The best of several trials is the luckiest: their mean speaks for them. Means come first, else the order stays.
+
+    Example:
+        >>> kinds = {"lde": "mean", "lde-s0": "model", "lde-s1": "model", "gmm": "model", "kmeans": "control"}
+        >>> [line["row"] for line in contenders([{"row": row, "kind": kind} for row, kind in kinds.items()])]
+        ['lde', 'gmm']
+    """
+    means = {line["row"] for line in lines if line["kind"] == "mean"}
+    models = (line for line in lines if line["kind"] == "model" and re.sub(r"-s\d+$", "", line["row"]) not in means)
+    return [line for line in lines if line["kind"] == "mean"] + list(models)
 
 
 def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
