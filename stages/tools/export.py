@@ -47,9 +47,7 @@ def export(row: str, target: str | None, register: bool) -> None:
             from stages.tracking.client import Tracker
 
             tracker = Tracker(f"export {row}", {"stage": "export", "row": row}, {})
-            decoder = folder / "decoder.safetensors"
-            tracker.model(
-                name=row, density=str(folder / "density.safetensors"), decoder=str(decoder) if decoder.exists() else None
-            )
+            files = {file.stem: str(file.resolve()) for file in folder.glob("*.safetensors")}
+            tracker.model(name=row, **files)
             if tracker.finish() is not None:
                 click.echo(f"registered as models:/{row}")

@@ -10,24 +10,42 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.tracking.database import database_uri
 from stages.workspace import main_checkout
 
-__all__ = ["EXPERIMENT", "Tracker", "prepare_environment", "tracking_uri"]
+__all__ = ["Tracker", "experiment_name", "prepare_environment", "shown_uri", "tracking_uri"]
 
 EXPERIMENT = "latent-density-pipeline"
 FINISH_SECONDS = 60.0
+RETRY_SECONDS = 60.0  # how long all stages leave a server alone that didn't answer one of them in time
 
 
 def tracking_uri() -> str:
     """Where runs are written: the environment's MLFLOW_TRACKING_URI, or mlflow.db in the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{main_checkout() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or database_uri(main_checkout() / "mlflow.db")
+
+
+def experiment_name() -> str:
+    """The experiment that runs belong to: the environment's MLFLOW_EXPERIMENT_NAME, or the project's."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+
+
+def shown_uri() -> str:
+    """The same for messages, without user and password."""
+    return _without_password(tracking_uri())
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(://)[^/?#@\s]*@", r"\1", text)
 
 
 def prepare_environment() -> None:
@@ -55,6 +73,9 @@ class Tracker:
         self._process: subprocess.Popen[str] | None = None
         if off or os.environ.get("TRACKING", "on") == "off":
             return
+        if _left_alone():
+            _warn(f"{shown_uri()} didn't answer in time a moment ago; this stage isn't recorded")
+            return
         prepare_environment()
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
         environment["OMP_NUM_THREADS"] = "1"
@@ -65,7 +86,7 @@ class Tracker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            print(f"warning: no tracking ({error}); the stage goes on without", file=sys.stderr)
+            _warn(f"no process for it ({error}); this stage isn't recorded")
             return
         self._send(start={"name": name, "tags": dict(tags), "params": dict(params), "pid": os.getpid()})
 
@@ -92,7 +113,7 @@ class Tracker:
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Logs a file, or all files of a folder."""
-        self._send(artifact={"path": str(path), "folder": folder})
+        self._send(artifact={"path": os.path.abspath(path), "folder": folder})
 
     def tag(self, name: str, value: str) -> None:
         """Sets a tag."""
@@ -127,17 +148,34 @@ class Tracker:
         reply = ""
         if process.stdout is not None and select.select([process.stdout], [], [], FINISH_SECONDS)[0]:
             reply = process.stdout.readline()
+        answer: dict[str, Any] = {"late": True, "error": "no answer in time"}
         with contextlib.suppress(ValueError):
             answer = json.loads(reply)
-            self.run_id = answer.get("run_id")
-            if answer.get("error"):
-                print(
-                    f"warning: tracking at {tracking_uri()} failed ({answer['error']}); the results are complete without",
-                    file=sys.stderr,
-                )
-        if not reply:
-            print(
-                f"warning: tracking at {tracking_uri()} didn't answer in time; the results are complete without",
-                file=sys.stderr,
-            )
+        self.run_id = answer.get("run_id")
+        if answer.get("error"):
+            _warn(f"{shown_uri()}: {_without_password(answer['error'])}; the results are complete without")
+        if answer.get("late"):
+            _leave_alone()
         return self.run_id
+
+
+def _warn(message: str) -> None:
+    print(f"warning: tracking: {message}", file=sys.stderr)
+
+
+# Waiting for a server that doesn't answer costs some 20 s, so one stage decides for those that follow it.
+def _unanswered() -> Path:
+    return main_checkout() / ".checkpoints/tracking-unanswered"
+
+
+def _leave_alone() -> None:
+    with contextlib.suppress(OSError):
+        _unanswered().parent.mkdir(exist_ok=True)
+        _unanswered().write_text(tracking_uri(), encoding="utf-8")
+
+
+def _left_alone() -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        recent = 0 <= time.time() - _unanswered().stat().st_mtime < RETRY_SECONDS
+        return recent and _unanswered().read_text(encoding="utf-8") == tracking_uri()
+    return False

@@ -62,9 +62,6 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import Array
 
-    from stages.tracking.client import tracking_uri
-
-    mlflow.set_tracking_uri(tracking_uri())
     artifacts = {"density": Path(density).resolve().as_uri()}
     if decoder is not None:
         artifacts["decoder"] = Path(decoder).resolve().as_uri()

@@ -10,11 +10,11 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from stages.tracking.client import EXPERIMENT, tracking_uri
+from pipeline.errors import PipelineError
+from stages.tracking.client import experiment_name, tracking_uri
+from stages.tracking.database import check_experiment, database_file, open_database
 from stages.workspace import git_state, main_checkout
 
 # What the experiment's page says of it.
@@ -27,22 +27,7 @@ rows and trials stand side by side. Seconds, memory and the like are metrics bel
 VIEW = "scores"  # name of the run list's view with the headline scores as columns
 VIEW_COLUMNS = 16
 SYSTEM_METRICS_SECONDS = 2.0
-
-
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Keeps others away from a SQLite file: two that make its tables at the same time fail, as MLflow doesn't lock it then."""
-    if not uri.startswith("sqlite:///"):
-        yield  # a server sees to it
-        return
-    import fcntl
-
-    database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "a") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+LATE_SECONDS = 5.0  # a server that takes longer to open a run is slow
 
 
 def _user() -> str:
@@ -59,40 +44,45 @@ class _Writer:
         import mlflow
         from mlflow.tracking import MlflowClient
 
-        mlflow.set_tracking_uri(tracking_uri())
-        with _alone(tracking_uri()):  # the tables are made here where there are none
-            self.client = MlflowClient(tracking_uri())
+        self.state = git_state()
+        self.uri = tracking_uri()
+        self.on_server = database_file(self.uri) is None
+        self.late = self.on_server  # until a run is open
+        self.artifacts = None if self.on_server else (main_checkout() / "mlartifacts").as_uri()
+        address = open_database(self.uri)  # changes the working folder
+        mlflow.set_tracking_uri(address)
+        self.client = MlflowClient(address)
         self.run_id = ""
 
     def experiment(self) -> str:
         """The experiment's id; it is made when missing."""
         from mlflow.exceptions import MlflowException
 
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        name, refusal = experiment_name(), ""
         for _ in range(2):
             found = self.client.get_experiment_by_name(name)
             if found is not None:
+                check_experiment(name, str(found.experiment_id), found.lifecycle_stage, self.uri)
                 return str(found.experiment_id)
-            location = None
-            if tracking_uri().startswith("sqlite:"):
-                location = (main_checkout() / "mlartifacts").as_uri()
-            with contextlib.suppress(MlflowException):  # another process may have made it meanwhile
-                # Without its kind the UI opens it as one of language models.
-                tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": ABOUT}
-                return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
-        raise RuntimeError(f"experiment '{name}' can't be made")
+            # Without its kind the UI opens it as one of language models.
+            tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": ABOUT}
+            try:
+                return str(self.client.create_experiment(name, artifact_location=self.artifacts, tags=tags))
+            except MlflowException as error:  # another process may have made it meanwhile
+                refusal = str(error)
+        raise PipelineError(f"the experiment '{name}' can't be made: {refusal}")
 
     def start(self, name: str, tags: dict[str, str], params: dict[str, Any], pid: int) -> None:
         """Opens the run."""
         from mlflow.entities import Param
 
-        state = git_state()
+        begun = time.monotonic()
         tags = {
             "mlflow.source.name": "python -m stages",
             "mlflow.source.type": "LOCAL",
             "mlflow.user": _user(),
-            "mlflow.source.git.commit": state["commit"],
-            "git.dirty": state["dirty"],
+            "mlflow.source.git.commit": self.state["commit"],
+            "git.dirty": self.state["dirty"],
             **tags,
         }
         run = self.client.create_run(self.experiment(), run_name=name, tags=tags)
@@ -100,6 +90,7 @@ class _Writer:
         flat = [Param(key, str(value)[:6000]) for key, value in params.items()]
         for start in range(0, len(flat), 100):
             self.client.log_batch(self.run_id, params=flat[start : start + 100])
+        self.late = self.on_server and time.monotonic() - begun > LATE_SECONDS
 
     def metrics(self, points: list[tuple[str, float, int, int]]) -> None:
         """Logs (name, value, step, milliseconds)."""
@@ -209,7 +200,7 @@ def main() -> None:
         messages.put({"end": True})
 
     threading.Thread(target=read, daemon=True).start()
-    error = ""
+    error, refused = "", False
     writer: _Writer | None = None
     status: str | None = None
     points: list[tuple[str, float, int, int]] = []
@@ -248,13 +239,14 @@ def main() -> None:
                 # No word of an end: the stage was killed.
                 writer.finish(status or "KILLED")
     except Exception as problem:
-        error = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+        refused = isinstance(problem, PipelineError)
+        error = " ".join(f"{'' if refused else f'{type(problem).__name__}: '}{problem}".split())[:500]
         while not messages.get().get("end"):
             pass
+    run_id = writer.run_id or None if writer is not None else None
+    answer = {"run_id": run_id, "error": error, "late": writer is not None and writer.late and not refused}
     with contextlib.suppress(OSError):
-        print(
-            json.dumps({"run_id": writer.run_id if writer is not None and writer.run_id else None, "error": error}), flush=True
-        )
+        print(json.dumps(answer), flush=True)
     os._exit(0)
 
 
