@@ -32,13 +32,12 @@ def fit(run: Run, settings: DensitySettings) -> None:
     from pipeline.system.files import atomic_folder
     from pipeline.system.progress import track
     from pipeline.system.ranks import join
-    from pipeline.training.checkpoint import Checkpoint, code_digest
+    from pipeline.training.checkpoint import Checkpoint, identity
 
     ranks = join()
     codes = CodeReader(workspace.codes_folder(settings.codes))
     run.read(settings.codes, codes.index.digest, codes.folder, "training")
-    identity = {"settings": repr(settings), "data": codes.index.digest, "code": code_digest(), "world": ranks.world}
-    checkpoint = Checkpoint(workspace.checkpoint_folder("fit", run.row), identity)
+    checkpoint = Checkpoint(workspace.checkpoint_folder("fit", run.row), identity(settings, codes.index.digest, ranks.world))
     density, training = fit_density(settings, codes, ranks, f"fitting {run.row}", checkpoint)
     if ranks.first:
         with atomic_folder(workspace.density_file(run.row).parent) as temporary:

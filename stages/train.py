@@ -44,7 +44,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     from pipeline.storage.shards import ShardReader, scale_pixels
     from pipeline.system.files import atomic_folder
     from pipeline.system.ranks import join
-    from pipeline.training.checkpoint import Checkpoint, code_digest
+    from pipeline.training.checkpoint import Checkpoint, identity
     from pipeline.training.loop import train as train_model
 
     ranks = join()
@@ -55,10 +55,12 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     objective: Objective = module.build(settings, reader.index.shape, reader.index.value_range)
     folder = workspace.autoencoder_folder(run.row)
     if not objective.trained or not isinstance(settings, TrainingSettings):
-        with atomic_folder(folder) as temporary:
-            (temporary / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
-        run.curve([])
-        _show_vectors(run, reader, run.params.dataset(settings.dataset).drawn_as)
+        if ranks.first:
+            with atomic_folder(folder) as temporary:
+                (temporary / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
+            run.curve([])
+            _show_vectors(run, reader, run.params.dataset(settings.dataset).drawn_as)
+        ranks.barrier()
         return
 
     objective.to(ranks.device)
@@ -78,8 +80,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
             images = images.contiguous(memory_format=torch.channels_last)
         return {"images": images}
 
-    identity = {"settings": repr(settings), "data": reader.index.digest, "code": code_digest(), "world": ranks.world}
-    checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity)
+    checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity(settings, reader.index.digest, ranks.world))
     training = train_model(
         objective,
         batches,

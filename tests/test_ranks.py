@@ -21,7 +21,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline.densities.lde import LatentDensityEstimator
-from pipeline.system.ranks import synchronise_batch_norm
+from pipeline.system import ranks
+from pipeline.system.ranks import Ranks, synchronise_batch_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,6 +147,21 @@ def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(finished, copy)
     monkeypatch.chdir(copy)
     return copy
+
+
+def test_only_the_first_process_writes_a_row_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.write_raw(tmp_path, images=0)
+    monkeypatch.chdir(tmp_path)
+    assert small.run("prepare", "points").exit_code == 0
+    barriers: list[int] = []
+    monkeypatch.setattr(Ranks, "barrier", lambda self: barriers.append(self.rank))
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(ranks, "join", lambda rank=rank: Ranks(rank, 2, torch.device("cpu")))
+        assert small.run("train", "points").exit_code == 0
+        assert Path("data/autoencoders/points").exists() == (rank == 0)
+        assert Path("reports/figures/train/points").exists() == (rank == 0)
+    assert barriers == [1, 0]
 
 
 def torchrun(*stage: str) -> subprocess.Popen[str]:

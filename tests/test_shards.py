@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline.errors import DataError
 from pipeline.storage.parts import write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels
+from pipeline.system import files
 from pipeline.system.files import atomic_file, atomic_folder, read_json, sha256_file
 
 
@@ -143,14 +144,15 @@ def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    dead, living, other = (tmp_path / f".{name}.partial" for name in (f"a.{child}", f"a.{os.getppid()}", f"ab.{child}"))
-    for left in (dead, living, other):
+    here = files._machine()
+    names = (f"a.{here}-{child}", f"a.{here}-{os.getppid()}", f"ab.{here}-{child}", f"a.00000000-{child}", "a.00000000-1")
+    dead, living, other, elsewhere, abandoned = (tmp_path / f".{name}.partial" for name in names)
+    for left in (dead, living, other, elsewhere, abandoned):
         left.mkdir()
+    os.utime(abandoned, (0, 0))
     with atomic_folder(tmp_path / "a"):
         pass
-    assert not dead.exists()
-    assert living.exists()
-    assert other.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", living.name, other.name, elsewhere.name}
 
 
 def test_a_pipe_is_no_index(tmp_path: Path) -> None:

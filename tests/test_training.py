@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.autoencoders import ae
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.settings import TrainingSettings
+from pipeline.settings import EvaluationSettings, QualitySettings, TrainingSettings, named_files
 from pipeline.storage.batches import Batches
 from pipeline.system.ranks import Ranks
 from pipeline.training import checkpoint as checkpoints
@@ -132,6 +133,12 @@ def test_schedules() -> None:
     assert any(math.isclose(r, middle, rel_tol=0.1) for r in rates)
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3, 9, 40])
+def test_a_warm_up_never_exceeds_the_highest_rate(epochs: int) -> None:
+    settings = TrainingSettings(epochs=epochs, learning_rate=0.1, schedule="cosine", warm_up=0.1)
+    assert max(learning_rate(settings, step, 1) for step in range(epochs)) <= 0.1
+
+
 def test_averaged_weights_are_the_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SETTINGS, epochs=1, schedule="constant")
     seen: list[dict[str, Tensor]] = []
@@ -218,11 +225,107 @@ def test_a_checkpoint_of_another_run_is_not_picked_up(tmp_path: Path) -> None:
     for key, value in (("settings", "other"), ("data", "d2"), ("code", "c2"), ("world", 2)):
         assert Checkpoint(tmp_path, identity | {key: value}).load() is None
     assert Checkpoint(tmp_path, dict(reversed(identity.items()))).load() is not None
-    other = Checkpoint(tmp_path, identity | {"data": "d2"})
-    other.save({"step": 1})
-    assert [p.name for p in tmp_path.iterdir()] == [other.path.name]
-    other.remove()
+
+
+def test_the_identity_holds_everything_that_decides_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "vgg19.pth"
+    weights.write_bytes(b"some weights")
+    network = {"dataset": "toy", "objective": "ae", "latent_dim": 3, "blocks": 1}
+    settings = ae.Settings(**network, perceptual_weight=0.1, perceptual_weights=str(weights))
+    assert list(named_files(settings)) == ["perceptual_weights"]
+    keys = [checkpoints.identity(settings, "d1", 1)]
+    keys.append(checkpoints.identity(dataclasses.replace(settings, seed=1), "d1", 1))
+    keys.append(checkpoints.identity(settings, "d2", 1))
+    keys.append(checkpoints.identity(settings, "d1", 2))
+    weights.write_bytes(b"others")
+    keys.append(checkpoints.identity(settings, "d1", 1))
+    monkeypatch.setattr(checkpoints, "code_digest", lambda: "other code")
+    keys.append(checkpoints.identity(settings, "d1", 1))
+    assert len({Checkpoint(tmp_path, key).path for key in keys}) == len(keys)
+    imagenet = dataclasses.replace(settings, perceptual_weights="imagenet")
+    assert checkpoints.identity(imagenet, "d1", 1)["files"] == {}
+
+
+def test_files_of_nested_settings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "inception.pth").write_bytes(b"w")
+    quality = QualitySettings(network="inception", weights=str(tmp_path / "inception.pth"))
+    assert named_files(EvaluationSettings(quality=quality)) == {"quality.weights": tmp_path / "inception.pth"}
+    assert named_files(EvaluationSettings()) == {}
+
+
+def test_the_code_digest_covers_every_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
+    digests = [checkpoints.code_digest()]
+    for name in ("a.py", "deep/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        for text in ("1", "2"):
+            (tmp_path / name).write_text(text)
+            digests.append(checkpoints.code_digest())
+    assert len(set(digests)) == len(digests)
+
+
+def test_checkpoints_of_other_settings_stay_until_they_are_old_or_many(tmp_path: Path) -> None:
+    others = [Checkpoint(tmp_path, {"a": i}) for i in range(checkpoints.KEPT + 3)]
+    now = time.time()
+    for age, other in enumerate(others):
+        assert other.save({"step": 1})
+        os.utime(other.path, (now - age, now - age))
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.save({"step": 1})
+    assert set(tmp_path.iterdir()) == {checkpoint.path, *(other.path for other in others[: checkpoints.KEPT])}
+    for other in others[1 : checkpoints.KEPT]:
+        os.utime(other.path, (0, 0))
+    checkpoint.save({"step": 1})
+    assert set(tmp_path.iterdir()) == {checkpoint.path, others[0].path}
+    for done in (checkpoint, others[0]):
+        done.remove()
     assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("place", ["file", "pipe", "pipe in the place of the checkpoint", "folder in its place"])
+def test_training_goes_on_where_no_checkpoint_can_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoints", {})
+    if place == "file":
+        checkpoint.folder.write_text("")
+    elif place == "pipe":
+        os.mkfifo(checkpoint.folder)
+    else:
+        checkpoint.folder.mkdir()
+        (os.mkfifo if place.startswith("pipe") else os.mkdir)(checkpoint.path)
+    frequent = dataclasses.replace(SETTINGS, checkpoint_minutes=1e-9)
+    same(run(), run(checkpoint, frequent))
+    warnings = capsys.readouterr().err.splitlines()
+    assert len([line for line in warnings if line.startswith("warning:")]) == len(warnings) <= 2
+
+
+def test_the_message_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PipelineError, match="at step 3; nothing is kept"):
+        run(Checkpoint(tmp_path / "file", {}), prepare=Interrupt(3))
+    with pytest.raises(PipelineError, match="at step 3; nothing is kept"):
+        run(None, prepare=Interrupt(3))
+    checkpoint = Checkpoint(tmp_path / "folder", {})
+    with pytest.raises(PipelineError, match="at step 3; the checkpoint is written"):
+        run(checkpoint, prepare=Interrupt(3))
+    monkeypatch.setattr(Checkpoint, "save", lambda self, state: False)
+    with pytest.raises(PipelineError, match="at step 5; the checkpoint of step 3 is kept"):
+        run(checkpoint, prepare=Interrupt(2))
+
+
+@pytest.mark.parametrize("key", ["step", "model", "optimizers", "averaged", "best_weights", "record", "sums", "summed"])
+def test_a_checkpoint_that_lacks_a_part_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    with pytest.raises(PipelineError, match="stopped by"):
+        run(checkpoint, prepare=Interrupt(7))
+    state = checkpoint.load()
+    assert state is not None
+    del state[key]
+    checkpoint.save(state)
+    capsys.readouterr()
+    same(run(), run(checkpoint))
+    assert f"can't be read (KeyError: '{key}'); starting from the beginning" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -6,7 +6,7 @@ a class `Settings` that extends the common one. Unknown keys, wrong types and im
 key named.
 """
 
-from pipeline.settings.build import Checked, build, check_that, flatten
+from pipeline.settings.build import Checked, build, check_that, file_setting, flatten, named_files
 from pipeline.settings.params import Params, implementation, read_params
 from pipeline.settings.rows import (
     AutoencoderSettings,
@@ -36,7 +36,9 @@ __all__ = [
     "TrainingSettings",
     "build",
     "check_that",
+    "file_setting",
     "flatten",
     "implementation",
+    "named_files",
     "read_params",
 ]

@@ -9,11 +9,12 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.errors import SettingsError
 
-__all__ = ["Checked", "build", "check_that", "flatten", "shorten"]
+__all__ = ["Checked", "build", "check_that", "file_setting", "flatten", "named_files", "shorten"]
 
 T = TypeVar("T")
 
@@ -33,6 +34,33 @@ def check_that(condition: bool, key: str, message: str) -> None:
     """
     if not condition:
         raise SettingsError(f"{key}: {message}")
+
+
+def file_setting(default: str | None = None) -> Any:
+    """A field of settings whose value is the path of a file, which therefore decides a result by its content.
+
+    Arguments:
+        default: The value of a row that leaves the key out.
+    """
+    return dataclasses.field(default=default, metadata={"file": True})
+
+
+def named_files(settings: Any) -> dict[str, Path]:
+    """The files that a row names, by key, with the keys of nested settings dotted.
+
+    A value that is no file, such as `imagenet`, is left out: it says by itself what is meant.
+
+    Arguments:
+        settings: A dataclass of settings, with fields made by `file_setting`.
+    """
+    files: dict[str, Path] = {}
+    for spec in dataclasses.fields(settings):
+        value = getattr(settings, spec.name)
+        if dataclasses.is_dataclass(value):
+            files |= {f"{spec.name}.{key}": path for key, path in named_files(value).items()}
+        elif spec.metadata.get("file") and value and Path(value).is_file():
+            files[spec.name] = Path(value)
+    return files
 
 
 def _describe(kind: Any) -> str:

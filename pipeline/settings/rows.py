@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from pipeline.settings.build import Checked, check_that
+from pipeline.settings.build import Checked, check_that, file_setting
 
 __all__ = [
     "AutoencoderSettings",
@@ -240,7 +240,7 @@ class QualitySettings(Checked):
     """
 
     network: Literal["classifier", "vgg19", "inception"]
-    weights: str | None = None
+    weights: str | None = file_setting()
     samples: int = 10_000
     neighbours: int = 3
     classifier_examples: int = 10_000

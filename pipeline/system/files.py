@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,23 @@ from pipeline.errors import DataError
 
 __all__ = ["atomic_file", "atomic_folder", "read_json", "sha256_bytes", "sha256_file", "write_json", "write_text"]
 
-
+ABANDONED_SECONDS = 24 * 3600.0  # another machine's temporary file that hasn't grown for so long
 JSON_BYTES = 64 * 2**20  # no index is longer; a longer one would be read into memory for nothing
 
 
-def _temporary_name(path: Path) -> Path:
+@functools.cache
+def _machine() -> str:
+    """Eight digits that tell apart machines, and containers of one machine: a process number means something in one only."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{zlib.crc32(f'{platform.node()} {namespace}'.encode()):08x}"
+
+
+def _temporary_name(path: Path, kind: str = "") -> Path:
     # Same folder, so that the rename stays within one file system; a dot, so that no reader's glob finds it.
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+    return path.with_name(f".{path.name}{kind}.{_machine()}-{os.getpid()}.partial")
 
 
 def _remove(path: Path) -> None:
@@ -36,13 +50,22 @@ def _remove(path: Path) -> None:
 def _remove_leftovers(path: Path) -> None:
     """Removes what processes that were killed while they wrote `path` left beside it."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = left.name.split(".")[-2]
-        try:
-            os.kill(int(pid), 0)
-        except (ValueError, ProcessLookupError):
-            _remove(left)
-        except OSError:
-            continue  # it lives, and is another user's
+        machine, _, number = left.name.split(".")[-2].partition("-")
+        with contextlib.suppress(OSError):  # it lives and is another user's, or someone else has removed it
+            if machine == _machine() and number.isdecimal():
+                alive = _lives(int(number))
+            else:
+                alive = time.time() - left.lstat().st_mtime < ABANDONED_SECONDS
+            if not alive:
+                _remove(left)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -92,7 +115,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
-    replaced = path.with_name(f".{path.name}.replaced.{os.getpid()}.partial")
+    replaced = _temporary_name(path, ".replaced")
     _remove_leftovers(path)
     _remove(temporary)
     temporary.mkdir()

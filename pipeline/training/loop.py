@@ -126,16 +126,20 @@ class _Run:
         self.limit = max_minutes * 60 or math.inf  # seconds
         if settings.sync_batch_norm and ranks.world > 1:
             synchronise_batch_norm(model)
-        self.optimizers = {phase: _optimizers(model, phase, settings) for phase in model.phases}
-        self.averages = _Averages(model, settings.ema_decay) if settings.ema_decay else None
+        self.generator = torch.Generator()
+        self.wrapped: nn.Module = model
+        self._begin()
+
+    def _begin(self) -> None:
+        self.optimizers = {phase: _optimizers(self.model, phase, self.settings) for phase in self.model.phases}
+        self.averages = _Averages(self.model, self.settings.ema_decay) if self.settings.ema_decay else None
         self.best_weights: dict[str, Tensor] | None = None
         self.record = Training()
         self.index = 0
         self.sums: dict[str, float] = {}  # of each loss since the last row of the curve
         self.summed = 0  # steps in them
         self.rate = 0.0
-        self.generator = torch.Generator()
-        self.wrapped: nn.Module = model
+        self.saved_step: int | None = None  # of the checkpoint
 
     # Where training stands --------------------------------------------------------------------------------------------
 
@@ -196,10 +200,18 @@ class _Run:
     def resume(self) -> None:
         """Goes on from the checkpoint, where there is one, and joins the ranks."""
         state = self.checkpoint.load() if self.checkpoint is not None else None
-        if state is not None:
-            self._restore(state)
-            if self.ranks.first:
-                print(f"{self.label}: going on from the checkpoint at step {self.index}", file=sys.stderr)
+        if self.checkpoint is not None and state is not None:
+            initial = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            try:
+                self._restore(state)
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # it is whole, but not of this run
+                self.checkpoint.ignore(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                self.model.load_state_dict(initial)
+                self._begin()
+            else:
+                self.saved_step = self.index
+                if self.ranks.first:
+                    print(f"{self.label}: going on from the checkpoint at step {self.index}", file=sys.stderr)
         if len(set(self.ranks.gather(self.index))) > 1:
             raise PipelineError(
                 f"{self.label}: the processes find different checkpoints; put .checkpoints on a file system they share"
@@ -232,21 +244,28 @@ class _Run:
         if number or wanted:
             self._save()
         if number:
-            kept = (
-                "the checkpoint is written: run the same command to go on" if self.checkpoint is not None else "nothing is kept"
+            raise PipelineError(
+                f"{self.label}: stopped by {signal.Signals(number).name} at step {self.index}; {self._what_is_kept()}"
             )
-            raise PipelineError(f"{self.label}: stopped by {signal.Signals(number).name} at step {self.index}; {kept}")
 
     def _save(self) -> None:
         # Best weights and losses are checked, so that a checkpoint is always a good state.
-        if (
+        written = (
             self.checkpoint is not None
             and self.ranks.first
-            and all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
-        ):
-            self.checkpoint.save(self.state())
-        self.ranks.barrier()
+            and all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+            and self.checkpoint.save(self.state())
+        )
+        if self.ranks.greatest(written)[0]:
+            self.saved_step = self.index
         self.saved = time.monotonic()
+
+    def _what_is_kept(self) -> str:
+        if self.saved_step == self.index:
+            return "the checkpoint is written: run the same command to go on"
+        if self.saved_step is not None:
+            return f"the checkpoint of step {self.saved_step} is kept: run the same command to go on from there"
+        return "nothing is kept"
 
     # A step -----------------------------------------------------------------------------------------------------------
 
@@ -298,7 +317,7 @@ class _Run:
             f"the data hold values that aren't finite ({', '.join(bad)})" if bad else "the learning rate is probably too high"
         )
         remedy = "check the data set" if bad else CALM
-        kept = " The last good checkpoint is kept." if self.checkpoint is not None and self.checkpoint.path.exists() else ""
+        kept = " The last good checkpoint is kept." if self.saved_step is not None else ""
         return f"{self.label}: the loss of phase '{phase}' isn't finite at step {self.index}: {cause}; {remedy}.{kept}"
 
     # The record -------------------------------------------------------------------------------------------------------

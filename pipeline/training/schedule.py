@@ -32,7 +32,8 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, p
         total = settings.epochs * steps_per_epoch
         done = max(step / total, progress or 0.0)
         if done < settings.warm_up:
-            return settings.learning_rate * max(done, 1 / total) / settings.warm_up
+            # Not from zero, and with fewer than 1 / w steps not above the highest rate.
+            return min(settings.learning_rate * max(done, 1 / total) / settings.warm_up, settings.learning_rate)
         return (
             settings.learning_rate
             * 0.5

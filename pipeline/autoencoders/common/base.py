@@ -12,7 +12,7 @@ from pipeline.autoencoders.common.incremental import IncrementalSettings, mask
 from pipeline.autoencoders.common.network import Autoencoder, Decoder, Encoder, OutputRange, filter_side, image_side
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.errors import SettingsError
-from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that
+from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, file_setting
 from pipeline.training.trainable import Step, Trainable
 
 __all__ = ["ImageAutoencoderSettings", "ImageObjective", "Objective"]
@@ -45,7 +45,7 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings):
     channels_last: bool = True
     incremental: IncrementalSettings | None = None
     perceptual_weight: float = 0.0
-    perceptual_weights: str | None = None
+    perceptual_weights: str | None = file_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
