@@ -132,6 +132,20 @@ def test_scores_minutes_and_machines_are_those_on_record(score: str, row: str, m
     assert (score, minutes, machine) in lines
 
 
+def test_every_metric_on_record_is_explained() -> None:
+    patterns = []  # stage, key
+    names = {"SPLIT": "(train|valid|test)", "NETWORK": "(classifier|vgg19|inception)", "K": r"\d+", "A": r"[\d.]+"}
+    for keys, stages in re.findall(r"^\| (`.*?) \| ([a-z, ]+) \|", PAGES[Path("docs/scores.md")], flags=re.MULTILINE):
+        for key in re.findall(r"`([^`]+)`", keys):
+            pattern = "_".join(names.get(word, word) for word in key.split("_")).replace("..", "(parzen|classifier|vgg19)_.+")
+            patterns += [(stage, re.compile(pattern + "(_se)?")) for stage in stages.split(", ")]
+    for path in sorted((PROJECT / "reports/paper").glob("*/metrics.json")):
+        for name, metrics in json.loads(path.read_text()).items():
+            for key in metrics if isinstance(metrics, dict) else ():  # one row was recorded before there were stages
+                stage = name.split()[0]
+                assert key == "run" or any(s == stage and p.fullmatch(key) for s, p in patterns), (path.parent.name, stage, key)
+
+
 def test_speeds_are_those_measured() -> None:
     measured = {
         name: json.loads((PROJECT / f"benchmarks/results/{name}.json").read_text()) for name in ("lde", "parzen", "autoencoder")
