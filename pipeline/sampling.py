@@ -15,7 +15,7 @@ from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import SamplingSettings
 from pipeline.storage.parts import Part, write_index
-from pipeline.storage.shards import ShardIndex, ShardWriter
+from pipeline.storage.shards import ShardIndex, ShardWriter, to_unit
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder
 
@@ -45,8 +45,7 @@ def draw(density: Density, decoder: Decoder | None, count: int, seed: int, numbe
     codes = _finite_codes(density, count, torch.Generator().manual_seed(state))
     if decoder is None:
         return codes.cpu().numpy(), codes.cpu().numpy()
-    low, high = decoder.value_range
-    images = [((decoder(part.to(device)) - low) / (high - low)).clamp(0, 1).cpu().numpy() for part in codes.split(DECODED)]
+    images = [to_unit(decoder(part.to(device)), decoder.value_range).cpu().numpy() for part in codes.split(DECODED)]
     return np.concatenate(images), codes.cpu().numpy()
 
 

@@ -242,13 +242,16 @@ def quality_scores(
 
 
 def labelled_codes(codes: CodeReader) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-    """The first test codes with shape (N, D), and their labels with shape (N,) where there are at least two different ones."""
+    """The first test codes with shape (N, D), and their labels with shape (N,).
+
+    No labels are given where pairs can't be told apart by them: all are equal, or no two are.
+    """
     blocks = list(codes.blocks("test", INTERPOLATED))
     values = np.concatenate([block["codes"] for block in blocks])
     if not all("labels" in block for block in blocks):
         return values, None
     labels = np.concatenate([block["labels"] for block in blocks])
-    return values, labels if len(np.unique(labels)) > 1 else None
+    return values, labels if 1 < len(np.unique(labels)) < len(labels) else None
 
 
 def interpolation_curves(

@@ -165,10 +165,13 @@ def _interpolation(
     from pipeline.autoencoders.common.network import Decoder
     from pipeline.evaluation.interpolation import WEIGHTS, interpolated_images
     from pipeline.scoring import CURVE_WEIGHTS, interpolation_curves, interpolation_pairs, labelled_codes
-    from pipeline.storage.shards import scale_pixels
+    from pipeline.storage.shards import scale_pixels, to_unit
     from stages.arrays import as_bytes, save_arrays
 
     values, labels = labelled_codes(codes)
+    if len(values) < 2:
+        print(f"evaluate {run.row}: interpolation is skipped: it needs two test images, and there is one", file=sys.stderr)
+        return
     arrays: dict[str, np.ndarray] = {"curve_weights": np.array(CURVE_WEIGHTS)}
     if density.has_log_prob:
         curves = interpolation_curves(density, values, labels, settings)
@@ -185,11 +188,9 @@ def _interpolation(
         run.figure(figure, "interpolation-log-likelihood")
     if codes.decoder_path is not None:
         decoder = Decoder.load(codes.decoder_path, density.shift.device)
-        low, high = decoder.value_range
 
         def decode(z: torch.Tensor) -> torch.Tensor:
-            images: torch.Tensor = decoder(z.to(density.shift.device))
-            return ((images - low) / (high - low)).clamp(0, 1)
+            return to_unit(decoder(z.to(density.shift.device)), decoder.value_range)
 
         pairs = interpolation_pairs(len(values), labels, reader.index.label_names or (), settings.seed)
         between = torch.from_numpy(np.stack([values[pair] for _, pair in pairs]))  # (P, 2, D)

@@ -86,14 +86,14 @@ def _truncated(codes: np.ndarray, decoder: Decoder) -> Figure:
     import torch
 
     from pipeline import figures
+    from pipeline.storage.shards import to_unit
 
     dim = codes.shape[1]
     ks = range(1, dim + 1) if dim <= 10 else sorted({round(float(k)) for k in np.geomspace(1, dim, 8)})
-    low, high = decoder.value_range
     rows = {}
     for k in ks:
         kept = torch.from_numpy(np.where(np.arange(dim) < k, codes, 0).astype(np.float32))
         with torch.no_grad():
-            images = (decoder(kept.to(next(decoder.parameters()).device)) - low) / (high - low)
-        rows[f"first {k}" if k < dim else f"all {k}"] = images.clamp(0, 1).cpu().numpy()
+            images = to_unit(decoder(kept.to(next(decoder.parameters()).device)), decoder.value_range)
+        rows[f"first {k}" if k < dim else f"all {k}"] = images.cpu().numpy()
     return figures.image_rows(rows)

@@ -124,25 +124,24 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     from pipeline.autoencoders.vae import VariationalObjective, kl_divergence
     from pipeline.evaluation.moments import Moments
     from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
-    from pipeline.storage.shards import scale_pixels
+    from pipeline.storage.shards import from_unit, scale_pixels, to_unit
     from pipeline.system.progress import Progress
     from stages.arrays import as_bytes, save_arrays
 
     value_range = reader.index.value_range or (0.0, 1.0)
-    low, high = value_range
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        return objective.encode((low + (high - low) * images).to(ranks.device))
+        return objective.encode(from_unit(images, value_range).to(ranks.device))
 
     @torch.no_grad()
     def decode(codes: torch.Tensor) -> torch.Tensor:
-        return ((objective.decode(codes) - low) / (high - low)).cpu()
+        return to_unit(objective.decode(codes), value_range).cpu()
 
     @torch.no_grad()
     def divergence(images: torch.Tensor) -> torch.Tensor:
         assert isinstance(objective, VariationalObjective)
-        moments = objective.encoder.moments((low + (high - low) * images).to(ranks.device))
+        moments = objective.encoder.moments(from_unit(images, value_range).to(ranks.device))
         return kl_divergence(*moments).sum(1).cpu()
 
     def mine(split: str, label: str) -> Iterator[dict[str, np.ndarray]]:

@@ -64,11 +64,6 @@ class Settings(DatasetSettings):
         """(63,)."""
         return (DIM,)
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """None: the patches are vectors."""
-        return None
-
 
 # Split rnade --------------------------------------------------------------------------------------------------------
 

@@ -31,11 +31,6 @@ class Settings(DatasetSettings):
         """(1, 28, 28)."""
         return (1, 28, 28)
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """(0, 1)."""
-        return (0.0, 1.0)
-
 
 @functools.lru_cache(maxsize=1)
 def _read_all() -> tuple[np.ndarray, np.ndarray]:

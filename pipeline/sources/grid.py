@@ -57,11 +57,6 @@ class Settings(DatasetSettings):
         """(2,)."""
         return (2,)
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """None: the points are vectors."""
-        return None
-
 
 def dropped_box(points: np.ndarray) -> np.ndarray:
     """Whether each point lies in the dropped box.

@@ -52,11 +52,6 @@ class Settings(DatasetSettings):
         """(63,)."""
         return (63,)
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """None: the patches are vectors."""
-        return None
-
 
 def _places(split: str) -> list[tuple[int, int]]:
     """Row and column of each tile of a split."""

@@ -45,11 +45,6 @@ class Settings(DatasetSettings):
         """(1, 48, 48)."""
         return (1, 48, 48)
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """(0, 1)."""
-        return (0.0, 1.0)
-
 
 @functools.lru_cache(maxsize=1)
 def _read_mat(path: Path, stamp: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

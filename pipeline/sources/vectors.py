@@ -48,11 +48,6 @@ class Settings(DatasetSettings):
         """(0,): the file tells."""
         return (0,)
 
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """None: these are vectors."""
-        return None
-
 
 class _Table(ABC):
     """An open file with shape (N, D), read by rows."""

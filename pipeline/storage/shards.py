@@ -23,7 +23,7 @@ from pipeline.storage.parts import SPLITS, Arrays, Part, PartIndex, PartReader, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BLOCK_EXAMPLES", "ShardIndex", "ShardReader", "ShardWriter", "scale_pixels"]
+__all__ = ["BLOCK_EXAMPLES", "ShardIndex", "ShardReader", "ShardWriter", "from_unit", "scale_pixels", "to_unit"]
 
 BLOCK_EXAMPLES = 256
 MEMBERS = ("examples", "labels", "codes")  # the arrays that a block may hold
@@ -282,3 +282,21 @@ def scale_pixels(examples: Any, value_range: tuple[float, ...] | None) -> Any:
     if isinstance(examples, np.ndarray):
         return np.float32(low) + examples.astype(np.float32) * step
     return float(np.float32(low)) + examples.float() * float(step)
+
+
+def to_unit(images: Tensor, value_range: tuple[float, ...]) -> Tensor:
+    """Images in a range as images in 0..1: (x - low) / (high - low).
+
+    Example:
+        >>> import torch
+        >>> to_unit(torch.tensor([-1.0, 0.0, 1.0]), (-1.0, 1.0))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    low, high = value_range
+    return (images - low) / (high - low)
+
+
+def from_unit(images: Tensor, value_range: tuple[float, ...]) -> Tensor:
+    """Images in 0..1 as images in a range: low + (high - low) * x, the inverse of `to_unit`."""
+    low, high = value_range
+    return low + (high - low) * images

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, PipelineError
+from pipeline.storage.shards import to_unit
 
 __all__ = ["PerceptualLoss", "vgg19_weights"]
 
@@ -117,7 +118,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, weights: Mapping[str, Tensor], value_range: tuple[float, float], *, channels_last: bool = False) -> None:
         super().__init__()
-        self.low, self.high = value_range
+        self.value_range = value_range
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.convolutions = nn.ModuleDict()
         for layer, (inputs, outputs) in CONVOLUTIONS.items():
@@ -136,7 +137,7 @@ class PerceptualLoss(nn.Module):
         """
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        hidden = ((images.float() - self.low) / (self.high - self.low) - self.mean) / self.std
+        hidden = (to_unit(images.float(), self.value_range) - self.mean) / self.std
         hidden = hidden.contiguous(memory_format=self.memory_format)
         read = []
         for layer in CONVOLUTIONS:
