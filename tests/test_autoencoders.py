@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -17,6 +18,7 @@ from torch import nn
 from pipeline.autoencoders import ae, identity
 from pipeline.autoencoders.common.incremental import IncrementalSettings
 from pipeline.autoencoders.common.network import Autoencoder, Decoder, Encoder, filter_side, image_side
+from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
 from pipeline.training.trainable import Step
@@ -34,9 +36,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def small(**changes) -> Autoencoder:
-    options = {"channels": 1, "blocks": 1, "filter_side": 2, "latent_dim": 3, "base_channels": 4, "generator": generator()}
-    return Autoencoder(**options | changes)
+def small(channels=1, value_range=(0.0, 1.0), variational=False, generator=None, **changes) -> Autoencoder:
+    options = ConvolutionOptions(**{"blocks": 1, "latent_dim": 3, "base_channels": 4} | changes)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return Autoencoder(options, (channels, 8, 8), value_range, variational=variational, generator=generator)
 
 
 def row(**changes) -> dict:
@@ -55,8 +58,9 @@ def digits() -> torch.Tensor:
 @pytest.mark.parametrize(("channels", "blocks", "filter_side", "latent_dim", "side", "output"), PAPER)
 def test_shapes_and_ranges_of_the_paper(channels, blocks, filter_side, latent_dim, side, output):
     with torch.device("meta"):
-        encoder = Encoder(channels=channels, blocks=blocks, filter_side=filter_side, latent_dim=latent_dim)
-        decoder = Decoder(channels=channels, blocks=blocks, filter_side=filter_side, latent_dim=latent_dim, output=output)
+        options = ConvolutionOptions(blocks=blocks, filter_side=filter_side, latent_dim=latent_dim)
+        encoder = Encoder(options, (channels, side, side))
+        decoder = Decoder(options, (channels, side, side), output=output)
         codes = encoder(torch.empty(2, channels, side, side))
         assert codes.shape == (2, latent_dim)
         assert decoder(codes).shape == (2, channels, side, side)
@@ -68,7 +72,7 @@ def test_shapes_and_ranges_of_the_paper(channels, blocks, filter_side, latent_di
 @pytest.mark.parametrize(("channels", "blocks", "filter_side", "latent_dim", "side", "output"), PAPER)
 def test_parameter_counts(channels, blocks, filter_side, latent_dim, side, output):
     with torch.device("meta"):
-        network = Autoencoder(channels=channels, blocks=blocks, filter_side=filter_side, latent_dim=latent_dim)
+        network = Autoencoder(ConvolutionOptions(blocks=blocks, latent_dim=latent_dim), (channels, side, side))
     widths = [64 * 2**n for n in range(blocks + 1)]
     inner = sum(16 * a * b for a, b in itertools.pairwise(widths))
     last = widths[-1] * filter_side**2 * latent_dim
@@ -80,7 +84,8 @@ def test_parameter_counts(channels, blocks, filter_side, latent_dim, side, outpu
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_network_of_mnist_written_out(channels_last):
-    network = Autoencoder(channels=1, blocks=1, filter_side=7, latent_dim=8, channels_last=channels_last, generator=generator())
+    options = ConvolutionOptions(blocks=1, latent_dim=8, channels_last=channels_last)
+    network = Autoencoder(options, (1, 28, 28), generator=generator())
     encoder = nn.Sequential(
         nn.Conv2d(1, 64, 4, stride=2, padding=1),
         nn.LeakyReLU(0.2),
@@ -128,7 +133,8 @@ def test_the_filter_side_follows_from_the_image_side(blocks, side, expected):
 
 
 def test_weights_are_orthogonal_biases_zero_gains_small():
-    network = Autoencoder(channels=3, blocks=2, filter_side=4, latent_dim=10, base_channels=16, generator=generator())
+    options = ConvolutionOptions(blocks=2, latent_dim=10, base_channels=16)
+    network = Autoencoder(options, (3, 32, 32), generator=generator())
     gains = []
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -199,7 +205,7 @@ def test_log_variances_are_bounded_smoothly():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_save_and_load(tmp_path, channels_last):
-    network = small(channels_last=channels_last, variational=True, output="tanh", channels=3)
+    network = small(channels_last=channels_last, variational=True, value_range=(-1.0, 1.0), channels=3)
     images = torch.rand(4, 3, 8, 8, generator=generator())
     network(images)  # moves the running statistics
     network.eval()
@@ -210,8 +216,8 @@ def test_save_and_load(tmp_path, channels_last):
     assert torch.equal(before, torch.get_rng_state())
     assert not encoder.training
     assert not decoder.training
-    assert encoder.settings == network.encoder.settings
-    assert decoder.settings == network.decoder.settings
+    assert encoder.options == decoder.options == dataclasses.replace(network.encoder.options, filter_side=2)
+    assert (encoder.image_shape, decoder.value_range) == ((3, 8, 8), (-1, 1))
     for ours, read in ((network.encoder.moments(images), encoder.moments(images)), (network(images), decoder(encoder(images)))):
         torch.testing.assert_close(read, ours, rtol=0, atol=0)
 
@@ -224,12 +230,41 @@ def test_equal_weights_give_equal_bytes(tmp_path):
     assert len(digests) == 1
 
 
+def test_the_metadata_of_files_stays_as_it_was(tmp_path):
+    network = small(variational=True, value_range=(-1.0, 1.0), channels=3)
+    network.encoder.save(tmp_path / "encoder.safetensors")
+    network.decoder.save(tmp_path / "decoder.safetensors")
+    common = '"base_channels": 4, "batch_norm_gain": "paper", "blocks": 1, "channels": 3, "channels_last": true, "class": '
+    for name, rest in (
+        ("encoder", '"Encoder", "filter_side": 2, "latent_dim": 3, "variational": true'),
+        ("decoder", '"Decoder", "filter_side": 2, "input_normalisation": false, "latent_dim": 3, "output": "tanh"'),
+    ):
+        with safe_open(tmp_path / f"{name}.safetensors", framework="pt") as file:
+            assert file.metadata() == {"settings": "{" + common + rest + "}"}
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (1, 9, 9), (1, 2, 2)])
+def test_images_that_do_not_fit_the_network_are_refused(shape):
+    with pytest.raises(SettingsError, match="don't fit 1 blocks"):
+        Encoder(ConvolutionOptions(blocks=1, latent_dim=2), shape)
+
+
+def test_a_batch_of_one_value_a_channel_is_refused_in_words():
+    objective = ae.build(build(ae.Settings, row(batch_size=4), "a"), (1, 4, 4), (0.0, 1.0))
+    with pytest.raises(SettingsError, match=r"^batch_size: a batch of one image for each process .* larger batch_size"):
+        objective("model", {"images": torch.rand(1, 1, 4, 4)}, Step(0, 0.0, generator()))
+    objective("model", {"images": torch.rand(2, 1, 4, 4)}, Step(0, 0.0, generator()))
+    objective.eval()
+    objective.encode(torch.rand(1, 1, 4, 4))
+    build(ae.Settings, row(batch_size=1), "a").check_shape((1, 8, 8))
+
+
 def test_bad_files_are_refused_by_name(tmp_path):
     path = tmp_path / "decoder.safetensors"
     with pytest.raises(DataError, match=r"decoder.safetensors is missing"):
         Decoder.load(path)
     small().decoder.save(path)
-    with pytest.raises(DataError, match="holds Decoder, not Encoder"):
+    with pytest.raises(DataError, match="holds Decoder; give the other file"):
         Encoder.load(path)
     whole = path.read_bytes()
     for cut in (0, 5, 100, len(whole) - 1):
@@ -276,6 +311,7 @@ def test_shapes_that_fit(changes, shape):
         ({}, (3, 28, 32), "^dataset: images have to be square, and these are 28x32"),
         ({}, (63,), "^dataset: 'digits' holds vectors.*'identity'"),
         ({}, (0,), "^dataset: 'digits' holds vectors"),
+        ({"batch_size": 1}, (1, 4, 4), "^batch_size: .* single value .* larger batch_size"),
     ],
 )
 def test_shapes_that_do_not_fit(changes, shape, message):
@@ -287,7 +323,7 @@ def test_shapes_that_do_not_fit(changes, shape, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_dim": 0}, r"autoencoders.a.latent_dim: has to be at least 1"),
+        ({"latent_dim": 0}, r"autoencoders.a.latent_dim: must be at least 1"),
         ({"blocks": -1}, r"autoencoders.a.blocks"),
         ({"filter_side": 0}, r"autoencoders.a.filter_side"),
         ({"base_channels": 0}, r"autoencoders.a.base_channels"),
@@ -344,7 +380,7 @@ def test_the_loss_is_the_mean_squared_error_in_the_range_of_the_data(digits):
 
 
 def test_other_ranges_are_refused():
-    with pytest.raises(SettingsError, match=r"dataset: pixels of 'digits' lie in 0..255"):
+    with pytest.raises(SettingsError, match=r"dataset: its pixels lie in 0..255"):
         ae.build(build(ae.Settings, row(), "a"), (1, 8, 8), (0.0, 255.0))
 
 

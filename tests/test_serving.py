@@ -19,6 +19,7 @@ import small
 import torch
 
 from pipeline.autoencoders.common.network import Decoder
+from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.densities import LatentDensityEstimator, load_density
 from pipeline.sampling import draw
 from stages.tracking.serving import generate, log_model
@@ -31,7 +32,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("generator")
     torch.manual_seed(0)
     LatentDensityEstimator(3, components=2).save(folder / "density.safetensors")
-    Decoder(channels=1, blocks=1, filter_side=2, latent_dim=3, base_channels=4).save(folder / "decoder.safetensors")
+    Decoder(ConvolutionOptions(blocks=1, latent_dim=3, base_channels=4), (1, 8, 8)).save(folder / "decoder.safetensors")
     return folder / "density.safetensors", folder / "decoder.safetensors"
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.autoencoders.common.incremental import IncrementalSettings, mask
-from pipeline.autoencoders.common.network import Autoencoder, Decoder, Encoder, OutputRange, filter_side, image_side
+from pipeline.autoencoders.common.network import ONE_VALUE, Autoencoder, Decoder, Encoder, filter_side, image_side
+from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
-from pipeline.errors import SettingsError
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, file_setting
 from pipeline.training.trainable import Step, Trainable
 
@@ -19,40 +18,22 @@ __all__ = ["ImageAutoencoderSettings", "ImageObjective", "Objective"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings):
-    """Keys of every objective that trains the network of Figure 9.
+class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, ConvolutionOptions):
+    """Keys of every objective that trains the network of Figure 9, besides the network's own options.
 
     Attributes:
-        latent_dim: Length D of the code.
-        blocks: Convolution blocks N. Images are S * 2^(N+1) pixels wide and high.
-        filter_side: Filter side S of the encoder's last convolution, in pixels; follows from the images when null.
-        base_channels: Filters of the outermost convolutions.
-        batch_norm_gain: Initial gains: `paper`: normal with mean 0 and standard deviation 0.02; `ones`.
-        input_normalisation: Whether BatchNorm and LeakyReLU follow the decoder's first layer, as they don't in the paper.
-        channels_last: Whether the channels lie last in memory, faster on most machines.
         incremental: Opens the code dimension by dimension (section 3.4); null trains all of it from the start.
         perceptual_weight: Weight of the perceptual loss in (5); 0.1 in the paper, 0 leaves it out.
         perceptual_weights: Where VGG19's weights come from: a file (safetensors or state dict), or `imagenet` for torchvision's
             official ones, downloaded once.
     """
 
-    latent_dim: int
-    blocks: int
-    filter_side: int | None = None
-    base_channels: int = 64
-    batch_norm_gain: Literal["paper", "ones"] = "paper"
-    input_normalisation: bool = False
-    channels_last: bool = True
     incremental: IncrementalSettings | None = None
     perceptual_weight: float = 0.0
     perceptual_weights: str | None = file_setting()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.latent_dim >= 1, "latent_dim", "has to be at least 1")
-        check_that(0 <= self.blocks <= 10, "blocks", "has to lie in 0..10")
-        check_that(self.filter_side is None or self.filter_side >= 1, "filter_side", "has to be at least 1")
-        check_that(self.base_channels >= 1, "base_channels", "has to be at least 1")
         check_that(self.perceptual_weight >= 0, "perceptual_weight", "has to be 0 or more")
         check_that(
             self.perceptual_weight == 0 or self.perceptual_weights is not None,
@@ -92,6 +73,8 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings):
                 f"the side has to be filter_side * 2^(blocks + 1) = {side} pixels, and the images of '{self.dataset}' are "
                 f"{height}x{width}",
             )
+        normalised = self.blocks > 0 or self.input_normalisation
+        check_that(self.batch_size > 1 or not normalised or filter_side(self.blocks, height) != 1, "batch_size", ONE_VALUE)
 
 
 class Objective(Trainable):
@@ -147,34 +130,16 @@ class ImageObjective(Objective):
     ) -> None:
         super().__init__()
         settings.check_shape(shape)
-        outputs: dict[tuple[float, float], OutputRange] = {(0.0, 1.0): "sigmoid", (-1.0, 1.0): "tanh"}
-        low, high = value_range
-        if (low, high) not in outputs:
-            raise SettingsError(
-                f"dataset: pixels of '{settings.dataset}' lie in {low:g}..{high:g}; the network needs 0..1 or -1..1"
-            )
         self.settings = settings
         self.latent_dim = settings.latent_dim
         self.initial = torch.Generator().manual_seed(settings.seed)
-        network = Autoencoder(
-            channels=shape[0],
-            blocks=settings.blocks,
-            filter_side=shape[1] // image_side(settings.blocks, 1),
-            latent_dim=settings.latent_dim,
-            output=outputs[low, high],
-            base_channels=settings.base_channels,
-            batch_norm_gain=settings.batch_norm_gain,
-            variational=variational,
-            input_normalisation=settings.input_normalisation,
-            channels_last=settings.channels_last,
-            generator=self.initial,
-        )
+        network = Autoencoder(settings, shape, value_range, variational=variational, generator=self.initial)
         self.encoder, self.decoder = network.encoder, network.decoder
         # In a tuple PyTorch doesn't see it: VGG19 is no part of the weights that are trained, averaged or saved.
         self._perceptual: tuple[PerceptualLoss, ...] = ()
         if settings.perceptual_weight > 0:
             weights = vgg19_weights(settings.perceptual_weights or "")
-            self._perceptual = (PerceptualLoss(weights, (low, high), channels_last=settings.channels_last),)
+            self._perceptual = (PerceptualLoss(weights, value_range, channels_last=settings.channels_last),)
 
     def encode(self, examples: Tensor) -> Tensor:
         """The whole codes, with shape (B, D) and float32, of images with shape (B, C, H, W)."""

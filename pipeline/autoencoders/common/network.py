@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.errors import DataError
+from pipeline.autoencoders.common.options import ConvolutionOptions
+from pipeline.errors import DataError, PipelineError, SettingsError
+from pipeline.settings import build
 from pipeline.system.files import atomic_file
 
 __all__ = ["Autoencoder", "Decoder", "Encoder", "filter_side", "image_side"]
 
-BatchNormGain = Literal["paper", "ones"]
-OutputRange = Literal["sigmoid", "tanh"]
-
+OUTPUTS = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0)}  # the decoder's last activation -> range of the pixels
+ONE_VALUE = (
+    "a batch of one image for each process leaves BatchNorm a single value per channel, since the blocks end at 1x1 pixels: "
+    "take a larger batch_size and more training images, or one block less"
+)
 LOG_VARIANCE_BOUND = 10.0  # deviations between 0.007 and 148
+
+_UNREADABLE = (
+    *(OSError, SafetensorError, PipelineError, AttributeError, KeyError),
+    *(TypeError, ValueError, RuntimeError),
+)
 
 
 def image_side(blocks: int, filter_side: int) -> int:
@@ -44,31 +54,73 @@ def filter_side(blocks: int, image_side: int) -> int | None:
 
 
 class _Half(nn.Module):
-    """What both halves share: settings, memory format, initial weights, and their file."""
+    """What both halves share: options, memory format, initial weights, and their file.
 
-    settings: dict[str, Any]
+    Arguments:
+        options: What the network is made of.
+        shape: Shape (C, H, W) of an image.
 
-    def _start(self, settings: dict[str, Any], generator: torch.Generator | None) -> None:
-        self.settings = settings
+    Attributes:
+        filter_side: Filter side S, in pixels.
+        extras: Names of what a file says of this half beyond the options, in the metadata's words.
+        ignored: Options that concern the other half alone.
+
+    Raises:
+        SettingsError: When images of this shape don't fit the options.
+    """
+
+    extras: ClassVar[tuple[str, ...]]
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: ConvolutionOptions, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        channels, height, width = shape
+        side = filter_side(options.blocks, height)
+        if height != width or side is None or options.filter_side not in (None, side):
+            raise SettingsError(f"blocks: images of {height}x{width} pixels don't fit {options.blocks} blocks")
+        self.options, self.filter_side, self.image_shape = options, side, (channels, height, width)
+
+    def _start(self, generator: torch.Generator | None) -> None:
         for module in self.modules():
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
                 continue  # shapes alone: `load` puts the weights in
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.orthogonal_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            elif isinstance(module, nn.BatchNorm2d) and settings["batch_norm_gain"] == "paper":
+            elif isinstance(module, nn.BatchNorm2d) and self.options.batch_norm_gain == "paper":
                 nn.init.normal_(module.weight, 0.0, 0.02, generator=generator)
         self.to(memory_format=self._memory_format)
 
     @property
+    def latent_dim(self) -> int:
+        """Length D of the code."""
+        return self.options.latent_dim
+
+    @property
     def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.settings["channels_last"] else torch.contiguous_format
+        return torch.channels_last if self.options.channels_last else torch.contiguous_format
+
+    def _metadata(self) -> dict[str, Any]:
+        """What tells the network's shapes, as it is saved."""
+        names = [f.name for f in dataclasses.fields(ConvolutionOptions) if f.name not in self.ignored]
+        options = {name: getattr(self.options, name) for name in names}
+        extras = {name: getattr(self, name) for name in self.extras}
+        return options | extras | {"channels": self.image_shape[0], "filter_side": self.filter_side}
+
+    @classmethod
+    def _built(cls, metadata: dict[str, Any]) -> Self:
+        """The network that metadata tells of."""
+        extras = {name: metadata.pop(name) for name in cls.extras}
+        channels = metadata.pop("channels")
+        options = build(ConvolutionOptions, metadata, cls.__name__)
+        side = image_side(options.blocks, metadata["filter_side"])
+        return cls(options, (channels, side, side), **extras)
 
     def save(self, path: str | Path) -> None:
         """Writes weights and settings as one safetensors file, whole or not at all; the same bytes for the same weights."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         # One key alone: safetensors writes several in an order that changes from run to run.
-        metadata = {"settings": json.dumps({"class": type(self).__name__, **self.settings}, sort_keys=True)}
+        metadata = {"settings": json.dumps({"class": type(self).__name__, **self._metadata()}, sort_keys=True)}
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata)
 
@@ -81,20 +133,27 @@ class _Half(nn.Module):
         """
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                settings = json.loads((file.metadata() or {})["settings"])
+                metadata = json.loads((file.metadata() or {})["settings"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            kind = settings.pop("class")
+            kind = metadata.pop("class")
             if kind != cls.__name__:
-                raise DataError(f"{path} holds {kind}, not {cls.__name__}; give the other file of the pair")
-            if not 0 <= settings["blocks"] <= 10:  # as in the settings; a million would take minutes to refuse
-                raise ValueError("impossible number of blocks")
+                raise ValueError(f"it holds {kind}; give the other file of the pair")
             with torch.device("meta"):  # no weights are drawn, nor memory taken, before the shapes are known to agree
-                network = cls(**settings)
+                network = cls._built(metadata)
             network.load_state_dict(tensors, assign=True)
             network.to(memory_format=network._memory_format)
         except FileNotFoundError:
             raise DataError(f"{path} is missing; train the autoencoder first") from None
-        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            PipelineError,
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path} is no {cls.__name__.lower()} of this pipeline ({reason}); train it again") from None
         return network.eval()
@@ -116,53 +175,41 @@ class Encoder(_Half):
         | https://arxiv.org/abs/1902.04294
 
     Arguments:
-        channels: Image channels C.
-        blocks: Blocks N after the first convolution.
-        filter_side: Side S of the last filter, in pixels. Images are S * 2^(N+1) pixels wide and high.
-        latent_dim: Length D of the code.
-        base_channels: Filters of the first convolution.
-        batch_norm_gain: `paper`: drawn from a normal with mean 0 and standard deviation 0.02; `ones`: PyTorch's.
+        options: What the network is made of: blocks N, length D of the code, ..
+        shape: Shape (C, H, W) of an image, S * 2^(N+1) pixels wide and high.
         variational: Whether a second head gives log-variances, starting at 0.
-        channels_last: Whether weights and activations lie in memory with the channels last, faster on most machines.
         generator: Source of the initial weights; PyTorch's own when None.
 
     Example:
-        >>> encoder = Encoder(channels=1, blocks=1, filter_side=7, latent_dim=8, generator=torch.Generator().manual_seed(0))
+        >>> encoder = Encoder(ConvolutionOptions(blocks=1, latent_dim=8), shape=(1, 28, 28))
         >>> encoder(torch.rand(2, 1, 28, 28)).shape
         torch.Size([2, 8])
     """
 
+    extras = ("variational",)
+    ignored = ("input_normalisation",)
+
     def __init__(
         self,
+        options: ConvolutionOptions,
+        shape: tuple[int, ...],
         *,
-        channels: int,
-        blocks: int,
-        filter_side: int,
-        latent_dim: int,
-        base_channels: int = 64,
-        batch_norm_gain: BatchNormGain = "paper",
         variational: bool = False,
-        channels_last: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        settings = {k: v for k, v in locals().items() if k not in ("self", "generator", "__class__")}
-        layers: list[nn.Module] = [nn.Conv2d(channels, base_channels, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
-        width = base_channels
-        for _ in range(blocks):
+        super().__init__(options, shape)
+        self.variational = variational
+        width = options.base_channels
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+        for _ in range(options.blocks):
             layers += [nn.Conv2d(width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2, inplace=True)]
             width *= 2
         self.layers = nn.Sequential(*layers)
-        self.head = nn.Conv2d(width, latent_dim, filter_side)
-        self.log_variance_head = nn.Conv2d(width, latent_dim, filter_side) if variational else None
-        self._start(settings, generator)
+        self.head = nn.Conv2d(width, options.latent_dim, self.filter_side)
+        self.log_variance_head = nn.Conv2d(width, options.latent_dim, self.filter_side) if variational else None
+        self._start(generator)
         if self.log_variance_head is not None:
             nn.init.zeros_(self.log_variance_head.weight)
-
-    @property
-    def latent_dim(self) -> int:
-        """Length D of the code."""
-        return int(self.settings["latent_dim"])
 
     def forward(self, images: Tensor) -> Tensor:
         """The codes, with shape (B, D), of images with shape (B, C, H, W); the means where the encoder is variational."""
@@ -170,6 +217,8 @@ class Encoder(_Half):
 
     def features(self, images: Tensor) -> Tensor:
         """What the heads read, with shape (B, base_channels * 2^N, S, S)."""
+        if self.training and len(images) == 1 and self.filter_side == 1 and type(self.layers[-2]) is nn.BatchNorm2d:
+            raise SettingsError(f"batch_size: {ONE_VALUE}")
         features: Tensor = self.layers(images.contiguous(memory_format=self._memory_format))
         return features
 
@@ -207,128 +256,91 @@ class Decoder(_Half):
         | https://arxiv.org/abs/1902.04294
 
     Arguments:
-        channels: Image channels C.
-        blocks: Blocks N before the last convolution.
-        filter_side: Side S of the first filter, in pixels. Images are S * 2^(N+1) pixels wide and high.
-        latent_dim: Length D of the code.
+        options: What the network is made of: blocks N, length D of the code, ..
+        shape: Shape (C, H, W) of an image, S * 2^(N+1) pixels wide and high.
         output: `sigmoid` for images in 0..1, `tanh` for images in -1..1.
-        base_channels: Filters that the last convolution reads.
-        batch_norm_gain: `paper`: drawn from a normal with mean 0 and standard deviation 0.02; `ones`: PyTorch's.
-        input_normalisation: Whether BatchNorm and LeakyReLU(0.2) follow the first layer too.
-        channels_last: Whether weights and activations lie in memory with the channels last, faster on most machines.
         generator: Source of the initial weights; PyTorch's own when None.
 
+    Attributes:
+        value_range: Least and greatest value of a pixel.
+
     Example:
-        >>> decoder = Decoder(channels=3, blocks=3, filter_side=4, latent_dim=100, output="tanh")
+        >>> decoder = Decoder(ConvolutionOptions(blocks=3, latent_dim=100), shape=(3, 64, 64), output="tanh")
         >>> decoder(torch.zeros(2, 100)).shape
         torch.Size([2, 3, 64, 64])
     """
 
+    extras = ("output",)
+
     def __init__(
         self,
+        options: ConvolutionOptions,
+        shape: tuple[int, ...],
         *,
-        channels: int,
-        blocks: int,
-        filter_side: int,
-        latent_dim: int,
-        output: OutputRange = "sigmoid",
-        base_channels: int = 64,
-        batch_norm_gain: BatchNormGain = "paper",
-        input_normalisation: bool = False,
-        channels_last: bool = False,
+        output: str = "sigmoid",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        settings = {k: v for k, v in locals().items() if k not in ("self", "generator", "__class__")}
-        width = base_channels * 2**blocks
-        layers: list[nn.Module] = [nn.ConvTranspose2d(latent_dim, width, filter_side)]
-        if input_normalisation:
+        super().__init__(options, shape)
+        self.output, self.value_range = output, OUTPUTS[output]
+        width = options.base_channels * 2**options.blocks
+        layers: list[nn.Module] = [nn.ConvTranspose2d(options.latent_dim, width, self.filter_side)]
+        if options.input_normalisation:
             layers += [nn.BatchNorm2d(width), nn.LeakyReLU(0.2, inplace=True)]
-        for _ in range(blocks):
+        for _ in range(options.blocks):
             layers += [
                 nn.ConvTranspose2d(width, width // 2, 4, 2, 1),
                 nn.BatchNorm2d(width // 2),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             width //= 2
-        layers.append(nn.ConvTranspose2d(width, channels, 4, 2, 1))
+        layers.append(nn.ConvTranspose2d(width, shape[0], 4, 2, 1))
         self.layers = nn.Sequential(*layers)
-        self._start(settings, generator)
-
-    @property
-    def latent_dim(self) -> int:
-        """Length D of the code."""
-        return int(self.settings["latent_dim"])
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of an image."""
-        side = image_side(self.settings["blocks"], self.settings["filter_side"])
-        return self.settings["channels"], side, side
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        """Least and greatest value of a pixel."""
-        return (0.0, 1.0) if self.settings["output"] == "sigmoid" else (-1.0, 1.0)
+        self._start(generator)
 
     def forward(self, codes: Tensor) -> Tensor:
         """The images, with shape (B, C, H, W), float32 and in `value_range`, of codes with shape (B, D)."""
         columns = codes[:, :, None, None]  # (B, D) => (B, D, 1, 1)
         logits: Tensor = self.layers(columns.contiguous(memory_format=self._memory_format)).float()
-        return torch.sigmoid(logits) if self.settings["output"] == "sigmoid" else torch.tanh(logits)
+        return torch.sigmoid(logits) if self.output == "sigmoid" else torch.tanh(logits)
 
 
 class Autoencoder(nn.Module):
-    """An encoder and a decoder of the same dimensions, drawn from one generator.
+    """An encoder and a decoder of the same options, drawn from one generator.
 
     Arguments:
-        channels: Image channels C.
-        blocks: Blocks N.
-        filter_side: Filter side S, in pixels. Images are S * 2^(N+1) pixels wide and high.
-        latent_dim: Length D of the code.
-        output: `sigmoid` for images in 0..1, `tanh` for images in -1..1.
-        base_channels: Filters of the outermost convolutions.
-        batch_norm_gain: `paper` or `ones`, see `Encoder`.
+        options: What the network is made of.
+        shape: Shape (C, H, W) of an image.
+        value_range: Least and greatest value of a pixel, (0, 1) or (-1, 1).
         variational: Whether the encoder gives log-variances too.
-        input_normalisation: Whether BatchNorm and LeakyReLU follow the decoder's first layer.
-        channels_last: Whether weights and activations lie in memory with the channels last.
         generator: Source of the initial weights; PyTorch's own when None.
 
+    Raises:
+        SettingsError: When images of this shape or range don't fit.
+
     Example:
-        >>> network = Autoencoder(channels=1, blocks=2, filter_side=6, latent_dim=15)
+        >>> network = Autoencoder(ConvolutionOptions(blocks=2, latent_dim=15), shape=(1, 48, 48))
         >>> network(torch.rand(2, 1, 48, 48)).shape
         torch.Size([2, 1, 48, 48])
     """
 
     def __init__(
         self,
+        options: ConvolutionOptions,
+        shape: tuple[int, ...],
+        value_range: tuple[float, ...] = (0.0, 1.0),
         *,
-        channels: int,
-        blocks: int,
-        filter_side: int,
-        latent_dim: int,
-        output: OutputRange = "sigmoid",
-        base_channels: int = 64,
-        batch_norm_gain: BatchNormGain = "paper",
         variational: bool = False,
-        input_normalisation: bool = False,
-        channels_last: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        common: dict[str, Any] = {
-            "channels": channels,
-            "blocks": blocks,
-            "filter_side": filter_side,
-            "latent_dim": latent_dim,
-            "base_channels": base_channels,
-            "batch_norm_gain": batch_norm_gain,
-            "channels_last": channels_last,
-        }
+        output = {bounds: name for name, bounds in OUTPUTS.items()}.get((value_range[0], value_range[1]))
+        if output is None:
+            low, high = value_range
+            raise SettingsError(f"dataset: its pixels lie in {low:g}..{high:g}; the network needs 0..1 or -1..1")
         # A seeded generator leaves PyTorch's own where it was: layers draw weights of their own before ours.
         with torch.random.fork_rng(devices=[], enabled=generator is not None):
-            self.encoder = Encoder(**common, variational=variational, generator=generator)
-            self.decoder = Decoder(**common, output=output, input_normalisation=input_normalisation, generator=generator)
+            self.encoder = Encoder(options, shape, variational=variational, generator=generator)
+            self.decoder = Decoder(options, shape, output=output, generator=generator)
 
     def forward(self, images: Tensor) -> Tensor:
         """The reconstructions, with the images' shape (B, C, H, W)."""
