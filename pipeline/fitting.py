@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from pipeline.densities import Density
-from pipeline.densities.common.density import build_density
+from pipeline.densities.common.density import build_density, random_subset
+from pipeline.densities.common.transforms import FITTED_CODES, Transform, build_transform
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments
 from pipeline.settings import DensitySettings
 from pipeline.storage.batches import Batches
-from pipeline.storage.codes import CodeReader
+from pipeline.storage.codes import CodeReader, VectorMoments
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
 from pipeline.training.checkpoint import Checkpoint
@@ -104,6 +105,36 @@ def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor) -> Tensor:
     return factor
 
 
+def fit_transform(
+    kind: str, blocks: Callable[[], Iterable[np.ndarray]], dim: int, seed: int
+) -> tuple[Transform, Tensor, Tensor]:
+    """A monotone map of each column, fitted to a random subset of codes, and the moments of the mapped codes.
+
+    Arguments:
+        kind: Its name, as the setting `transform` has it.
+        blocks: Gives a new pass over the training codes, each block with shape (n, D).
+        dim: The number of columns D.
+        seed: Seed of the subset.
+
+    Returns:
+        The map, and mean and standard deviation of all mapped codes, float64 with shape (D,).
+
+    Raises:
+        DataError: When the map isn't defined for some of the codes.
+    """
+    transform = build_transform(kind, dim)
+    transform.fit(random_subset(map(torch.from_numpy, blocks()), FITTED_CODES, seed).double())
+    moments = VectorMoments(dim)
+    for block in transformed(transform, blocks)():
+        moments.update(block)
+    return transform, torch.from_numpy(moments.mean), torch.from_numpy(moments.std)
+
+
+def transformed(transform: Transform, blocks: Callable[[], Iterable[np.ndarray]]) -> Callable[[], Iterable[np.ndarray]]:
+    """The same passes over codes, each block mapped."""
+    return lambda: (transform(torch.from_numpy(block)).numpy() for block in blocks())
+
+
 def fit_density(
     settings: DensitySettings,
     codes: CodeReader,
@@ -131,13 +162,17 @@ def fit_density(
     torch.manual_seed(settings.seed)
     density = build_density(settings, codes.index.dim)
     mean, std = torch.tensor(codes.index.mean, dtype=torch.float64), torch.tensor(codes.index.std, dtype=torch.float64)
+    blocks: Callable[[], Iterable[np.ndarray]] = codes.stream("train")
+    if settings.transform != "none":
+        density.transform, mean, std = fit_transform(settings.transform, blocks, codes.index.dim, settings.seed)
+        blocks = transformed(density.transform, blocks)
     if settings.standardise == "dimension":
         density.standardise(mean, std)
     elif settings.standardise == "scalar":
         # One scale for all dimensions: the root of the mean variance around the one mean.
         density.standardise(mean.mean(), (std.square() + (mean - mean.mean()).square()).mean().sqrt())
     elif settings.standardise == "cholesky":
-        density.standardise(mean, cholesky_factor(codes.stream("train")(), mean))
+        density.standardise(mean, cholesky_factor(blocks(), mean))
     density.to(ranks.device)
     if not density.trained_by_gradient:
         return density, _estimate(density, codes, settings, ranks, label)

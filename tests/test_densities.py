@@ -200,20 +200,38 @@ def test_singular_covariance_is_refused():
     assert torch.isfinite(ridged.log_prob(torch.zeros(1, 2)))
 
 
-def test_gaussian_mixture_is_the_closed_form():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("covariance", ["full", "tied", "diagonal"])
+def test_gaussian_mixture_is_the_closed_form(covariance, tmp_path):
     codes = banana(600).double()
-    density = GaussianMixture(2, components=[4]).double()
+    density = GaussianMixture(2, components=[4], covariance=covariance, starts=2).double()
     density.standardise(codes.mean(0), codes.std(0))
     density.estimate(lambda: codes.split(100), codes)
-    precisions = density.whitening @ density.whitening.mT
+    whitening = torch.diag_embed(density.whitening) if covariance == "diagonal" else density.whitening
+    precisions = (whitening @ whitening.mT).expand(4, 2, 2)
     total = torch.zeros(len(codes)).double()
     standardised = (codes - codes.mean(0)) / codes.std(0)
     for k in range(4):
-        covariance = torch.linalg.inv(precisions[k]).numpy()
-        pdf = stats.multivariate_normal(density.means[k].numpy(), covariance).pdf(standardised.numpy())
-        total += density.log_weights[k].exp() * torch.from_numpy(pdf)
+        normal = stats.multivariate_normal(density.means[k].numpy(), torch.linalg.inv(precisions[k]).numpy())
+        total += density.log_weights[k].exp() * torch.from_numpy(normal.pdf(standardised.numpy()))
     torch.testing.assert_close(density.log_prob(codes), total.log() - codes.std(0).log().sum())
+    assert density.parameter_count == 11 + {"full": 12, "tied": 3, "diagonal": 8}[covariance]
+    samples = density.sample(4000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(samples.T.cov(), codes.T.cov(), rtol=0.15, atol=0.5)
+    density.save(tmp_path / "density")
+    assert torch.equal(load_density(tmp_path / "density").log_prob(codes), density.log_prob(codes))
+
+
+def test_gaussian_mixture_chooses_its_ridge_by_validation():
+    codes = torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
+    density = GaussianMixture(10, components=[1, 2], ridge=[0.0, 0.1, 0.3, 30])
+    values = {}
+    density.estimate(lambda: [codes[:20]], codes[20:], proceed=lambda name, value: values.setdefault(name, value) == value)
+    assert list(values)[:4] == [f"1 Gaussians of ridge {ridge:g}" for ridge in (0, 0.1, 0.3, 30)]
+    best = max(values, key=values.get)
+    assert density.eval().log_prob(codes[20:]).mean().item() == pytest.approx(values[best], abs=1e-3)
+    assert best.endswith("ridge 0.3")
+    # Two Gaussians start at the ridge that suited one.
+    assert not any(name.startswith("2 ") and name.endswith((" 0", " 0.1")) for name in values)
 
 
 def test_gaussian_mixture_chooses_by_validation():
@@ -359,7 +377,7 @@ def test_settings_name_the_row():
     for values, message in [
         ({"family": "lde", "components": 0}, "densities.points-d.components: must be at least 1"),
         ({"family": "lde", "blocks": "residual"}, "densities.points-d.width: must be set for residual blocks"),
-        ({"family": "gmm", "components": [5, 2]}, "densities.points-d.components: have to ascend"),
+        ({"family": "gmm", "components": [5, 2]}, "densities.points-d.components: must ascend"),
         ({"family": "maff"}, "did you mean 'maf'"),
         ({"family": "common"}, "densities.points-d.family"),
         ({"family": "made-mog"}, "densities.points-d.family: 'made-mog' is written 'made_mog', like its file"),

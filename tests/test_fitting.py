@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from pipeline import fitting
 from pipeline.errors import DataError, PipelineError, SettingsError
-from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood
+from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood, score_codes
 from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
 from pipeline.storage.parts import write_index
@@ -168,3 +169,11 @@ def test_gmmn_stopped_and_resumed_keeps_the_same_weights(tmp_path: Path, monkeyp
     resumed, training = fit_density(row("gmmn", **GMMN), reader, join(), checkpoint=checkpoint)
     assert (training.resumed_at, training.validations) == (6, expected.validations)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+def test_a_gaussian_of_mapped_columns_is_log_normal(tmp_path: Path) -> None:
+    codes = np.exp(correlated(500, 2) / [5, 10])
+    density, _ = fit_density(row("gaussian", transform="log"), write(tmp_path, codes.astype(np.float32)), join())
+    logs = np.log(codes)
+    expected = stats.multivariate_normal(logs.mean(axis=0), np.cov(logs.T, ddof=0)).logpdf(logs) - logs.sum(axis=1)
+    np.testing.assert_allclose(np.concatenate(list(score_codes(density, [codes.astype(np.float32)]))), expected, atol=2e-3)

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians with full covariances, by expectation maximisation."""
+"""A mixture of Gaussians, by expectation maximisation."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from pipeline.densities.common.density import Density, Proceed, standard_normal, uniform
+from pipeline.densities.common.density import Density, Proceed, random_subset, standard_normal, uniform
 from pipeline.errors import DataError
 from pipeline.settings import Checked, DensitySettings, check_that
 
@@ -24,39 +25,49 @@ class Options(Checked):
 
     Attributes:
         components: Numbers of Gaussians to try, in ascending order, until the validation likelihood falls.
+        covariance: `full`: a matrix for each Gaussian; `tied`: one for all; `diagonal`: a variance for each dimension.
+        ridge: Numbers to try, in ascending order, added to each variance in standardised units. Each number of Gaussians starts
+            at the ridge that suited the one before, and tries larger ones until the validation likelihood falls.
+        starts: Initial assignments by k-means; the one that ends at the highest training likelihood is kept.
         iterations: Steps of expectation maximisation at most.
         tolerance: Gain in mean log-likelihood, in nats, below which they end.
-        ridge: Added to each variance, in standardised units.
         max_examples: Training codes at most, drawn at random, since they are held in memory.
     """
 
     components: tuple[int, ...] = (10, 20, 50, 100, 200)
+    covariance: Literal["full", "tied", "diagonal"] = "full"
+    ridge: tuple[float, ...] = (1e-6,)
+    starts: int = 1
     iterations: int = 100
     tolerance: float = 1e-3
-    ridge: float = 1e-6
     max_examples: int = 100_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(len(self.components) > 0, "components", "has to list at least one number")
-        check_that(all(k >= 1 for k in self.components), "components", "have to be at least 1")
-        check_that(list(self.components) == sorted(set(self.components)), "components", "have to ascend")
-        check_that(self.iterations >= 1, "iterations", "has to be at least 1")
-        check_that(self.tolerance >= 0, "tolerance", "has to be 0 or more")
-        check_that(self.ridge >= 0, "ridge", "has to be 0 or more")
-        check_that(self.max_examples >= 1, "max_examples", "has to be at least 1")
+        for key in ("components", "ridge"):
+            values = list(getattr(self, key))
+            check_that(len(values) > 0, key, "must list at least one number")
+            check_that(values == sorted(set(values)), key, "must ascend")
+        check_that(self.components[0] >= 1, "components", "must be at least 1")
+        check_that(self.ridge[0] >= 0, "ridge", "must be 0 or more")
+        check_that(self.starts >= 1, "starts", "must be at least 1")
+        check_that(self.iterations >= 1, "iterations", "must be at least 1")
+        check_that(self.tolerance >= 0, "tolerance", "must be 0 or more")
+        check_that(self.max_examples >= 1, "max_examples", "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(DensitySettings, Options):
-    """A mixture of Gaussians with full covariances; only `standardise`, `seed` and `max_minutes` of the common keys matter.
+    """A mixture of Gaussians; only `transform`, `standardise`, `seed` and `max_minutes` of the common keys matter.
 
-    The clock is read between two numbers of Gaussians: at least one is fitted, and the best so far is kept.
+    The clock is read between two fits: at least one is made, and the best so far is kept.
     """
 
 
 class GaussianMixture(Density):
     r"""A mixture of Gaussians, :math:`p(z) = \sum_k \pi_k \, \mathcal{N}(z; \mu_k, \Sigma_k)`, fitted by scikit-learn.
+
+    A row says how many there may be, and how much their variances may be raised; validation codes choose.
 
     Arguments:
         dim: The number of dimensions :math:`D`.
@@ -82,19 +93,24 @@ class GaussianMixture(Density):
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
-        self.candidates = len(self.options.components)
+        self.candidates = len(self.options.components) * len(self.options.ridge)
         self._set_components(self.options.components[-1])
 
     def _set_components(self, count: int) -> None:
         self.register_buffer("log_weights", self.shift.new_full((count,), -math.log(count)))
         self.register_buffer("means", self.shift.new_zeros(count, self.dim))
-        # W_k upper triangular with Sigma_k^-1 = W_k W_k^T, so that (z - mu_k) W_k is white.
-        self.register_buffer("whitening", torch.eye(self.dim).to(self.shift).repeat(count, 1, 1))
+        # W_k upper triangular with Sigma_k^-1 = W_k W_k^T, so that (z - mu_k) W_k is white: (K, D, D); tied, one W (D, D); of
+        # diagonal covariances the diagonals (K, D).
+        white = torch.eye(self.dim) if self.options.covariance != "diagonal" else torch.ones(count, self.dim)
+        white = white.to(self.shift)
+        self.register_buffer("whitening", white.repeat(count, 1, 1) if self.options.covariance == "full" else white)
         self.chunk_examples = max(64, 2**22 // (count * self.dim))
 
     def arguments(self) -> dict[str, Any]:
-        """The number of Gaussians that the fit has chosen; the other options matter to the fit only."""
-        return {"dim": self.dim, "components": [self.components]}
+        """The number of Gaussians that the fit has chosen, and their kind; the other options matter to the fit only."""
+        arguments = {"dim": self.dim, "components": [self.components]}
+        covariance = self.options.covariance  # left out where it is the default, as in files of earlier versions
+        return arguments if covariance == "full" else arguments | {"covariance": covariance}
 
     @property
     def components(self) -> int:
@@ -104,38 +120,30 @@ class GaussianMixture(Density):
     @property
     def parameter_count(self) -> int:
         """Weights, which sum to 1, means, and covariances."""
-        return self.components * (1 + self.dim + self.dim * (self.dim + 1) // 2) - 1
+        matrix, diagonals = self.dim * (self.dim + 1) // 2, self.components * self.dim
+        covariances = {"full": self.components * matrix, "tied": matrix, "diagonal": diagonals}[self.options.covariance]
+        return self.components * (1 + self.dim) - 1 + covariances
 
     def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.mixture import GaussianMixture as Estimator
-
-        codes = _subset(blocks(), self.options.max_examples, seed).double().cpu().numpy()
+        codes = random_subset(blocks(), self.options.max_examples, seed).double().cpu().numpy()
         held_out = valid.double().cpu().numpy()
-        best: Estimator | None = None
-        best_value = -math.inf
+        log_det = float(self.scale.double().log().sum())
+        several = len(self.options.ridge) > 1
+        best, best_value, first, time_left = None, -math.inf, 0, True
         for count in self.options.components:
-            if count > len(codes):
+            if count > len(codes) or not time_left:
                 break
-            estimator = Estimator(
-                count,
-                tol=self.options.tolerance,
-                reg_covar=self.options.ridge,
-                max_iter=self.options.iterations,
-                random_state=seed,
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # the number of iterations is a setting
-                try:
-                    estimator.fit(codes)
-                except ValueError as error:
-                    raise DataError(f"a mixture of {count} Gaussians doesn't fit ({error}); raise `ridge`") from None
-            value = float(estimator.score(held_out)) if len(held_out) else -float(estimator.bic(codes))
-            time_left = proceed(f"{count} Gaussians", value - float(self.scale.double().log().sum()))
-            if value <= best_value:
-                break
-            best, best_value = estimator, value
-            if not time_left:
+            previous, of_count = best_value, -math.inf
+            for number, ridge in enumerate(self.options.ridge[first:], first):
+                estimator = self._expectation_maximisation(codes, count, ridge, seed)
+                value = float(estimator.score(held_out)) if len(held_out) else -float(estimator.bic(codes))
+                time_left = proceed(f"{count} Gaussians" + f" of ridge {ridge:g}" * several, value - log_det)
+                if value > best_value:
+                    best, best_value, first = estimator, value, number
+                if value <= of_count or not time_left:
+                    break
+                of_count = value
+            if best_value <= previous:
                 break
         if best is None:
             raise DataError(f"{len(codes)} training codes are too few for a mixture of {self.options.components[0]} Gaussians")
@@ -144,11 +152,41 @@ class GaussianMixture(Density):
         self.means.copy_(torch.from_numpy(best.means_))
         self.whitening.copy_(torch.from_numpy(best.precisions_cholesky_))
 
+    def _expectation_maximisation(self, codes: np.ndarray, count: int, ridge: float, seed: int) -> Any:
+        """The estimator of scikit-learn, fitted with so many Gaussians."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture as Estimator
+
+        estimator = Estimator(
+            count,
+            covariance_type={"diagonal": "diag"}.get(self.options.covariance, self.options.covariance),
+            tol=self.options.tolerance,
+            reg_covar=ridge,
+            max_iter=self.options.iterations,
+            n_init=self.options.starts,
+            random_state=seed,
+        )
+        with warnings.catch_warnings():
+            # The number of iterations is a setting, and repeated codes may leave k-means with fewer clusters.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            try:
+                return estimator.fit(codes)
+            except ValueError as error:
+                raise DataError(f"a mixture of {count} Gaussians doesn't fit ({error}); raise `ridge`") from None
+
     def _log_prob(self, z: Tensor) -> Tensor:
-        flat = self.whitening.permute(1, 0, 2).flatten(1)  # (D, K D)
-        offset = (self.means[:, None] @ self.whitening)[:, 0]  # (K, D)
-        white = (z @ flat).view(len(z), *offset.shape) - offset  # (B, K, D)
-        log_det = self.whitening.diagonal(dim1=1, dim2=2).log().sum(dim=1)  # (K)
+        w = self.whitening
+        if self.options.covariance == "full":
+            flat = w.permute(1, 0, 2).flatten(1)  # (D, K D)
+            offset = (self.means[:, None] @ w)[:, 0]  # (K, D)
+            white = (z @ flat).view(len(z), *offset.shape) - offset  # (B, K, D)
+            log_det = w.diagonal(dim1=1, dim2=2).log().sum(dim=1)  # (K)
+        elif self.options.covariance == "tied":
+            white = (z @ w)[:, None] - self.means @ w
+            log_det = w.diagonal().log().sum()
+        else:
+            white = (z[:, None] - self.means) * w
+            log_det = w.log().sum(dim=1)
         each = log_det - 0.5 * white.square().sum(dim=2) - 0.5 * self.dim * math.log(2 * math.pi)
         return torch.logsumexp(self.log_weights + each, dim=1)
 
@@ -157,30 +195,20 @@ class GaussianMixture(Density):
         levels = uniform((n,), self.shift, generator) * cumulative[-1]
         component = torch.searchsorted(cumulative, levels, right=True).clamp_(max=len(cumulative) - 1)
         z = standard_normal((n, self.dim), self.shift, generator)
+        if self.options.covariance == "diagonal":
+            return self.means[component] + z / self.whitening[component]
+        if self.options.covariance == "tied":
+            return self.means[component] + _coloured(z, self.whitening)
         for k in component.unique().tolist():
             chosen = component == k
-            z[chosen] = self.means[k] + torch.linalg.solve_triangular(self.whitening[k], z[chosen], upper=True, left=False)
+            z[chosen] = self.means[k] + _coloured(z[chosen], self.whitening[k])
         return z
 
 
-def _subset(blocks: Iterable[Tensor], limit: int, seed: int) -> Tensor:
-    """At most `limit` rows, drawn evenly: those with the smallest of random keys."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, keys = list[Tensor](), list[Tensor]()
-    for block in blocks:
-        rows.append(block.cpu())
-        keys.append(torch.rand(len(block), generator=generator, dtype=torch.float64))
-        if sum(map(len, rows)) > 2 * limit:
-            rows, keys = _smallest(rows, keys, limit)
-    if not rows:
-        raise DataError("there are no training codes")
-    return _smallest(rows, keys, limit)[0][0]
-
-
-def _smallest(rows: list[Tensor], keys: list[Tensor], limit: int) -> tuple[list[Tensor], list[Tensor]]:
-    joined, key = torch.cat(rows), torch.cat(keys)
-    kept = key.argsort()[:limit].sort().values
-    return [joined[kept]], [key[kept]]
+def _coloured(white: Tensor, whitening: Tensor) -> Tensor:
+    """The inverse of a whitening: x with x W = white."""
+    x: Tensor = torch.linalg.solve_triangular(whitening, white, upper=True, left=False)
+    return x
 
 
 Model = GaussianMixture

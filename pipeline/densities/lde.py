@@ -20,6 +20,7 @@ from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.orders import ORDERS
 from pipeline.densities.common.recorded import Recorded
 from pipeline.densities.common.separate import SeparateNetworks
+from pipeline.errors import PipelineError
 from pipeline.settings import DensitySettings, check_that
 from pipeline.system.devices import has_bfloat16
 
@@ -249,7 +250,12 @@ class LatentDensityEstimator(Density):
 
         Returns:
             Three tensors with shape (B, D, K), in the units of the data.
+
+        Raises:
+            PipelineError: When the columns are mapped by a `transform`, since mixtures of Gaussians then aren't.
         """
+        if self.transform is not None:
+            raise PipelineError("conditionals are mixtures of Gaussians only without a transform of the columns")
         standardised = self._standardised(z)
         first, others = map(self._bounded, self.network(standardised))
         outputs = torch.cat([first.expand(1, len(z), -1), others]).transpose(0, 1)  # (B, D, 3K)

@@ -132,6 +132,9 @@ class DensitySettings(TrainingSettings):
             `scalar` uses one mean and one scale for all, `none` nothing; `cholesky` takes from each dimension its linear
             prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
             such as pixels. The log-determinant is added back in every likelihood.
+        transform: A monotone map of each column before that, fitted to training codes, for skewed or heavy-tailed columns:
+            `none`; `log` of positive columns; `asinh`, a logarithm in both tails; `power`, that of Yeo and Johnson; `quantile`,
+            a spline to the quantiles of a Gaussian. Its log-determinant is added back too.
         optimizer: `adamw`, or `muon` for steps of orthogonalised momentum, of decay 0.95, on the weights between hidden layers
             of an `lde`, and AdamW's on the others; deep networks learn as much in a fraction of the steps.
         muon_rate: Muon's learning rate, as a multiple of AdamW's; the weights that it moves decay as many times as fast.
@@ -146,6 +149,7 @@ class DensitySettings(TrainingSettings):
     family: str
     learning_rate: float = 2e-4
     standardise: Literal["dimension", "scalar", "cholesky", "none"] = "dimension"
+    transform: Literal["none", "log", "asinh", "power", "quantile"] = "none"
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon_rate: float = 3.0
     max_minutes: float = 0.0

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,11 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from pipeline.densities.common.transforms import Transform, build_transform
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import Checked, DensitySettings, build, implementation
 from pipeline.system.files import atomic_file
 
-__all__ = ["Density", "Proceed", "build_density", "dropout_mask", "load_density", "standard_normal", "uniform"]
+__all__ = [
+    "Density",
+    "Proceed",
+    "build_density",
+    "build_described",
+    "dropout_mask",
+    "load_density",
+    "standard_normal",
+    "uniform",
+]
 
 Proceed = Callable[[str, float], bool]  # name and validation log-likelihood of a candidate -> whether to try another
 
@@ -35,7 +45,8 @@ class Density(nn.Module):
 
     or, with a lower triangular factor :math:`L` whose diagonal is the scale,
     :math:`\log q(L^{-1} (z - \text{shift})) - \sum_i \log L_{ii}`; dimension i then depends on :math:`z_1, \ldots, z_i` only,
-    so that an autoregressive family stays one. Every public method speaks in the units of the data. A family implements
+    so that an autoregressive family stays one. Before that, a `transform` may map each column, see
+    `pipeline.densities.common.transforms`. Every public method speaks in the units of the data. A family implements
     `_log_prob` and `_sample`, on standardised codes; one that isn't trained by gradient implements `_estimate`.
 
     Arguments:
@@ -70,6 +81,7 @@ class Density(nn.Module):
     shift: Tensor
     scale: Tensor
     factor: Tensor | None
+    transform: Transform | None
 
     options: Any
 
@@ -82,6 +94,7 @@ class Density(nn.Module):
         self.register_buffer("shift", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         self.register_buffer("factor", None)
+        self.transform = None
 
     # What a family implements
 
@@ -140,6 +153,8 @@ class Density(nn.Module):
             raise DataError(
                 f"codes in {z.dtype} are wider than this density in {self.shift.dtype}: convert the one or the other"
             )
+        if self.transform is not None:
+            z = self.transform(z)
         if self.factor is not None:
             whitened: Tensor = torch.linalg.solve_triangular(self.factor.T, z - self.shift, upper=True, left=False)
             return whitened
@@ -147,7 +162,8 @@ class Density(nn.Module):
 
     def _restored(self, z: Tensor, generator: Generator | None) -> Tensor:
         """The inverse of `_standardised`, for samples."""
-        return torch.addmm(self.shift, z, self.factor.T) if self.factor is not None else self.shift + z * self.scale
+        z = torch.addmm(self.shift, z, self.factor.T) if self.factor is not None else self.shift + z * self.scale
+        return z if self.transform is None else self.transform.inverse(z)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-likelihood of codes, in nats a code, in the units of the data.
@@ -166,8 +182,10 @@ class Density(nn.Module):
         """
         log_det = self.scale.log().sum()
         if torch.is_grad_enabled() or self.training:
-            return self._log_prob(self._standardised(z)) - log_det
-        return torch.cat([self._log_prob(self._standardised(chunk)) for chunk in self._chunks(z)]) - log_det
+            value = self._log_prob(self._standardised(z)) - log_det
+        else:
+            value = torch.cat([self._log_prob(self._standardised(chunk)) for chunk in self._chunks(z)]) - log_det
+        return value if self.transform is None else value + self.transform.log_det(z)
 
     def _chunks(self, z: Tensor) -> tuple[Tensor, ...]:
         """Codes (B, D) in parts that are computed one after another."""
@@ -248,10 +266,15 @@ class Density(nn.Module):
         """The arguments of the constructor that gives a density of the same shapes."""
         return {"dim": self.dim, **dataclasses.asdict(self.options)}
 
+    def description(self) -> dict[str, Any]:
+        """What `build_described` makes a density of the same shapes from, besides its `factor`: plain types, as in a file."""
+        described = {"family": self.family, "arguments": self.arguments()}
+        return described if self.transform is None else described | {"transform": self.transform.arguments()}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: the weights, and in its metadata the family and the constructor's arguments."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        metadata = json.dumps({"family": self.family, "arguments": self.arguments()}, sort_keys=True)
+        metadata = json.dumps(self.description(), sort_keys=True)
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={METADATA_KEY: metadata})
 
@@ -284,13 +307,10 @@ def load_density(path: str | os.PathLike[str]) -> Density:
         with safe_open(Path(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file isn't a mapping)
-        family = metadata["family"].replace("-", "_")  # `made-mog` in files of earlier versions
-        model: type[Density] = implementation("pipeline.densities", family, "family").Model
-        arguments = {key: value for key, value in metadata["arguments"].items() if key not in model.retired}
-        _check_shapes(model, arguments, tensors)
+        description = metadata | {"factor": "factor" in tensors}
+        _check_shapes(description, tensors)
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave the global generator alone
-            density = model(**arguments)
-        density.factor = tensors.get("factor")
+            density = build_described(description)
         density.to(tensors["scale"].dtype)
         density.load_state_dict(tensors)
     except FileNotFoundError:
@@ -302,18 +322,42 @@ def load_density(path: str | os.PathLike[str]) -> Density:
     return density.eval()
 
 
-def _check_shapes(model: type[Density], arguments: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def build_described(description: Mapping[str, Any]) -> Density:
+    """The density of the shapes that `Density.description` gives, its weights to be loaded."""
+    model: type[Density] = _model(description)
+    density = model(**{key: value for key, value in description["arguments"].items() if key not in model.retired})
+    if description.get("factor"):
+        density.factor = torch.zeros(density.dim, density.dim)
+    if "transform" in description:
+        density.transform = build_transform(dim=density.dim, **description["transform"])
+    return density
+
+
+def _model(description: Mapping[str, Any]) -> type[Density]:
+    family = description["family"].replace("-", "_")  # `made-mog` in files of earlier versions
+    model: type[Density] = implementation("pipeline.densities", family, "family").Model
+    return model
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Integers at any depth of mappings and lists."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(_integers, value))
+    elif isinstance(value, int):
+        yield value
+
+
+def _check_shapes(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     # Reject files with forged shapes before allocating anything.
     numbers = max(1024, sum(tensor.numel() for tensor in tensors.values()))
-    values = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in arguments.values())
-    if any(isinstance(value, int) and value > numbers for value in values):
+    if any(value > numbers for value in _integers(description)):
         raise ValueError("fewer weights than its arguments ask for")
-    if not model.has_meta:
+    if not _model(description).has_meta:
         return  # loading the weights will tell
     with torch.device("meta"):
-        expected = {name: value.shape for name, value in model(**arguments).state_dict().items()}
-    if "factor" in tensors:
-        expected["factor"] = torch.Size([*expected["shift"], *expected["shift"]])
+        expected = {name: value.shape for name, value in build_described(description).state_dict().items()}
     if expected != {name: value.shape for name, value in tensors.items()}:
         raise ValueError("weights of other names or shapes than its arguments ask for")
 
@@ -339,3 +383,27 @@ def standard_normal(shape: tuple[int, ...], like: Tensor, generator: Generator |
     """Numbers from N(0, 1) in the dtype and on the device of `like`, drawn where the generator lives."""
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def random_subset(blocks: Iterable[Tensor], limit: int, seed: int) -> Tensor:
+    """At most `limit` rows of blocks of codes, drawn evenly, in their order: those with the smallest of random keys.
+
+    Raises:
+        DataError: When there are no codes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, keys = list[Tensor](), list[Tensor]()
+    for block in blocks:
+        rows.append(block.cpu())
+        keys.append(torch.rand(len(block), generator=generator, dtype=torch.float64))
+        if sum(map(len, rows)) > 2 * limit:
+            rows, keys = _smallest(rows, keys, limit)
+    if not rows:
+        raise DataError("there are no training codes")
+    return _smallest(rows, keys, limit)[0][0]
+
+
+def _smallest(rows: list[Tensor], keys: list[Tensor], limit: int) -> tuple[list[Tensor], list[Tensor]]:
+    joined, key = torch.cat(rows), torch.cat(keys)
+    kept = key.argsort()[:limit].sort().values
+    return [joined[kept]], [key[kept]]
