@@ -40,6 +40,9 @@ class PreparationReport:
         duplicates: Images of one split that stand in an earlier one too, for "train_valid", "train_test" and "valid_test".
         unreadable: Files that were left out, each with the reason.
         enlarged: Images written that had fewer pixels than they were brought to.
+        dark: Images written that are nearly black everywhere.
+        split_origin: Where the split comes from, in words; may be empty.
+        skipped: Number of files of each ending that were left out since no image has it.
         digest: Digest of the shards.
     """
 
@@ -47,6 +50,9 @@ class PreparationReport:
     duplicates: dict[str, int] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     enlarged: int = 0
+    dark: int = 0
+    split_origin: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
     digest: str = ""
 
 
@@ -93,7 +99,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
     """
     module = implementation("pipeline.sources", settings.source, "source")
     source = module.open_source(settings, Path(settings.root))
-    report = PreparationReport()
+    report = PreparationReport(split_origin=source.split_origin, skipped=dict(source.skipped))
     ranges = [
         (split, start, min(start + READ_EXAMPLES, source.counts[split]))
         for split in SPLITS
@@ -119,6 +125,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
                     shards[split] = writer.shards
                 report.unreadable += block.unreadable
                 report.enlarged += block.enlarged
+                report.dark += block.dark
                 if len(report.unreadable) > allowed:  # at once: else the list would grow with the data set
                     raise DataError(
                         f"{settings.root}: {len(report.unreadable)} or more of {total} files can't be read, more than "

@@ -37,19 +37,31 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     run.metrics({f"{split}_examples": count for split, count in report.counts.items()})
     run.metrics({f"duplicates_{pair}": count for pair, count in report.duplicates.items()})
     run.metrics({"unreadable_files": len(report.unreadable)})
-    run.metrics({"enlarged_images": report.enlarged} if report.enlarged else {})
+    remarkable = {"enlarged_images": report.enlarged, "dark_images": report.dark, "skipped_files": sum(report.skipped.values())}
+    run.metrics({key: count for key, count in remarkable.items() if count})
     run.read(f"raw {run.row}", report.digest, Path(settings.root), "raw")
-    run.details(digest=report.digest, unreadable=report.unreadable)
+    run.details(digest=report.digest, unreadable=report.unreadable, split=report.split_origin, skipped=report.skipped)
     for line in _warnings(report):
         print(f"prepare {run.row}: {line}", flush=True)
 
 
 def _warnings(report: PreparationReport) -> Iterator[str]:
-    unreadable = report.unreadable
+    unreadable, total = report.unreadable, sum(report.counts.values())
+    if report.split_origin:
+        yield f"the split is {report.split_origin}"
+    if report.skipped:
+        endings = [f"{count} {ending or 'without ending'}" for ending, count in report.skipped.items()]
+        more = f" and {len(endings) - 10} more" if len(endings) > 10 else ""
+        yield f"{sum(report.skipped.values())} files were skipped by their endings: {', '.join(endings[:10])}{more}"
     if unreadable:
         yield f"{len(unreadable)} files couldn't be read; reports/runs/prepare lists them; the first: {unreadable[0]}"
     if report.enlarged:
-        yield f"{report.enlarged} of {sum(report.counts.values())} images were enlarged from fewer pixels"
+        yield f"{report.enlarged} of {total} images were enlarged from fewer pixels"
+    if report.dark:
+        yield (
+            f"{report.dark} of {total} images are nearly black everywhere (no pixel above 16 of 255); for 16-bit images that "
+            "hold 12 bits, set white_level: 4095"
+        )
     for pair, count in report.duplicates.items():
         if count:
             yield f"{count} examples of {pair.replace('_', ' ')} are the same"

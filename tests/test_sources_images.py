@@ -7,8 +7,10 @@ import itertools
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ from PIL import Image
 
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build, implementation
-from pipeline.sources.common.archives import open_files
-from pipeline.sources.common.image_files import decode, fit
+from pipeline.sources.common.archives import MAX_DEPTH, open_files
+from pipeline.sources.common.image_files import FORMATS, decode, fit
 from pipeline.sources.common.source import Source
 from pipeline.storage.parts import SPLITS
 
@@ -74,9 +76,9 @@ def check_ranges(source: Source) -> None:
 # decoding -----------------------------------------------------------------------------------------------------------
 
 
-def pixel(data: bytes) -> tuple[int, ...]:
+def pixel(data: bytes, name: str = "") -> tuple[int, ...]:
     """The only colour of an image."""
-    picture = decode(data)
+    picture = decode(data, name)
     assert picture.mode in ("L", "RGB")
     (_, colour), *others = picture.convert("RGB").getcolors()
     assert not others
@@ -130,6 +132,105 @@ def test_16_bit_colour() -> None:
     assert pixel(png16(4, (0, 65535))) == (0, 0, 0)
 
 
+def pgm(levels: list[int], white: int, plain_text: bool) -> bytes:
+    header = f"{'P2' if plain_text else 'P5'} {len(levels)} 1 {white}\n".encode()
+    if plain_text:
+        return header + " ".join(map(str, levels)).encode() + b"\n"
+    return header + np.array(levels, ">u2" if white > 255 else "u1").tobytes()
+
+
+@pytest.mark.parametrize("plain_text", [True, False])
+@pytest.mark.parametrize("white", [1, 15, 255, 1023, 4095, 65535])
+def test_pgm_is_scaled_by_its_own_maximum(white: int, plain_text: bool) -> None:
+    levels = sorted({0, white // 3, white // 2, white})
+    found = np.asarray(decode(pgm(levels, white, plain_text), white_level=100))[0]
+    assert np.abs(found - np.array(levels) * 255 / white).max() <= 0.51
+
+
+def tiff(array: np.ndarray, bits: int = 16, photometric: int = 1, order: str = "<") -> bytes:
+    """An uncompressed grey TIFF, with tags that Pillow doesn't write."""
+    height, width = array.shape
+    if bits == 12:
+        whole = "".join(f"{level:012b}" for level in array.ravel())
+        pixels = int(whole, 2).to_bytes(len(whole) // 8, "big")
+    else:
+        pixels = array.astype(f"{order}u{bits // 8}").tobytes()
+    entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
+    entries += [(277, 3, 1), (278, 4, height), (279, 4, len(pixels))]
+    directory = b"".join(
+        struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(f"{order}I" if kind == 4 else f"{order}Hxx", value)
+        for tag, kind, value in entries
+    )
+    start = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(pixels))
+    return start + pixels + struct.pack(f"{order}H", len(entries)) + directory + bytes(4)
+
+
+RAMP = np.arange(0, 65536, 4369, np.uint16).reshape(4, 4)  # 257 * 17 * (0, .., 15)
+
+
+def test_16_bit_tiff_whose_white_is_zero() -> None:
+    assert np.asarray(decode(tiff(RAMP))).ravel().tolist() == list(range(0, 256, 17))
+    assert np.asarray(decode(tiff(RAMP, photometric=0))).ravel().tolist() == list(range(255, -1, -17))
+    assert np.asarray(decode(tiff(RAMP, order=">"))).ravel().tolist() == list(range(0, 256, 17))
+
+
+def test_12_bit_levels() -> None:
+    twelve = RAMP // 16  # 0, .., 4095
+    assert np.asarray(decode(tiff(twelve, bits=12))).ravel().tolist() == list(range(0, 256, 17))
+    assert np.asarray(decode(tiff(twelve))).max() == 16  # nothing tells that these 16 bits hold 12
+    assert np.asarray(decode(tiff(twelve), white_level=4095)).ravel().tolist() == list(range(0, 256, 17))
+    assert np.asarray(decode(tiff(RAMP), white_level=4095)).max() == 255
+
+
+def test_images_that_are_nearly_black_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path, TWENTY | {f"{i}.tif": tiff(RAMP // 16) for i in range(5)})
+
+    def dark(**values: object) -> int:
+        source = open_row("images", tmp_path, channels=1, **values)
+        return sum(source.read(split, 0, source.counts[split]).dark for split in SPLITS)
+
+    assert dark() == 5
+    assert dark(white_level=4095) == 0
+
+
+def test_transparent_16_bit_grey() -> None:
+    data = png16(0, (257 * 7,))
+    place = data.index(b"IDAT") - 4
+    for transparent, level in ((257 * 7, 255), (257 * 7 + 1, 7)):
+        chunk = b"tRNS" + struct.pack(">H", transparent)
+        with_key = data[:place] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[place:]
+        assert pixel(with_key) == (level, level, level)
+
+
+MODES = {
+    mode: Image.new("RGB", (8, 8), (200, 200, 200)).convert(mode)
+    for mode in ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+}
+MODES |= {
+    "1": Image.new("1", (8, 8), 1),
+    "P": Image.new("P", (8, 8), 3),
+    "I;16": Image.fromarray(RAMP[2:3, 3:].repeat(8, 0).repeat(8, 1)),
+}
+MODES |= {"La": MODES["LA"].convert("La"), "RGBa": MODES["RGBA"].convert("RGBa"), "HSV": MODES["RGB"].convert("HSV")}
+MODES["P"].putpalette([200] * 12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_8_bit(mode: str) -> None:
+    """Whatever Pillow can write comes back as RGB or grey of the same level."""
+    level = {"1": 255, "I;16": 187}.get(mode, 200)
+    forms = ("PNG", "TIFF", "PPM", "JPEG2000") if mode == "I;16" else tuple(FORMATS)
+    written = 0
+    for form in forms:
+        try:
+            data = encode(MODES[mode], form, **({"sizes": [(8, 8)]} if form == "ICO" else {}))
+        except (OSError, ValueError, KeyError):
+            continue
+        written += 1
+        assert np.abs(np.array(pixel(data, f"a.{form.lower()}")) - level).max() <= 4, form
+    assert written or mode in ("La", "RGBa", "HSV")
+
+
 def test_32_bit_pixels_are_refused() -> None:
     for kind in (np.int32, np.float32):
         with pytest.raises(ValueError, match="32 bit"):
@@ -177,8 +278,16 @@ BAD_IMAGES = {
     "gif header": b"GIF89a\x05\x00\x05\x00",
     "pickle": pickle.dumps({"a": 1}),
     "ppm of no end": b"P6 99999 99999 255\n",
+    "targa": encode(Image.new("RGB", (4, 4)), "TGA"),  # by its name only
     "float": encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"),
 }
+
+
+def test_more_pixels_than_the_limit_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.sources.common.image_files.MAX_PIXELS", 16 * 20)
+    decode(plain(0, 20, 16))
+    with pytest.raises(ValueError, match="21x16 pixels are more than 320"):
+        decode(plain(0, 16, 21))
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
@@ -315,6 +424,83 @@ def test_roots_that_hold_nothing_or_too_much(tmp_path: Path) -> None:
         open_row("images", write_folder(tmp_path / "few", {"1.png": plain(1), "2.png": plain(2)}))
 
 
+# endings ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_ending_is_read(tmp_path: Path) -> None:
+    forms = {"JPEG": ".jfif", "AVIF": ".avif", "JPEG2000": ".jp2", "ICO": ".ico", "TGA": ".tga", "WEBP": ".webp", "PPM": ".pnm"}
+    files = {f"{i}{ending}": plain(200, 16, 16, form) for i, (form, ending) in enumerate(forms.items())}
+    source = open_row("images", write_folder(tmp_path, files))
+    found = [level for split in SPLITS for level in levels(source, split)]
+    assert len(found) == len(forms)
+    assert np.abs(np.array(found) - 200).max() < 6
+    assert source.skipped == {}
+
+
+def test_files_that_are_skipped_are_counted_by_ending(tmp_path: Path) -> None:
+    others = {"a/1.heic": b"", "a/2.HEIC": b"", "notes.txt": b"", "no_ending": b"", ".hidden.heic": b"", "a.b c": b""}
+    for root in (write_folder(tmp_path / "folder", TWENTY | others), write_zip(tmp_path / "a.zip", TWENTY | others)):
+        assert open_row("images", root).skipped == {".heic": 2, "": 2, ".txt": 1}
+    write_folder(tmp_path / "phone", others)
+    with pytest.raises(DataError, match=r"holds no image \(but files: 2 without ending, 2 \.heic, 1 \.txt\)"):
+        open_row("images", tmp_path / "phone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no image \(nor any other file\)"):
+        open_row("images", tmp_path / "empty")
+
+
+# splits that the data bring -----------------------------------------------------------------------------------------
+
+
+def split_files(pattern: str = "{split}/{i}.png", **counts: int) -> dict[str, bytes]:
+    """Images by split, told apart by their levels: 0.. for the first split, 50.. for the second, 100.. for the third."""
+    return {
+        pattern.format(split=split, i=i, kind="cat" if i % 2 else "dog"): plain(50 * number + i)
+        for number, (split, count) in enumerate(counts.items())
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{split}/{i}.png", "wrap/ped/{split}/{i}.png", "{split}/{kind}/{i}.png", "{kind}/{split}/{kind}/{i}.png"]
+)
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "VALIDATION", "Testing"), ("train", "dev", "test")])
+@pytest.mark.parametrize("make", [write_folder, write_zip])
+def test_folders_of_a_split(tmp_path: Path, pattern: str, names: tuple[str, ...], make: Callable[..., Path]) -> None:
+    root = make(tmp_path / "a.zip", split_files(pattern, **dict(zip(names, (30, 10, 20), strict=True))))
+    source = open_row("images", root)
+    assert source.counts == {"train": 30, "valid": 10, "test": 20}
+    assert [{level // 50 for level in levels(source, split)} for split in SPLITS] == [{0}, {1}, {2}]
+    assert source.split_origin == f"the folders {', '.join(names)}"
+    assert len({level % 2 for level in levels(open_row("images", root, train_limit=10), "train")}) == 2  # of both kinds
+    seeded = open_row("images", root, split="seeded")
+    assert seeded.counts == {"train": 48, "valid": 6, "test": 6}
+    assert len({level // 50 for level in levels(seeded, "train")}) == 3
+    assert seeded.split_origin == "drawn by split_seed 0"
+
+
+def test_what_the_own_split_lacks_is_drawn_from_train(tmp_path: Path) -> None:
+    source = open_row("images", write_folder(tmp_path / "a", split_files(train=30, test=10)))
+    assert source.counts == {"train": 27, "valid": 3, "test": 10}
+    assert [{level // 50 for level in levels(source, split)} for split in SPLITS] == [{0}, {0}, {1}]
+    assert source.split_origin == "the folders train, test; valid drawn from train by split_seed 0"
+    source = open_row("images", write_folder(tmp_path / "b", split_files(train=30, val=10)))
+    assert source.counts == {"train": 27, "valid": 10, "test": 3}
+    assert len({name for split in SPLITS for name in source.names[split]}) == 40
+    with pytest.raises(DataError, match=r"split 'train' \(the folders train, test; valid drawn .*\) has no image; there are 2"):
+        open_row("images", write_folder(tmp_path / "c", split_files(train=1, test=1)))
+
+
+def test_folders_that_are_no_split(tmp_path: Path) -> None:
+    categories = write_folder(tmp_path / "a", split_files(train=10, bus=10, boat=10))
+    assert open_row("images", categories).split_origin == "drawn by split_seed 0"
+    assert open_row("images", write_folder(tmp_path / "b", split_files(train=10))).counts["train"] == 8
+    beside = write_folder(tmp_path / "c", split_files(train=10, test=10) | {"more/1.png": plain(1)})
+    with pytest.raises(DataError, match=r"more/1\.png is outside the folders train and test; .* by 'split: seeded'"):
+        open_row("images", beside)
+    assert sum(open_row("images", beside, split="seeded").counts.values()) == 21
+
+
 # archives -----------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +531,143 @@ def test_zip_with_a_member_twice(tmp_path: Path) -> None:
         open_row("images", path)
 
 
+ODD_NAMES = [
+    "2021-01-02 10:11:00.png",
+    "C:notes.png",
+    "a/b:c/d.png",
+    "back\\slash.png",
+    "end\\.png",
+    "new\nline.png",
+    "\x1b[31mred.png",
+    "tab\t.png",
+    " space .png",
+    "trailing ./x.png",
+    "..a/..b.png",
+    "a../b...png",
+    "%20.png",
+    '#?&*|<>".png',
+    "{a,b}.png",
+    "日本語/表.png",
+    "ü.png",
+    "u\u0308.png",
+    "😀.png",
+    "UPPER.PNG",
+    "upper.png",
+    "-rf.png",
+    "~.png",
+    "x" * 200 + ".png",
+    "con.png",
+    "nul",
+    "__MACOSX.png",
+    "a.png/b.png",
+]
+
+
+@pytest.mark.parametrize("system", [0, 3])
+def test_folder_and_zip_agree_on_odd_names(tmp_path: Path, system: int) -> None:
+    files = {name: plain(i) for i, name in enumerate(ODD_NAMES)} | {f"a/{i}.png": plain(100 + i) for i in range(5)}
+    folder = write_folder(tmp_path / "folder", files)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, data in files.items():
+            member = zipfile.ZipInfo(name)
+            member.create_system = system
+            archive.writestr(member, data)
+    one, other = open_row("images", folder), open_row("images", tmp_path / "a.zip")
+    assert open_files(folder).names == open_files(tmp_path / "a.zip").names
+    assert one.names == other.names
+    assert sum(one.counts.values()) == len(files) - 2  # without "nul" and "..a"
+    assert [levels(one, split) for split in SPLITS] == [levels(other, split) for split in SPLITS]
+
+
+def write_raw_zip(path: Path, files: dict[bytes, bytes], system: int = 0) -> Path:
+    """A zip whose names are bytes of no stated encoding; each starts with "a"."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            member = zipfile.ZipInfo("a" * len(name))
+            member.create_system = system
+            member.filename = "a" * (len(name) - 3) + f"{len(archive.infolist()):03d}"
+            archive.writestr(member, data)
+    whole = path.read_bytes()
+    for number, name in enumerate(files):
+        whole = whole.replace(b"a" * (len(name) - 3) + b"%03d" % number, name)
+    path.write_bytes(whole)
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "gbk", "cp437", "utf-8"])
+@pytest.mark.parametrize("system", [0, 3])
+def test_zip_names_of_no_stated_encoding(tmp_path: Path, encoding: str, system: int) -> None:
+    """Second bytes of 0x5c, a backslash in ASCII, among them."""
+    words = {"cp932": "表ソ", "gbk": "誠乗", "cp437": "éü", "utf-8": "表é"}[encoding]
+    files = {f"{i:03d}{word}.png".encode(encoding): plain(i) for i in range(10) for word in words}
+    source = open_row("images", write_raw_zip(tmp_path / "a.zip", files, system))
+    assert sum(source.counts.values()) == len(files)
+    assert sorted(level for split in SPLITS for level in levels(source, split)) == sorted([*range(10)] * 2)
+    if encoding == "utf-8" or system == 3:  # the bytes that unzip would write
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        for name, data in files.items():
+            Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(data)
+        assert open_row("images", folder).names == source.names
+
+
+def test_windows_zip_with_backslashes_between_folders(tmp_path: Path) -> None:
+    files = {f"{split}\\{i}.png".encode(): plain(i) for split in ("train", "test") for i in range(9)}
+    source = open_row("images", write_raw_zip(tmp_path / "a.zip", files))
+    assert source.names["test"][0].startswith("test/")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_every_method_of_zips(tmp_path: Path, method: int) -> None:
+    source = open_row("images", write_zip(tmp_path / "a.zip", TWENTY, method))
+    assert sorted(level for split in SPLITS for level in levels(source, split)) == list(range(20))
+
+
+def change_members(path: Path, local: int, central: int, value: bytes) -> None:
+    """Overwrites a field of all members: its place in the local header and in the central directory."""
+    data = bytearray(path.read_bytes())
+    for signature, place in ((b"PK\x03\x04", local), (b"PK\x01\x02", central)):
+        start = data.find(signature)
+        while start >= 0:
+            data[start + place : start + place + len(value)] = value
+            start = data.find(signature, start + 4)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("method", "name"), [(9, "deflate64"), (98, "ppmd"), (77, "method 77")])
+def test_methods_that_cant_be_read_are_named(tmp_path: Path, method: int, name: str) -> None:
+    path = write_zip(tmp_path / "a.zip", TWENTY, zipfile.ZIP_DEFLATED)
+    change_members(path, 8, 10, struct.pack("<H", method))
+    lines = open_row("images", path).read("test", 0, 2).unreadable
+    assert len(lines) == 2
+    assert f"it is compressed by {name}, which can't be read here; pack it again by deflate" in lines[0]
+
+
+def test_a_zip_that_lies_about_lengths_takes_no_memory(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", {"a.png": bytes(40 * 2**20)}, zipfile.ZIP_DEFLATED)
+    change_members(path, 22, 24, struct.pack("<I", 1000))
+    files = open_files(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="damaged"):
+            files.read("a.png")
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_folders_within_folders_within(tmp_path: Path) -> None:
+    deep = "d/" * 5000 + "1.png"
+    with pytest.raises(DataError, match="more than 100 folders deep"):
+        open_row("images", write_zip(tmp_path / "a.zip", TWENTY | {deep: plain(1)}))
+    folder = write_folder(tmp_path / "folder", TWENTY | {"d/" * MAX_DEPTH + "1.png": plain(1)})
+    assert sum(open_row("images", folder).counts.values()) == 21
+    write_folder(folder, {"e/" * (MAX_DEPTH + 1) + "1.png": plain(1)})
+    open_files.__globals__["_open_files"].cache_clear()
+    with pytest.raises(DataError, match="more than 100 deep"):
+        open_row("images", folder)
+
+
 @pytest.mark.parametrize("keep", [0, 0.1, 0.5, 0.98])
 def test_truncated_zip(tmp_path: Path, keep: float) -> None:
     path = write_zip(tmp_path / "a.zip", TWENTY)
@@ -366,8 +689,9 @@ def test_zip_with_a_damaged_member(tmp_path: Path) -> None:
     assert "damaged" in lines[0]
 
 
-def test_zip_bomb_and_encryption_are_left_out(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "a.zip", TWENTY | {"big.png": plain(0) + b"\0" * 300 * 2**20}, zipfile.ZIP_DEFLATED)
+def test_zip_bomb_and_encryption_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.sources.common.archives.MAX_FILE_BYTES", 2**20)
+    path = write_zip(tmp_path / "a.zip", TWENTY | {"big.png": plain(0) + bytes(2**20)}, zipfile.ZIP_DEFLATED)
     data = bytearray(path.read_bytes())
     data[6] |= 1  # the flag of encryption of the first member, in its own header and in the central directory
     data[data.index(b"PK\x01\x02") + 8] |= 1
@@ -442,6 +766,29 @@ def test_celeba_by_the_official_partition(tmp_path: Path, form: str) -> None:
     found = levels(source, "valid")
     assert all(abs(a - b) < 6 for a, b in zip(found, [150, 160, 170], strict=True))
     check_ranges(source)
+
+
+KAGGLE = "image_id,partition\n" + PARTITION.replace(" ", ",")
+
+
+@pytest.mark.parametrize("form", ["in the zip", "next to the zip", "next to the folder", "in Eval"])
+@pytest.mark.parametrize("name", ["list_eval_partition.csv", "list_eval_partition.txt"])
+def test_celeba_by_a_list_elsewhere(tmp_path: Path, form: str, name: str) -> None:
+    images = {f"img_align_celeba/{path}": data for path, data in FACES.items()}
+    text = {name: (KAGGLE if name.endswith("csv") else PARTITION).encode()}
+    if form == "in the zip":
+        write_zip(tmp_path / "archive.zip", images | text)
+    elif form == "next to the zip":
+        write_zip(write_folder(tmp_path, text) / "archive.zip", images)
+    elif form == "next to the folder":
+        write_folder(tmp_path, images | text)
+    else:
+        write_folder(tmp_path, FACES)
+        write_folder(tmp_path / "Eval", text)
+    source = open_row("celeba", tmp_path)
+    assert source.counts == {"train": 14, "valid": 3, "test": 3}
+    assert name in source.split_origin
+    assert open_row("celeba", tmp_path, split="seeded").counts == {"train": 16, "valid": 2, "test": 2}
 
 
 def test_celeba_without_a_partition(tmp_path: Path) -> None:

@@ -1,21 +1,24 @@
 """CelebA: 202,599 aligned faces (Liu et al. 2015, "Deep Learning Face Attributes in the Wild"), as a zip or a folder.
 
-The official split is taken where `list_eval_partition.txt` lies beside the images; else a seeded one of the same shares.
+The official split is taken where its list is there, `list_eval_partition.txt` or Kaggle's `.csv`, next to the images or inside
+their zip; else the split is drawn by seed.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import DataError
 from pipeline.settings import check_that
-from pipeline.sources.common.image_files import ImageFiles, ImageSettings, find_images, image_names, seeded_split
+from pipeline.sources.common.archives import open_files
+from pipeline.sources.common.image_files import ImageFiles, OwnSplit, SplitSettings, divide, find_images, image_names
 from pipeline.storage.parts import SPLITS
 
 __all__ = ["Settings", "download", "open_source"]
 
-PARTITION = "list_eval_partition.txt"
+PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
 WANTED = (
     "download img_align_celeba.zip and list_eval_partition.txt of CelebA (mmlab.ie.cuhk.edu.hk/projects/CelebA.html, "
     "Align&Cropped Images) and put them there, or run prepare with --download"
@@ -23,71 +26,86 @@ WANTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ImageSettings):
+class Settings(SplitSettings):
     """A row of `datasets` with `source: celeba`.
 
     Attributes:
         crop: Side of the centre square as a share of the width, so that copies of another size work; 0.79 is 140 of the
             official 178 pixels.
-        valid_share: Share of the images for validation, where there is no list_eval_partition.txt.
-        test_share: Share of the images for the test, where there is no list_eval_partition.txt.
     """
 
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
     crop: float = 0.79
-    valid_share: float = 0.1
-    test_share: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(0 < self.crop <= 1, "crop", "has to lie in (0, 1]")
-        check_that(0 < self.valid_share < 1, "valid_share", "has to lie in (0, 1)")
-        check_that(0 < self.test_share < 1 - self.valid_share, "test_share", "has to be positive and leave some to train on")
+        check_that(0 < self.crop <= 1, "crop", "must be in (0, 1]")
 
 
-def _read_partition(path: Path) -> dict[str, str]:
-    """Split of each file name, from lines such as `000001.jpg 0`."""
+def _find_partition(root: Path, path: Path) -> tuple[str, bytes] | None:
+    """The list of the official split and what to call it: next to the images, below the root, or among the images."""
+    folders = dict.fromkeys([path.parent, *([root, root / "Eval", path] if root.is_dir() else [])])
+    for list_file in (folder / name for folder in folders for name in PARTITIONS):
+        if list_file.is_file():
+            try:
+                return str(list_file), list_file.read_bytes()
+            except OSError as error:
+                raise DataError(f"{list_file} can't be read ({error.strerror}); download it again") from None
+    files = open_files(path)
+    for name in files.names:
+        if PurePosixPath(name).name in PARTITIONS:
+            try:
+                return f"{path}: {name}", files.read(name)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path}: {name} can't be read ({error}); download it again") from None
+    return None
+
+
+def _read_partition(where: str, data: bytes) -> dict[str, str]:
+    """Split of each file name, from lines such as `000001.jpg 0`, or `000001.jpg,0` below a heading."""
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read ({error}); download it anew") from None
+        lines = data.decode("ascii").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} can't be read ({error}); download it again") from None
     partition = {}
     for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if not words:
+        words = line.replace(",", " ").split()
+        if not words or (number == 1 and words == ["image_id", "partition"]):
             continue
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise DataError(f"{path}, line {number}: expected a file name and 0, 1 or 2, got '{line[:80]}'; download it anew")
+            raise DataError(f"{where}, line {number}: expected a file name and 0, 1 or 2, got '{line[:80]}'; download it again")
         partition[words[0]] = SPLITS[int(words[1])]
     return partition
+
+
+def _official_split(root: Path, path: Path, names: tuple[str, ...]) -> OwnSplit | None:
+    found = _find_partition(root, path)
+    if found is None:
+        return None
+    where, partition = found[0], _read_partition(*found)
+    chosen: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name in names:
+        split = partition.get(PurePosixPath(name).name)
+        if split is None:
+            raise DataError(f"{where} doesn't name {name} of {path}; 'split: seeded' draws a split without the list")
+        chosen[split].append(name)
+    for split in SPLITS:
+        if not chosen[split]:
+            raise DataError(f"{where} puts no image of {path} into '{split}'; 'split: seeded' draws a split without the list")
+    return OwnSplit(names=chosen, origin=os.path.basename(where))
 
 
 def open_source(settings: Settings, root: Path) -> ImageFiles:
     """The source of a row; `root` holds `img_align_celeba` or `img_align_celeba.zip`, or is one of them.
 
     Raises:
-        DataError: When the images are missing, or the partition doesn't fit to them.
+        DataError: When the images are missing, or the list of the split doesn't fit to them.
     """
     places = [f"{folder}{name}" for folder in ("", "celeba/") for name in ("img_align_celeba.zip", "img_align_celeba")]
     path = find_images(root, WANTED, places)
     names = image_names(path)
-    found = [folder / PARTITION for folder in (path.parent, path) if (folder / PARTITION).is_file()]
-    if not found:
-        valid, test = (max(1, round(share * len(names))) for share in (settings.valid_share, settings.test_share))
-        parts = seeded_split(len(names), valid, test, settings.split_seed)
-        chosen = {split: [names[i] for i in numbers] for split, numbers in parts.items()}
-    else:
-        partition = _read_partition(found[0])
-        chosen = {split: [] for split in SPLITS}
-        for name in names:
-            split = partition.get(PurePosixPath(name).name)
-            if split is None:
-                raise DataError(f"{found[0]} doesn't name {name} of {path}; take it away for a seeded split")
-            chosen[split].append(name)
-        for split in SPLITS:
-            if not chosen[split]:
-                raise DataError(f"{found[0]} puts no image of {path} into '{split}'; take it away for a seeded split")
-    return ImageFiles(path, chosen, settings, settings.crop)
+    own = _official_split(root, path, names) if settings.split == "own" else None
+    return ImageFiles(path, divide(names, settings, own), settings, settings.crop)
 
 
 def download(settings: Settings, root: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.settings import check_that
 from pipeline.sources.common.archives import open_files
-from pipeline.sources.common.image_files import ImageFiles, ImageSettings, find_images, image_names
+from pipeline.sources.common.image_files import ImageFiles, ImageSettings, OwnSplit, find_images, image_names
 from pipeline.sources.common.source import generator
 
 __all__ = ["Settings", "open_source"]
@@ -94,7 +94,10 @@ def open_source(settings: Settings, root: Path) -> ImageFiles:
     parts = {"train": rest[settings.valid_count :], "valid": rest[: settings.valid_count], "test": random.permutation(test)}
     return ImageFiles(
         path,
-        {split: [names[i] for i in numbers] for split, numbers in parts.items()},
+        OwnSplit(
+            names={split: [names[i] for i in numbers] for split, numbers in parts.items()},
+            origin=f"balanced over categories, drawn by split_seed {settings.split_seed}",
+        ),
         settings,
         crop=None,
         labels={split: labels[numbers] for split, numbers in parts.items()},

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import collections
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -31,12 +32,14 @@ class Settings(ImageSettings):
         sources: The source of each domain: `celeba`, `shoes` or `images`, with its default settings.
         roots: Where the raw files of each domain lie, relative to `root`.
         domains: Names of the domains; those of the sources where it's left out.
+        split: `own` takes the split that a domain's files bring, where they bring one; `seeded` always draws one.
     """
 
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
     sources: tuple[str, ...]
     roots: tuple[str, ...]
     domains: tuple[str, ...] = ()
+    split: Literal["own", "seeded"] = "own"
     label: ClassVar[str] = "domain"
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class Union(Source):
         self.label_names = names
         self.value_range = settings.value_range
         self.counts = {split: sum(source.counts[split] for source in sources) for split in SPLITS}
+        self.split_origin = "; ".join(f"{name}: {source.split_origin}" for name, source in zip(names, sources, strict=True))
+        self.skipped = sum((collections.Counter(source.skipped) for source in sources), collections.Counter[str]())
 
     def read(self, split: str, start: int, stop: int) -> Block:
         """Images, uint8 with shape (n, C, H, W), and the domain of each."""
@@ -73,12 +78,13 @@ class Union(Source):
         examples = np.empty((stop - start, *self.settings.shape), np.uint8)
         readable = np.ones(stop - start, bool)
         unreadable: list[str] = []
-        enlarged = 0
+        enlarged = dark = 0
         for domain, source in enumerate(self.sources):
             places = np.flatnonzero(order[start:stop] == domain)
             first = int(np.count_nonzero(order[:start] == domain))
             block = source.read(split, first, first + len(places))
             enlarged += block.enlarged
+            dark += block.dark
             if not block.unreadable:
                 examples[places] = block.examples
                 continue
@@ -94,6 +100,7 @@ class Union(Source):
             labels=order[start:stop][readable].astype(np.int64),
             unreadable=tuple(unreadable),
             enlarged=enlarged,
+            dark=dark,
         )
 
 
@@ -103,11 +110,10 @@ def open_source(settings: Settings, root: Path) -> Union:
     Raises:
         DataError: When the files of a domain are missing or wrong.
     """
-    common: dict[str, Any] = {"split_seed": settings.split_seed, "image_px": settings.image_px, "channels": settings.channels}
-    common |= {"pixel_range": settings.pixel_range, "train_limit": settings.train_limit}
-    common |= {"valid_limit": settings.valid_limit, "test_limit": settings.test_limit}
     sources = []
     for name, below in zip(settings.sources, settings.roots, strict=True):
         module = _modules()[name]
+        own_keys = {field.name for field in fields(module.Settings)} - {"source", "root"}
+        common = {key: value for key, value in vars(settings).items() if key in own_keys}
         sources.append(module.open_source(module.Settings(source=name, root=str(root / below), **common), root / below))
     return Union(sources, settings.domains or settings.sources, settings)

@@ -1,7 +1,7 @@
 """Files of a folder, a zip or a gzipped tar, read by name and never unpacked to disk.
 
-Names are relative, with forward slashes. A name that is absolute or climbs out of its archive is refused, links are never
-followed, and nothing is read that declares more bytes than an image has any use for.
+Names are relative, with forward slashes, and the same for a folder and its zip. A name that is absolute or climbs out of its
+archive is refused, links are never followed, and nothing is read that declares more bytes than an image has any use for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gzip
 import os
+import re
 import stat
 import tarfile
 import zipfile
@@ -21,6 +22,12 @@ __all__ = ["Files", "FolderFiles", "TarFiles", "ZipFiles", "file_stamp", "open_f
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_TAR_BYTES = 2**30  # of all files together, since a tar is held in memory
+MAX_DEPTH = 100  # folders within folders
+# Read at a time, by method: a few bytes of the last two can become a thousand times as many.
+PIECE_BYTES = {zipfile.ZIP_STORED: 2**20, zipfile.ZIP_DEFLATED: 2**20, zipfile.ZIP_BZIP2: 4096, zipfile.ZIP_LZMA: 4096}
+MS_DOS = 0  # the system that made a member of a zip
+UTF8_NAME, ENCRYPTED = 0x800, 0x1  # flags of a member of a zip
+METHODS = {6: "imploded", 9: "deflate64", 93: "zstd", 95: "xz", 97: "wavpack", 98: "ppmd"}
 
 
 class Files(ABC):
@@ -46,12 +53,40 @@ class Files(ABC):
 
 
 def _checked(name: str, path: Path) -> str:
-    """A member's name in its plain form, or a DataError when it leads out of the archive."""
-    name = name.replace("\\", "/")
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or ".." in parts or (parts and ":" in parts[0]) or "\0" in name:
-        raise DataError(f"{path} holds a member '{name[:100]}' whose path leads out of the archive; get the archive anew")
-    return "/".join(parts)
+    """A file's name in its plain form, or a DataError when it leads out of the archive or lies too deep."""
+    # Backslashes are separators on some systems, where such a name would lead out.
+    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:[/\\]", name) or "\0" in name:
+        raise DataError(f"{path} holds a member '{name[:100]}' whose path leads out of the archive; rename it, or get it again")
+    if name.count("/") > MAX_DEPTH:
+        raise DataError(f"{path} holds '{name[:100]}..', more than {MAX_DEPTH} folders deep; pack it without so many folders")
+    return "/".join(PurePosixPath(name).parts)
+
+
+def _zip_names(members: list[zipfile.ZipInfo]) -> list[str]:
+    """The names of a zip's members as a folder has them.
+
+    Names that aren't marked as UTF-8 are taken as the bytes that they are, since nothing tells their encoding. Some programs
+    on Windows write backslashes between folders, against the standard; they are told by having written no slash at all.
+    """
+    dos_separators = not any("/" in member.filename for member in members)
+    names = []
+    for member in members:
+        name = member.filename
+        marked = member.flag_bits & UTF8_NAME or not _in_cp437(name)
+        raw = name.encode("utf-8", "surrogateescape") if marked else name.encode("cp437")
+        if dos_separators and member.create_system == MS_DOS:
+            # Within a Japanese or Chinese character, 0x5c is no backslash: it follows a byte above 0x80.
+            raw = raw.replace(b"\\", b"/") if marked else re.sub(rb"(?<![\x81-\xfe])\\", b"/", raw)
+        names.append(os.fsdecode(raw))
+    return names
+
+
+def _in_cp437(name: str) -> bool:
+    try:
+        name.encode("cp437")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _words(error: Exception) -> str:
@@ -84,12 +119,14 @@ class FolderFiles(Files):
         names, folders = [], []
         for here, below, files in os.walk(path, onerror=_raise):
             inside = os.path.relpath(here, path)
+            if inside.count(os.sep) >= MAX_DEPTH:
+                raise DataError(f"{path} holds folders more than {MAX_DEPTH} deep, in {inside[:100]}..; take them out")
             for name in below:
                 if os.path.islink(os.path.join(here, name)):
                     raise DataError(f"{here}/{name} is a symbolic link, which isn't followed; put the folder itself there")
             names += [os.path.normpath(os.path.join(inside, name)) for name in files]
             folders += [os.path.normpath(os.path.join(inside, name)) for name in below]
-        self.names = tuple(sorted(name for name in names if not _hidden(name)))
+        self.names = tuple(sorted(_checked(name, path) for name in names if not _hidden(name)))
         self.folders = tuple(sorted(name for name in folders if not _hidden(name)))
 
     def read(self, name: str) -> bytes:
@@ -127,11 +164,12 @@ class ZipFiles(Files):
             raise DataError(f"{path} isn't a whole zip ({_words(error)}); get it anew") from None
         self._members: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
-        for member in self._zip.infolist():
-            name = _checked(member.filename, path)
+        members = self._zip.infolist()
+        for member, written in zip(members, _zip_names(members), strict=True):
+            name = _checked(written, path)
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise DataError(f"{path}: member '{name[:100]}' is a symbolic link, which isn't followed; get the archive anew")
-            if member.is_dir():
+            if written.endswith("/"):
                 folders.add(name)
             elif name in self._members:
                 raise DataError(f"{path} holds '{name[:100]}' twice; get the archive anew")
@@ -146,10 +184,22 @@ class ZipFiles(Files):
         member = self._members[name]
         if member.file_size > MAX_FILE_BYTES:
             raise ValueError(f"its {member.file_size} bytes are more than {MAX_FILE_BYTES}")
+        if member.flag_bits & ENCRYPTED:
+            raise ValueError("it is encrypted; unpack the zip with its password and pack it without one")
+        if member.compress_type not in PIECE_BYTES:
+            method = METHODS.get(member.compress_type, f"method {member.compress_type}")
+            raise ValueError(
+                f"it is compressed by {method}, which can't be read here; pack it again by deflate, the usual method"
+            )
+        # In pieces, so that memory follows the length that is declared and not what the data inflate to.
+        data = bytearray()
         try:
-            return self._zip.read(member)
+            with self._zip.open(member) as file:
+                while piece := file.read(PIECE_BYTES[member.compress_type]):
+                    data += piece
         except Exception as error:  # zipfile and its decompressors raise whatever they came across
-            raise ValueError(f"the zip's member is damaged or encrypted: {_words(error)}") from None
+            raise ValueError(f"the zip's member is damaged: {_words(error)}") from None
+        return bytes(data)
 
 
 class TarFiles(Files):

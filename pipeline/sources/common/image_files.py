@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import io
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.settings import DatasetSettings, check_that
 from pipeline.sources.common.archives import open_files
 from pipeline.sources.common.source import Block, Source, generator
@@ -20,12 +22,42 @@ from pipeline.storage.parts import SPLITS
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ENDINGS", "ImageFiles", "ImageSettings", "decode", "find_images", "fit", "image_names", "kept_side", "seeded_split"]
+__all__ = [
+    "ENDINGS",
+    "ImageFiles",
+    "ImageSettings",
+    "OwnSplit",
+    "SplitSettings",
+    "decode",
+    "divide",
+    "find_images",
+    "fit",
+    "folder_split",
+    "image_names",
+    "kept_side",
+    "seeded_split",
+]
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Only these, since Pillow hands some others (EPS) to outside programs.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "PPM": (".pbm", ".pgm", ".ppm", ".pnm"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "ICO": (".ico",),
+    "TGA": (".tga",),
+}
+ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 MAX_PIXELS = 100_000_000
+WHITE = 65_535
+DARK = 16  # of 255: what 12 bits in 16 come to
+SPLIT_FOLDERS = {"train": ("train", "training"), "valid": ("valid", "val", "validation", "dev"), "test": ("test", "testing")}
+TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags; photometric 0 is white-is-zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +71,7 @@ class ImageSettings(DatasetSettings):
         train_limit: Images to train on at most; 0 for all.
         valid_limit: Images to validate with at most; 0 for all.
         test_limit: Images to test with at most; 0 for all.
+        white_level: Level of 16-bit grey images that becomes white; 4095 for those that hold 12 bits.
         unreadable_share: Share of the files that may be unreadable; beyond it, the stage fails.
     """
 
@@ -48,6 +81,7 @@ class ImageSettings(DatasetSettings):
     train_limit: int = 0
     valid_limit: int = 0
     test_limit: int = 0
+    white_level: int = WHITE
     unreadable_share: float = 0.001
 
     def __post_init__(self) -> None:
@@ -57,6 +91,7 @@ class ImageSettings(DatasetSettings):
         check_that(self.pixel_range in ((0, 1), (-1, 1)), "pixel_range", "has to be [0, 1] or [-1, 1]")
         for key in ("train_limit", "valid_limit", "test_limit"):
             check_that(getattr(self, key) >= 0, key, "has to be 0 or more")
+        check_that(1 <= self.white_level <= WHITE, "white_level", f"must be between 1 and {WHITE}")
         check_that(0 <= self.unreadable_share <= 1, "unreadable_share", "has to lie in 0..1")
 
     @property
@@ -70,13 +105,36 @@ class ImageSettings(DatasetSettings):
         return self.pixel_range[0], self.pixel_range[1]
 
 
-def decode(data: bytes) -> Image:
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings(ImageSettings):
+    """Keys of sources whose files may bring a split of their own.
+
+    Attributes:
+        split: `own` takes the split that the data bring, where they bring one; `seeded` always draws one from all images.
+        valid_share: Share of the images for validation, where it is drawn.
+        test_share: Share of the images for the test, where it is drawn.
+    """
+
+    split: Literal["own", "seeded"] = "own"
+    valid_share: float = 0.1
+    test_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(0 < self.valid_share < 1, "valid_share", "must be between 0 and 1")
+        check_that(0 < self.test_share < 1 - self.valid_share, "test_share", "must be positive and leave some to train on")
+
+
+def decode(data: bytes, name: str = "", white_level: int = WHITE) -> Image:
     """The first picture of an image file, upright, as 8-bit RGB or grey.
 
-    EXIF orientation is honoured, alpha composited on white, CMYK converted, 16-bit grey scaled to 8 bit.
+    EXIF orientation is honoured, alpha composited on white, CMYK converted, grey of more than 8 bit scaled to 8 bit:
+    round(255 * level / white).
 
     Arguments:
         data: The bytes of the file.
+        name: Name of the file. Only a name ending in .tga makes it one, since that format can't be told by its content.
+        white_level: Level that becomes white in 16-bit grey images whose format has no white level of its own.
 
     Returns:
         An image of mode RGB or L.
@@ -86,21 +144,26 @@ def decode(data: bytes) -> Image:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    formats = [form for form in FORMATS if form != "TGA" or name.lower().endswith(FORMATS["TGA"])]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = picture.size
+            file = Image.open(io.BytesIO(data), formats=formats)
+            width, height = file.size
             # The declared size is looked at before anything is decoded.
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16"):
-                levels = np.asarray(picture).astype(np.uint32)
-                picture = Image.fromarray(((levels + 128) // 257).astype(np.uint8))  # 65535 / 257 = 255
+            file.load()
+            picture: Image.Image = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16") or (picture.mode == "I" and file.format == "PPM"):
+                tags = getattr(file, "tag_v2", {})
+                if file.format in ("PPM", "JPEG2000"):
+                    white_level = WHITE  # the decoder has scaled the levels by the file's own maximum
+                elif tags.get(TIFF_BITS) == (12,):
+                    white_level = 4095
+                picture = _eight_bit(picture, white_level, inverted=tags.get(TIFF_PHOTOMETRIC) == 0)
             if picture.mode in ("I", "F"):
-                raise ValueError("its pixels have 32 bit; save it with 8 or 16")
+                raise ValueError("its pixels have 32 bit or a sign; save it with 8 or 16 bit, unsigned")
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -110,9 +173,23 @@ def decode(data: bytes) -> Image:
     except ValueError:
         raise
     except UnidentifiedImageError:  # its own words name an address in memory
-        raise ValueError(f"it is damaged or none of {', '.join(FORMATS)}") from None
+        raise ValueError(f"it is damaged or none of {', '.join(formats)}") from None
     except Exception as error:  # broken files raise whatever the decoder came across
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _eight_bit(picture: Image, white_level: int, inverted: bool) -> Image:
+    """Grey of up to 16 bit as mode L, a transparent level composited on white."""
+    from PIL import Image
+
+    levels = np.asarray(picture).astype(np.int64).clip(0, white_level)  # (H, W)
+    if inverted:
+        levels = white_level - levels
+    grey = ((levels * 255 + white_level // 2) // white_level).astype(np.uint8)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[np.asarray(picture) == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def kept_side(picture: Image, crop: float | None = None) -> int:
@@ -147,6 +224,24 @@ def fit(picture: Image, image_px: int, crop: float | None = None) -> Image:
     return picture.resize((image_px, image_px), Image.Resampling.BICUBIC, box=box)
 
 
+def _ending(name: str) -> str:
+    """The ending of a file name, in lower case; empty where it has none that looks like one."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if 1 < len(ending) <= 12 and ending[1:].isalnum() else ""
+
+
+def _skipped(path: Path) -> dict[str, int]:
+    """Number of files of each ending that no image has, the most frequent first."""
+    endings = collections.Counter(_ending(name) for name in open_files(path).names if not name.lower().endswith(ENDINGS))
+    return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _no_image(path: Path, wanted: str) -> DataError:
+    """The error that names the endings which were seen."""
+    seen = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in list(_skipped(path).items())[:10])
+    return DataError(f"{path} holds no image ({f'but files: {seen}' if seen else 'nor any other file'}); {wanted}")
+
+
 def image_names(path: Path) -> tuple[str, ...]:
     """Names of the image files in a folder or zip, in order.
 
@@ -155,7 +250,7 @@ def image_names(path: Path) -> tuple[str, ...]:
     """
     names = tuple(name for name in open_files(path).names if name.lower().endswith(ENDINGS))
     if not names:
-        raise DataError(f"{path} holds no image; known endings: {', '.join(ENDINGS)}")
+        raise _no_image(path, f"known endings: {', '.join(ENDINGS)}")
     return names
 
 
@@ -182,7 +277,7 @@ def find_images(root: Path, wanted: str, preferred: Sequence[str] = ()) -> Path:
     zips = sorted(p for p in root.iterdir() if p.suffix.lower() == ".zip" and p.is_file())
     if not zips:
         if not any(name.lower().endswith(ENDINGS) for name in open_files(root).names):
-            raise DataError(f"{root} holds no image; {wanted}")
+            raise _no_image(root, wanted)
         return root
     if len(zips) > 1:
         raise DataError(f"{root} holds {zips[0].name} and {zips[1].name}; let the row's root name one of them")
@@ -202,12 +297,79 @@ def seeded_split(count: int, valid: int, test: int, seed: int) -> dict[str, np.n
     return {"train": order[valid + test :], "valid": order[test : test + valid], "test": order[:test]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnSplit:
+    """The split that a data set brings.
+
+    Attributes:
+        names: Names of the files of each split; a split may be empty, but for `train`.
+        origin: Where it comes from, in words.
+    """
+
+    names: Mapping[str, Sequence[str]]
+    origin: str
+
+
+def folder_split(path: Path, names: Sequence[str], seed: int) -> OwnSplit | None:
+    """The split by folders such as `train`, `val` and `test`, all at one depth; None where there are no such folders.
+
+    Arguments:
+        path: What to call the images in messages.
+        names: Names of the image files.
+        seed: Seed of the order within each split, so that limits take images of every folder.
+
+    Raises:
+        DataError: When images lie beside such folders.
+    """
+    split_of = {folder: split for split, folders in SPLIT_FOLDERS.items() for folder in folders}
+    paths = [name.lower().split("/")[:-1] for name in names]
+    for depth in range(max(map(len, paths))):
+        splits = [split_of.get(folders[depth]) if len(folders) > depth else None for folders in paths]
+        if "train" not in splits or not {"valid", "test"} & set(splits):
+            continue
+        if None in splits:
+            raise DataError(
+                f"{path}: {names[splits.index(None)]} is outside the folders train and "
+                f"{'test' if 'test' in splits else 'valid'}; take it out, or draw a split from all images by 'split: seeded'"
+            )
+        chosen: dict[str, list[str]] = {}
+        for split in SPLITS:
+            members = [name for name, its_split in zip(names, splits, strict=True) if its_split == split]
+            chosen[split] = [members[i] for i in generator(seed, "images", split).permutation(len(members))]
+        folders = sorted({name.split("/")[depth] for name in names}, key=lambda f: SPLITS.index(split_of[f.lower()]))
+        return OwnSplit(names=chosen, origin=f"the folders {', '.join(folders)}")
+    return None
+
+
+def divide(names: Sequence[str], settings: SplitSettings, own: OwnSplit | None) -> OwnSplit:
+    """The split of a row: the data's own or a seeded one. What the data's own lacks is drawn from its training images.
+
+    Arguments:
+        names: Names of all image files.
+        settings: The row of `datasets`.
+        own: The split that the data bring, if any.
+    """
+    if own is None or settings.split == "seeded":
+        own = OwnSplit(names={"train": names, "valid": (), "test": ()}, origin="")
+    lacking = [split for split in ("valid", "test") if not own.names[split]]
+    if not lacking:
+        return own
+    train = own.names["train"]
+    shares = {"valid": settings.valid_share, "test": settings.test_share}
+    counts = {split: max(1, round(share * len(train))) if split in lacking else 0 for split, share in shares.items()}
+    parts = seeded_split(len(train), counts["valid"], counts["test"], settings.split_seed)
+    drawn = {split: [train[i] for i in parts[split]] for split in ("train", *lacking)}
+    seeded = f"split_seed {settings.split_seed}"
+    origin = f"{own.origin}; {' and '.join(lacking)} drawn from train by {seeded}" if own.origin else f"drawn by {seeded}"
+    return OwnSplit(names={**own.names, **drawn}, origin=origin)
+
+
 class ImageFiles(Source):
     """Image files of a folder or a zip, decoded when they're read.
 
     Arguments:
         path: The folder or zip.
-        names: Names of the files of each split.
+        split: Names of the files of each split, and where the split comes from.
         settings: Size, channels and range.
         crop: Side of the centre square as a share of the width; None pads to a square on white.
         labels: Labels of the files of each split, if any.
@@ -222,7 +384,7 @@ class ImageFiles(Source):
     def __init__(
         self,
         path: Path,
-        names: Mapping[str, Sequence[str]],
+        split: OwnSplit,
         settings: ImageSettings,
         crop: float | None,
         labels: Mapping[str, np.ndarray] | None = None,
@@ -230,31 +392,34 @@ class ImageFiles(Source):
     ) -> None:
         limits = {"train": settings.train_limit, "valid": settings.valid_limit, "test": settings.test_limit}
         self.path, self.settings, self.crop = path, settings, crop
-        self.names = {split: tuple(names[split])[: limits[split] or None] for split in SPLITS}
-        self.labels = None if labels is None else {split: np.asarray(labels[split], np.int64) for split in SPLITS}
-        self.counts = {split: len(self.names[split]) for split in SPLITS}
+        self.names = {part: tuple(split.names[part])[: limits[part] or None] for part in SPLITS}
+        self.labels = None if labels is None else {part: np.asarray(labels[part], np.int64) for part in SPLITS}
+        self.counts = {part: len(self.names[part]) for part in SPLITS}
         self.value_range = settings.value_range
         self.label_names = label_names
-        for split in SPLITS:
-            if not self.counts[split]:
-                raise DataError(f"{path}: split '{split}' has no image; there are {sum(self.counts.values())} in all")
+        self.split_origin, self.skipped = split.origin, _skipped(path)
+        for part in SPLITS:
+            if not self.counts[part]:
+                total = sum(self.counts.values())
+                raise DataError(f"{path}: split '{part}' ({split.origin}) has no image; there are {total} in all")
 
     def read(self, split: str, start: int, stop: int) -> Block:
         """Images, uint8 with shape (n, C, H, W); a file that can't be decoded is left out and named."""
         files = open_files(self.path)
         mode, side = "L" if self.settings.channels == 1 else "RGB", self.settings.image_px
-        images, kept, unreadable, enlarged = [], [], [], 0
+        images, kept, unreadable, enlarged, dark = [], [], [], 0, 0
         for i in range(start, stop):
             name = self.names[split][i]
             try:
-                decoded = decode(files.read(name))
+                decoded = decode(files.read(name), name, self.settings.white_level)
                 picture = fit(decoded, side, self.crop).convert(mode)
             except (OSError, ValueError, KeyError, MemoryError) as error:
-                unreadable.append(f"{self.path}: {name}: {' '.join(str(error).split()) or type(error).__name__}")
+                unreadable.append(printable(f"{self.path}: {name}: {str(error) or type(error).__name__}"))
                 continue
             images.append(np.asarray(picture).reshape(side, side, -1).transpose(2, 0, 1))  # HWC -> CHW
             kept.append(i)
+            dark += int(images[-1].max()) <= DARK
             enlarged += kept_side(decoded, self.crop) < side
         examples = np.stack(images) if images else np.empty((0, *self.settings.shape), np.uint8)
         labels = None if self.labels is None else self.labels[split][kept]
-        return Block(examples=examples, labels=labels, unreadable=tuple(unreadable), enlarged=enlarged)
+        return Block(examples=examples, labels=labels, unreadable=tuple(unreadable), enlarged=enlarged, dark=dark)

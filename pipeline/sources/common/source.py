@@ -8,9 +8,10 @@ are cut: what is random is derived from the split seed and the example's number,
 from __future__ import annotations
 
 import importlib.util
+import types
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,12 +35,14 @@ class Block:
         labels: Labels, int64 with shape (n,); None where there are none.
         unreadable: A line for each file of the range that can't be read and was left out: its name and why.
         enlarged: Images that had fewer pixels than they were brought to.
+        dark: Images that are nearly black everywhere.
     """
 
     examples: np.ndarray
     labels: np.ndarray | None = None
     unreadable: tuple[str, ...] = ()
     enlarged: int = 0
+    dark: int = 0
 
 
 class Source(ABC):
@@ -50,12 +53,16 @@ class Source(ABC):
         kind: `images` or `vectors`.
         value_range: What the pixels 0..255 stand for, (0, 1) or (-1, 1); None for vectors.
         label_names: Names of the labels 0, 1, ..; None where there are no labels, or no names for them.
+        split_origin: Where the split of the files comes from, in words; empty where the source's documentation says all.
+        skipped: Number of files of each ending that were left out since no image has it.
     """
 
     counts: dict[str, int]
     kind: Literal["images", "vectors"]
     value_range: tuple[float, float] | None = None
     label_names: tuple[str, ...] | None = None
+    split_origin: str = ""
+    skipped: Mapping[str, int] = types.MappingProxyType({})
 
     @abstractmethod
     def read(self, split: str, start: int, stop: int) -> Block:
