@@ -23,7 +23,7 @@ def printable(text: str) -> str:
     if len(text) > 4 * MESSAGE_CHARACTERS:  # before the work, which follows the length
         text = f"{text[: 2 * half]}{text[-2 * half :]}"
     line = "".join(c if c.isprintable() else _escape(c) for c in re.sub(r"\s+", " ", text).strip())
-    return line if len(line) <= MESSAGE_CHARACTERS else f"{line[: half - 3]} [..] {line[-half + 3 :]}"
+    return line if len(line) <= MESSAGE_CHARACTERS else f"{line[: half - 3].rstrip()} [..] {line[-half + 3 :].lstrip()}"
 
 
 def _escape(character: str) -> str:
