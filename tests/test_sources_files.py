@@ -506,6 +506,26 @@ def test_fuzzed_hdf5_never_raises_anything_else(tmp_path: Path) -> None:
             assert "BSDS300.hdf5" in str(error)  # noqa: PT017
 
 
+def test_a_table_in_one_chunk_is_inflated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = write_hdf5(tmp_path)
+    large = rows(9000)
+
+    def in_one_chunk(file: object) -> None:
+        del file["train"]
+        file.create_dataset("train", data=large, chunks=large.shape, compression="gzip")
+
+    (tmp_path / "one").mkdir()
+    write_hdf5(tmp_path / "one", in_one_chunk)
+    source = open_row("bsds300", tmp_path / "one", split="maf")
+    assert np.array_equal(source.read("train", 10, 8000).examples, large[10:8000])
+    assert source._tables().id.get_access_plist().get_cache()[2] >= large.nbytes
+    assert open_row("bsds300", tmp_path, split="maf").counts["train"] == len(arrays["train"])
+    monkeypatch.setattr(bsds300, "MAX_CHUNK_BYTES", 2**20)
+    bsds300._open_table.cache_clear()
+    with pytest.raises(DataError, match=r"'train' has chunks of more than 1 MiB; write it again with smaller ones"):
+        open_row("bsds300", tmp_path / "one", split="maf")
+
+
 def test_a_group_for_a_table(tmp_path: Path) -> None:
     write_hdf5(tmp_path, lambda file: (file.__delitem__("test"), file.create_group("test")))
     with pytest.raises(DataError, match="no dataset 'test'"):

@@ -11,6 +11,7 @@ an epoch or a few use them up, which comes to fresh patches throughout; a row wi
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ ARCHIVE, FOLDER, TABLE = "BSDS300-images.tgz", "BSDS300", "BSDS300.hdf5"
 TABLE_NAMES = {"train": "train", "valid": "validation", "test": "test"}
 DIM = 63
 MAX_DEFLATE = 1032  # no compressed table is larger than this many times its storage
+CACHE_BYTES = 2**20  # of h5py, for the chunks of a table
+MAX_CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +150,11 @@ def _open_table(path: Path, stamp: tuple[int, int], process: int) -> Any:
             if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
                 raise DataError(f"{path} holds no dataset '{name}'; expected train, validation and test")
             _check_table(file[name], f"{path}: '{name}'")
+        # The cache must hold a chunk, or each read would inflate it again.
+        chunk_bytes = max(_chunk_bytes(file[name]) for name in TABLE_NAMES.values())
+        if chunk_bytes > CACHE_BYTES:
+            file.close()
+            file = h5py.File(path, "r", rdcc_nbytes=chunk_bytes)
     except DataError:
         raise
     except Exception as error:  # h5py raises whatever it came across in a broken file
@@ -160,7 +168,14 @@ def _check_table(table: Any, where: str) -> None:
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] != DIM or table.dtype.kind != "f":
         raise DataError(f"{where} has shape {table.shape} and type {table.dtype}; expected float32 with {DIM} columns")
     if table.nbytes > MAX_DEFLATE * table.id.get_storage_size():
-        raise DataError(f"{where} declares {table.shape[0]} rows and stores far fewer; get it anew")
+        raise DataError(f"{where} declares {table.shape[0]} rows and stores far fewer; get it again")
+    if _chunk_bytes(table) > MAX_CHUNK_BYTES:
+        raise DataError(f"{where} has chunks of more than {MAX_CHUNK_BYTES >> 20} MiB; write it again with smaller ones")
+
+
+def _chunk_bytes(table: Any) -> int:
+    """Length of a chunk of a table once it's read."""
+    return math.prod(table.chunks) * int(table.dtype.itemsize) if table.chunks else 0
 
 
 class PreparedPatches(Source):
