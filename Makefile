@@ -16,7 +16,7 @@ $(VENV)/.installed: requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
 	touch $@
 
-repro: install  ## Build all that is out of date, and print the scoreboard
+repro: install  ## Build everything that is out of date, and print the scoreboard
 	python -m stages check
 	dvc repro
 	@python -m stages report --show
@@ -24,7 +24,7 @@ repro: install  ## Build all that is out of date, and print the scoreboard
 test: install  ## Run the tests
 	python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-slow: install  ## Run the tests that take long: kills, memory, fuzzing at length
+test-slow: install  ## Run the slow tests: kills, memory, long fuzzing
 	python -m pytest -m "slow and not gpu"
 
 test-gpu: install  ## Run the tests that only a GPU can tell, on a machine with one
