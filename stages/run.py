@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, printable
 from pipeline.settings import Params, flatten, read_params
 from pipeline.system.files import write_json, write_text
 from stages import workspace
@@ -179,7 +179,7 @@ def one_line_errors(name: str) -> Any:
     try:
         yield
     except PipelineError as error:
-        message = " ".join(str(error).split())
+        message = str(error)
     except OSError as error:
         named = f" ({error.filename})" if error.filename else ""
         if error.errno in FULL:
@@ -200,7 +200,7 @@ def one_line_errors(name: str) -> Any:
         message = OUT_OF_MEMORY
     else:
         return
-    click.echo(" ".join(f"error: {name}: {message}".split()), err=True)
+    click.echo(printable(f"error: {name}: {message}"), err=True)
     sys.exit(1)
 
 

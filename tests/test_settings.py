@@ -157,19 +157,25 @@ FAULTS = [
     ("densities/grid-lde/components", "9" * 100_000, r"components: expected an integer, got '9+\.\.\.9+'"),
     ("densities/grid-lde/components", DEEP, r"components: expected an integer, got \{'deeper': "),
     # impossible values
-    ("densities/grid-lde/components", 0, r"components: has to be at least 1"),
-    ("densities/grid-lde/components", -3, r"components: has to be at least 1"),
+    ("densities/grid-lde/components", 0, r"components: must be at least 1"),
+    ("densities/grid-lde/components", -3, r"components: must be at least 1"),
     ("densities/grid-lde/epochs", 0, r"epochs: has to be at least 1"),
     ("densities/grid-lde/learning_rate", -1e-3, r"learning_rate: has to be positive"),
     ("densities/grid-lde/betas", [0.9], r"betas: have to be two numbers in \[0, 1\)"),
     ("densities/grid-lde/betas", [0.9, 1.0], r"betas: have to be two numbers in \[0, 1\)"),
     ("densities/grid-lde/seed", -1, r"seed: has to be 0 or more"),
-    ("autoencoders/digits-iae/latent_dim", 0, r"autoencoders\.digits-iae\.latent_dim: has to be at least 1"),
+    ("autoencoders/digits-iae/latent_dim", 0, r"autoencoders\.digits-iae\.latent_dim: must be at least 1"),
     ("autoencoders/digits-iae/incremental/warm_up_epochs", 0, r"incremental\.warm_up_epochs: has to be positive"),
     ("autoencoders/digits-iae/incremental", {"mode": "linear"}, r"warm_up_epochs: missing; 'linear' needs a number of epochs"),
     ("sampling/count", 0, r"sampling\.count: has to be at least 1"),
-    ("evaluations/digits/parzen/bandwidth_start", 0, r"parzen\.bandwidth_start: has to be positive"),
-    ("evaluations/digits/parzen/bandwidth_stop", 0.01, r"parzen\.bandwidth_stop: has to be at least bandwidth_start"),
+    ("evaluations/digits/parzen/bandwidth_start", 0, r"parzen\.bandwidth_start: must be between 1e-6 and 1e6"),
+    ("evaluations/digits/parzen/bandwidth_stop", 0.01, r"parzen\.bandwidth_stop: must be between bandwidth_start and 1e6"),
+    ("evaluations/digits/parzen/bandwidth_start", 1e-300, r"parzen\.bandwidth_start: must be between 1e-6 and 1e6"),
+    ("evaluations/digits/parzen/bandwidth_stop", 1e300, r"parzen\.bandwidth_stop: must be between bandwidth_start and 1e6"),
+    ("datasets/digits/root", "", r"datasets\.digits\.root: is empty"),
+    ("datasets/digits/root", "  ", r"datasets\.digits\.root: is empty"),
+    ("datasets/digits/root", "~/photos", r"datasets\.digits\.root: DVC doesn't expand '~'"),
+    ("datasets/digits/root", "a\0b", r"datasets\.digits\.root: no path holds a null character"),
     ("evaluations/digits/parzen/bandwidth_count", 10**9, r"parzen\.bandwidth_count: has to lie in 1\.\.1000"),
     # rows that don't fit together
     ("autoencoders/digits-iae/blocks", 2, r"autoencoders\.digits-iae\.blocks: with 2 blocks .* multiple of .* 8 .* 28x28"),
@@ -306,6 +312,17 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, monkeypatch):
     assert complaints(path, "fit", "grid-lde")[0].startswith("error: fit grid-lde: ")
 
 
+def test_a_file_name_that_dvc_cant_take_is_named(tmp_path):
+    folder = tmp_path / "photos" / "caf\udce9"
+    folder.mkdir(parents=True)
+    (folder / "1.png").touch()
+    tables = with_value("datasets/photos", {"source": "images", "root": str(tmp_path / "photos"), "image_px": 8})
+    (line,) = complaints(written(tables, tmp_path))
+    assert re.search(
+        r"datasets\.photos\.root: the name of \S+/photos/caf\\xe9 isn't UTF-8, which DVC can't add; rename it", line
+    )
+
+
 def test_a_file_that_is_not_there(tmp_path):
     assert complaints(tmp_path / "params.yaml")[0].endswith("is missing; run the command from the project's folder")
     assert "can't be read" in complaints(tmp_path)[0]
@@ -410,6 +427,21 @@ def test_the_common_tables_refuse_values_of_other_types(cls):
         for value in wrong_values(kind):
             with pytest.raises(SettingsError, match=rf"^here\.{key}"):
                 build(cls, needed | {key: value}, "here")
+
+
+@pytest.mark.parametrize("package", ["pipeline.sources", "pipeline.autoencoders", "pipeline.densities"])
+def test_numbers_that_nothing_could_hold_are_refused(package):
+    required = {"source": "x", "root": "x", "dataset": "x", "objective": "x", "codes": "x", "family": "x"}
+    required |= {"blocks": 1, "latent_dim": 2} if package == "pipeline.autoencoders" else {}
+    for choice in choices(package):
+        settings = implementation(package, choice, "row").Settings
+        names = {f.name for f in dataclasses.fields(settings)}
+        row: dict = {key: value for key, value in required.items() if key in names}
+        row |= {"sources": ["images", "shoes"], "roots": ["a", "b"]} if "sources" in names else {}
+        for key in (f.name for f in dataclasses.fields(settings) if typing.get_type_hints(settings)[f.name] is int):
+            if "seed" not in key:
+                with pytest.raises(SettingsError, match=rf"^row\.{key}: "):
+                    build(settings, row | {key: 2**62}, "row")
 
 
 def test_a_number_may_be_written_in_any_way():

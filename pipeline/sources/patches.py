@@ -16,11 +16,15 @@ import numpy as np
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, check_that
 from pipeline.sources.common.patches import PatchPool, preprocess, to_grey
-from pipeline.sources.common.source import GROUP, Block, Source, generator, packaged_file, read_in_groups
+from pipeline.sources.common.source import GROUP, Block, Source, check_digest, generator, packaged_file, read_in_groups
 
 __all__ = ["PhotoPatches", "Settings", "open_source"]
 
-PHOTOGRAPHS = ("china", "flower")
+# By name, the SHA-256 of the file, so that another release of the package can't change the data unnoticed.
+PHOTOGRAPHS = {
+    "china": "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
+    "flower": "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
+}
 TILE_ROWS, TILE_COLUMNS = 10, 16
 TILE_PX = (42, 40)  # height, width
 TURNS = {"train": (0, 1, 2), "valid": (3,), "test": (4,)}
@@ -65,9 +69,10 @@ def _tiles(split: str) -> PatchPool:
     from PIL import Image, UnidentifiedImageError
 
     images, names = [], []
-    for photograph in PHOTOGRAPHS:
+    for photograph, digest in PHOTOGRAPHS.items():
         path = packaged_file("sklearn", "datasets", "images", f"{photograph}.jpg")
         try:
+            check_digest(path.read_bytes(), digest, path, "scikit-learn==1.9.1", "patches")
             with Image.open(path) as file:
                 grey = to_grey(np.asarray(file.convert("RGB")))
         except (OSError, UnidentifiedImageError) as error:
@@ -86,7 +91,7 @@ class PhotoPatches(Source):
     """
 
     kind = "vectors"
-    label_names = PHOTOGRAPHS
+    label_names = tuple(PHOTOGRAPHS)
 
     def __init__(self, settings: Settings) -> None:
         self.seed = settings.split_seed

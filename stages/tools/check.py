@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import click
 
-from pipeline.errors import PipelineError, SettingsError
+from pipeline.errors import PipelineError, SettingsError, printable
 from pipeline.settings import Params, implementation, read_params
 from stages.run import one_line_errors
 from stages.workspace import TABLE_OF_STAGE
 
-__all__ = ["check", "missing_data", "pipeline_problems", "row_count"]
+__all__ = ["check", "missing_data", "pipeline_problems", "row_count", "unreadable_names"]
 
 PIPELINE = Path("dvc.yaml")
 
@@ -31,8 +32,9 @@ def check(params_file: str) -> None:
         problems = list(params.problems())
         problems += pipeline_problems(params)
         problems += missing_data(params)
+        problems += unreadable_names(params)
         for problem in problems:
-            click.echo(f"error: check: {' '.join(problem.split())}", err=True)
+            click.echo(printable(f"error: check: {problem}"), err=True)
         if problems:
             sys.exit(1)
         click.echo(f"{params_file}: {row_count(params)} rows, no problem")
@@ -64,6 +66,25 @@ def missing_data(params: Params) -> Iterator[str]:
         except OSError:
             pass
         yield f"datasets.{name}.root: {remedy}"
+
+
+def unreadable_names(params: Params) -> Iterator[str]:
+    """A line for each data set with a file name that isn't UTF-8, over which DVC fails without naming it."""
+    for name in params.rows("datasets"):
+        try:
+            root = params.dataset(name).root
+        except PipelineError:
+            continue  # said by Params.problems
+        for folder, folders, files in os.walk(root):
+            for entry in [*folders, *files]:
+                try:
+                    entry.encode()
+                except UnicodeEncodeError:
+                    yield f"datasets.{name}.root: the name of {folder}/{entry} isn't UTF-8, which DVC can't add; rename it"
+                    break
+            else:
+                continue
+            break
 
 
 def _holds_something(path: Path) -> bool:

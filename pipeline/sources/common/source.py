@@ -20,8 +20,9 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.storage.parts import SPLITS
+from pipeline.system.files import sha256_bytes
 
-__all__ = ["Block", "BlockwiseSplit", "Source", "generator", "packaged_file", "read_in_groups"]
+__all__ = ["Block", "BlockwiseSplit", "Source", "check_digest", "generator", "packaged_file", "read_in_groups"]
 
 GROUP = 256  # consecutive drawn examples that share a generator
 
@@ -176,3 +177,25 @@ def packaged_file(package: str, *parts: str) -> Path:
     if not path.is_file():
         raise DataError(f"{path} is missing from package {package}; install another version of it")
     return path
+
+
+def check_digest(data: bytes, digest: str, path: Path, package: str, module: str) -> None:
+    """Refuses packaged data other than those that a source was written for.
+
+    The digest is in the source's module, which is the row's `root`: so the bytes are part of what DVC compares.
+
+    Arguments:
+        data: The bytes.
+        digest: Their SHA-256 digest as the module has it.
+        path: The packaged file.
+        package: The package with its version, as pip takes it.
+        module: Name of the source.
+
+    Raises:
+        DataError: When the digests differ.
+    """
+    if sha256_bytes(data) != digest:
+        raise DataError(
+            f"{path} holds other data than pipeline/sources/{module}.py was written for; pip install {package}, or, to use the "
+            f"new data, write {sha256_bytes(data)} into that file as their digest"
+        )
