@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.server
+import json
 import os
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
+import urllib.parse
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -438,18 +446,86 @@ def test_doctor_elsewhere(tmp_path, monkeypatch):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_doctor_probes_the_tracking_server(scheme, healthy, monkeypatch):
+class Server(http.server.BaseHTTPRequestHandler):
+    """An MLflow server that has one experiment, in a state."""
+
+    state = "active"
+
+    def do_GET(self):
+        name = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["experiment_name"][0]
+        experiment = {"experiment_id": "7", "name": name, "lifecycle_stage": self.state}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"experiment": experiment}).encode())
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+
+def test_doctor_asks_the_tracking_server(healthy, monkeypatch):
     monkeypatch.setenv("TRACKING", "on")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://me:secret@{address}/path")
-        _, out, _ = run("doctor")
-        assert f"ok       {scheme}://{address}/path answers" in out
+    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "1")
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}")
+        assert f"ok       http://{address} answers" in run("doctor")[1]
+        monkeypatch.setattr(Server, "state", "deleted")
+        out = run("doctor")[1]
+        assert words(out)["tracking"] == "warn"
+        assert f"MLFLOW_TRACKING_URI=http://{address} mlflow experiments restore --experiment-id 7" in out
         assert "secret" not in out
+        server.shutdown()
     code, out, _ = run("doctor")
     assert code == 0  # stages go on without
-    assert f"{scheme}://{address}/path can't be reached" in out
+    assert f"http://{address}: can't be reached" in out
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}")
+        out = run("doctor")[1]
+        assert "doesn't answer as MLflow does" in out
+        assert "secret" not in out
+
+
+def write_database(path: Path, version: str, tables: Iterable[str], rows: str = "") -> None:
+    """A SQLite file with tables of these names, as far as the doctor looks into them."""
+    path.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for table in tables:
+            connection.execute(f"create table {table} (experiment_id, name, lifecycle_stage, version_num)")
+        if version:
+            connection.execute("create table alembic_version (version_num)")
+            connection.execute("insert into alembic_version values (?)", (version,))
+        connection.executescript(rows)
+        connection.commit()
+
+
+def test_doctor_opens_the_tracking_file_as_a_stage_does(healthy, monkeypatch):
+    from mlflow.store.db.base_sql_model import Base
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    monkeypatch.setenv("TRACKING", "on")
+    database = healthy / "mlflow.db"
+
+    def said(*contents: object) -> str:
+        write_database(database, *contents)
+        return " ".join(line for line in run("doctor")[1].splitlines() if line.startswith("  tracking"))
+
+    first, latest, some, every = (
+        "451aebb31d03",
+        _get_latest_schema_revision(),
+        ("experiments", "runs"),
+        list(Base.metadata.tables),
+    )
+    assert f"is unfinished or outdated and holds no runs: `rm {database}`" in said("", some[:1])
+    assert "holds no runs: `rm" in said(first, some)
+    a_run = "insert into runs (name) values ('a')"
+    assert f"an older MLflow: copy the file, then run `mlflow db upgrade sqlite:///{database}`" in said(first, some, a_run)
+    assert "was made by a newer MLflow" in said("ffffffffffff", every)
+    assert "tables of another program" in said("", ["songs"])
+    assert said(latest, every, a_run).endswith(f"ok       sqlite:///{database}, 1 runs")
+    gone = "insert into experiments values (3, 'latent-density-pipeline', 'deleted', null)"
+    assert f"MLFLOW_TRACKING_URI=sqlite:///{database} mlflow experiments restore --experiment-id 3" in said(latest, every, gone)
 
 
 def test_doctor_looks_into_the_tracking_file(healthy, monkeypatch):
@@ -465,9 +541,81 @@ def test_doctor_looks_into_the_tracking_file(healthy, monkeypatch):
         assert words(out)["tracking"] == "warn", (uri, out)
 
 
-def test_doctor_without_space(healthy, monkeypatch):
-    import shutil
+def test_doctor_without_a_repository(healthy):
+    shutil.rmtree(healthy / ".git")
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "`git init`, and commit all files; or `dvc config --local core.no_scm true`" in out
+    (healthy / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    code, out, _ = run("doctor")
+    assert (code, words(out)["git"]) == (0, "warn")
 
+
+def test_doctor_of_a_user_that_git_and_dvc_refuse(healthy, monkeypatch):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert f"`git config --global --add safe.directory {healthy}`" in run("doctor")[1]
+    monkeypatch.delenv("GIT_TEST_ASSUME_DIFFERENT_OWNER")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    out = run("doctor")[1]
+    assert "unknown, and `dvc exp run` commits: `git config user.name ..` and `git config user.email ..`" in out
+
+    def nobody():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    code, out, _ = run("doctor")
+    assert (code, words(out)["user"]) == (1, "fault")
+    assert "`export LOGNAME=me HOME=/some/folder`" in out
+
+
+def test_doctor_of_a_busy_machine_without_bfloat16(healthy, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr("pipeline.system.devices.has_bfloat16", lambda _: False)
+    assert "bfloat16" not in words(run("doctor")[1])
+    (healthy / "params.yaml").write_text(PARAMS.replace("components: 5", "components: 5, scoring_precision: bfloat16"))
+    found = words(run("doctor")[1])
+    assert (found["cores"], found["bfloat16"]) == ("warn", "warn")
+
+
+def test_doctor_finds_damage_in_the_cache(healthy, monkeypatch):
+    """Names of files in the cache are their digests; a folder is a list of files."""
+    cache = healthy / "elsewhere"
+    answer = subprocess.CompletedProcess([], 0, f"{cache}\n", "")
+    plain = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **rest: answer if "dvc" in command else plain(command, **rest))
+
+    def store(data: bytes, ending: str = "") -> tuple[str, Path]:
+        digest = hashlib.md5(data).hexdigest()
+        path = cache / "files/md5" / digest[:2] / (digest[2:] + ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return digest + ending, path
+
+    (inner, inner_path), (alone, alone_path) = store(b"inner"), store(b"alone")
+    listing, listing_path = store(
+        json.dumps([{"md5": inner, "relpath": "x"}, {"md5": "0" * 32, "relpath": "gone"}]).encode(), ".dir"
+    )
+    outs = {
+        "prepare@grid": [{"path": "a", "md5": listing}],
+        "fit@grid-lde": [{"path": "b", "md5": alone}, {"path": "c", "md5": "1" * 32}],
+    }
+    write_lock(healthy, {stage: {"cmd": "", "outs": entries} for stage, entries in outs.items()})
+    code, out, _ = run("doctor", "--cache")
+    assert (code, words(out)["dvc cache"]) == (0, "ok")
+    assert "3 of 3 files are whole" in out
+    inner_path.write_bytes(b"Inner")
+    alone_path.write_bytes(b"")
+    code, out, _ = run("doctor", "--cache")
+    assert code == 1
+    assert f"`rm -f {inner_path} && dvc repro --force --single-item prepare@grid`" in out
+    assert f"`rm -f {alone_path} && dvc repro --force --single-item fit@grid-lde`" in out
+    listing_path.write_bytes(b"[")
+    assert f"`rm -f {listing_path} && dvc repro" in run("doctor", "--cache")[1]
+    assert "Cache" not in run("doctor")[1]
+
+
+def test_doctor_without_space(healthy, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     code, out, _ = run("doctor")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
+import hashlib
+import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -20,8 +24,10 @@ from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
 from stages.run import one_line_errors
 from stages.tools.check import missing_data, row_count
-from stages.tools.preset import Row, load_preset, preset_names
-from stages.tracking.client import tracking_uri
+from stages.tools.overview import recorded_outs
+from stages.tools.preset import preset_datasets, preset_names
+from stages.tracking.client import experiment_name, prepare_environment, shown_uri, tracking_uri
+from stages.tracking.database import check_database, check_experiment, database_file, experiment_state
 
 __all__ = ["Finding", "doctor"]
 
@@ -48,21 +54,20 @@ class Finding(NamedTuple):
 
 
 @click.command("doctor")
-def doctor() -> None:
+@click.option("--cache", is_flag=True, help="Also read DVC's cache and compare its files with their digests.")
+def doctor(cache: bool) -> None:
     """Check versions, device, memory, disk space, data, tracking server, DVC and git.
 
     Exit status 1 when something is found that stops the pipeline, marked `fault`.
     """
     with one_line_errors("doctor"):
         faults = 0
-        for title, findings in (
-            ("Software", _software()),
-            ("Machine", _machine()),
-            ("Workspace", _workspace()),
-            ("Data", _data()),
-        ):
+        looks = [("Software", _software), ("Machine", _machine), ("Workspace", _workspace), ("Data", _data)]
+        if cache:
+            looks.append(("Cache", _cache))
+        for title, look in looks:
             click.echo(title)
-            listed = list(findings)
+            listed = list(look())
             width = max(len(finding.what) for finding in listed)
             for finding in listed:
                 click.echo(f"  {finding.what:{width}}  {finding.word:7}  {finding.detail}")
@@ -100,7 +105,14 @@ def _machine() -> Iterator[Finding]:
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     threads = os.environ.get("OMP_NUM_THREADS")
-    yield Finding("cores", "ok", f"{usable} of {cores}" + (f", OMP_NUM_THREADS={threads}" if threads else ""))
+    shown = f"{usable} of {cores}" + (f", OMP_NUM_THREADS={threads}" if threads else "")
+    load = os.getloadavg()[0]
+    if load > usable:
+        yield Finding("cores", "warn", f"{shown}; other programs keep them busy (load {load:.1f}): all takes longer")
+    else:
+        yield Finding("cores", "ok", shown)
+    if _asks_for_bfloat16():
+        yield _bfloat16()
     processes = os.environ.get("PROCESSES", "1")
     if not processes.isdigit() or int(processes) < 1:
         yield Finding("processes", "fault", f"PROCESSES is '{processes}': expected a number from 1 on")
@@ -133,7 +145,31 @@ def _device() -> Finding:
         return Finding("device", "fault", f"DEVICE is '{wanted}', and torch {torch.__version__} sees no GPU")
     if gpus and wanted != "cpu":
         return Finding("device", "ok", f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}: {', '.join(dict.fromkeys(gpus))}")
+    if wanted != "cpu" and Path("/dev/nvidia0").exists():
+        return Finding(
+            "device", "warn", f"CPU: there is an NVIDIA GPU, but torch {torch.__version__} sees none: is its driver too old?"
+        )
     return Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads" + (" (DEVICE=cpu)" if wanted == "cpu" else ""))
+
+
+def _asks_for_bfloat16() -> bool:
+    try:
+        return any(row.get("scoring_precision") == "bfloat16" for row in read_params().tables.get("densities", {}).values())
+    except (PipelineError, AttributeError):
+        return False  # said below
+
+
+def _bfloat16() -> Finding:
+    import torch
+
+    from pipeline.system.devices import has_bfloat16
+
+    device = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu" else "cpu")
+    if has_bfloat16(device):
+        return Finding("bfloat16", "ok", f"computed by the {device.type}")
+    return Finding(
+        "bfloat16", "warn", f"the {device.type} can't compute in it: rows with scoring_precision bfloat16 take float32"
+    )
 
 
 def _workspace() -> Iterator[Finding]:
@@ -147,18 +183,54 @@ def _workspace() -> Iterator[Finding]:
             yield Finding("params.yaml", "ok", f"{row_count(params)} rows")
     except PipelineError as error:
         yield Finding("params.yaml", "fault", str(error))
-    yield _git()
+    yield from _user()
+    yield from _git()
     yield _dvc()
     yield _tracking()
 
 
-def _git() -> Finding:
+def _user() -> Iterator[Finding]:
+    """DVC ends in `getpwuid` without a name, and its libraries without a home."""
+    try:
+        getpass.getuser()
+        lacking = "home folder" if os.path.expanduser("~") == "~" else ""
+    except (KeyError, OSError):
+        lacking = "name"
+    if lacking:
+        remedy = "`export LOGNAME=me HOME=/some/folder` before running anything"
+        yield Finding("user", "fault", f"user id {os.getuid()} has no {lacking}, and DVC fails without one: {remedy}")
+
+
+def _git() -> Iterator[Finding]:
     if shutil.which("git") is None:
-        return Finding("git", "fault", "isn't on the PATH; DVC needs it for experiments and diffs")
-    inside = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    if inside.returncode:
-        return Finding("git", "warn", "no commit here: `dvc exp`, `dvc params diff` and `dvc metrics diff` need one")
-    return Finding("git", "ok", f"at {inside.stdout.strip()}")
+        yield Finding("git", "fault", "isn't on the PATH; DVC needs it for experiments and diffs")
+        return
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if "dubious ownership" in head.stderr:
+        remedy = f"`git config --global --add safe.directory {shlex.quote(str(Path.cwd()))}`"
+        yield Finding("git", "warn", f"this clone belongs to another user, so that runs record no commit: {remedy}")
+    elif "not a git repository" in head.stderr and not _without_git():
+        without = "`dvc config --local core.no_scm true` (then without `dvc exp`, `dvc params diff` and `dvc metrics diff`)"
+        remedy = f"`git init`, and commit all files; or {without}"
+        yield Finding("git", "fault", f"no git repository here, and `dvc repro` refuses to run without one: {remedy}")
+    elif head.returncode:
+        yield Finding("git", "warn", "no commit here: `dvc exp`, `dvc params diff` and `dvc metrics diff` need one")
+    else:
+        yield Finding("git", "ok", f"at {head.stdout.strip()}")
+        keys = [
+            key
+            for key in ("user.name", "user.email")
+            if subprocess.run(["git", "config", key], capture_output=True, check=False).returncode
+        ]
+        if keys:
+            remedy = " and ".join(f"`git config {key} ..`" for key in keys)
+            yield Finding("git author", "warn", f"unknown, and `dvc exp run` commits: {remedy}")
+
+
+def _without_git() -> bool:
+    """Whether DVC is told to do without git."""
+    files = [path for path in (Path(".dvc/config"), Path(".dvc/config.local")) if path.is_file()]
+    return any(re.search(r"^\s*no_scm\s*=\s*true\s*$", file.read_text(encoding="utf-8"), re.M | re.I) for file in files)
 
 
 def _dvc() -> Finding:
@@ -175,37 +247,52 @@ def _tracking() -> Finding:
     """A quick look at the tracking server. A stage does its work without one, so nothing here is a fault."""
     if os.environ.get("TRACKING", "on") == "off":
         return Finding("tracking", "ok", "off (TRACKING=off)")
-    uri = tracking_uri()
+    uri, shown = tracking_uri(), shown_uri()
+    database = database_file(uri)
+    try:
+        return _sqlite(database, shown) if database is not None else _server(uri, shown)
+    except (PipelineError, ImportError, OSError, ValueError) as error:
+        return Finding("tracking", "warn", f"{shown}: {' '.join(str(error).split())}; stages go on without tracking")
+
+
+def _sqlite(database: Path, shown: str) -> Finding:
+    if database.exists() and database.stat().st_size:
+        runs = check_database(database)
+        check_experiment(experiment_name(), *experiment_state(database, experiment_name()), shown)
+        return Finding("tracking", "ok", f"{shown}, {runs} runs")
+    if database.parent.is_dir() and os.access(database.parent, os.W_OK):
+        return Finding("tracking", "ok", f"{shown}, to be made by the first stage")
+    raise PipelineError("no such folder, or no permission")
+
+
+def _server(uri: str, shown: str) -> Finding:
     parts = urllib.parse.urlsplit(uri)
-    shown = uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "", 1)  # without a password
-    if parts.scheme == "sqlite":
-        return _sqlite(Path(uri.removeprefix("sqlite:///")), shown)
     if parts.hostname is None:
         return Finding("tracking", "warn", f"{shown}: can't be probed from here")
+    port = parts.port or {"https": 443, "postgresql": 5432, "mysql": 3306}.get(parts.scheme.partition("+")[0], 80)
     try:
-        port = parts.port or {"https": 443, "postgresql": 5432, "mysql": 3306}.get(parts.scheme.partition("+")[0], 80)
-        with socket.create_connection((parts.hostname, port), timeout=PROBE_SECONDS):
-            return Finding("tracking", "ok", f"{shown} answers")
-    except (OSError, ValueError) as error:
-        return Finding("tracking", "warn", f"{shown} can't be reached ({error}); stages go on without tracking")
+        socket.create_connection((parts.hostname, port), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        raise PipelineError(f"can't be reached ({error})") from None
+    if parts.scheme in ("http", "https"):
+        _ask(uri, shown)
+    return Finding("tracking", "ok", f"{shown} answers")
 
 
-def _sqlite(path: Path, shown: str) -> Finding:
-    import sqlite3
+def _ask(uri: str, shown: str) -> None:
+    """Looks for the experiment, as a stage does."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
 
-    if not path.exists():
-        if path.parent.is_dir() and os.access(path.parent, os.W_OK):
-            return Finding("tracking", "ok", f"{shown}, to be made by the first stage")
-        return Finding("tracking", "warn", f"{shown}: no such folder, or no permission; stages go on without tracking")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PROBE_SECONDS:.0f}")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    prepare_environment()
     try:
-        connection = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, timeout=PROBE_SECONDS)
-        try:
-            runs = connection.execute("SELECT count(*) FROM runs").fetchone()[0]
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        return Finding("tracking", "warn", f"{shown}: {error}; stages go on without tracking")
-    return Finding("tracking", "ok", f"{shown}, {runs} runs")
+        found = MlflowClient(uri).get_experiment_by_name(experiment_name())
+    except MlflowException as error:
+        raise PipelineError(f"doesn't answer as MLflow does ({str(error).replace(uri, shown)[:200]})") from None
+    if found is not None:
+        check_experiment(experiment_name(), str(found.experiment_id), found.lifecycle_stage, shown)
 
 
 def _data() -> Iterator[Finding]:
@@ -220,16 +307,51 @@ def _data() -> Iterator[Finding]:
         yield Finding(name, *(("fault", missing[name]) if name in missing else ("ok", str(root))))
     for name in preset_names():
         try:
-            rows = [row for row in load_preset(name).rows if row.table == "datasets"]
-            lacking = dict(line.removeprefix("datasets.").split(".root: ", 1) for line in missing_data(_datasets(rows)))
+            preset = preset_datasets(name)
+            lacking = dict(line.removeprefix("datasets.").split(".root: ", 1) for line in missing_data(preset))
         except PipelineError as error:
             yield Finding(f"preset {name}", "warn", str(error))
             continue
-        roots = ", ".join(dict.fromkeys(str(row.values.get("root")) for row in rows))
+        roots = ", ".join(dict.fromkeys(str(row.get("root")) for row in preset.tables["datasets"].values()))
         yield Finding(f"preset {name}", *(("missing", "; ".join(lacking.values())) if lacking else ("ok", roots)))
     if not params.rows("datasets") and not preset_names():
         yield Finding("rows", "missing", "no data set in params.yaml, and no presets")
 
 
-def _datasets(rows: list[Row]) -> Params:
-    return Params({"datasets": {row.name: row.plain() for row in rows}})
+def _cache() -> Iterator[Finding]:
+    """Files of DVC's cache that aren't what their names say: DVC checks them out as they are."""
+    asked = [sys.executable, "-m", "dvc", "cache", "dir"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if said.returncode:
+        yield Finding("dvc cache", "warn", f"`dvc cache dir` fails: {' '.join(said.stderr.split())[:200]}")
+        return
+    folder = Path(said.stdout.strip()) / "files/md5"
+    whole: dict[Path, bool] = {}
+    for stage, digest in recorded_outs():
+        for file in _files_of(folder, digest):
+            if file not in whole:
+                whole[file] = _is_whole(file)
+                if not whole[file]:
+                    heal = f"rm -f {shlex.quote(str(file))} && dvc repro --force --single-item {stage}"
+                    yield Finding(stage, "fault", f"its output is damaged in the cache: `{heal}`")
+    yield Finding("dvc cache", "ok", f"{sum(whole.values())} of {len(whole)} files are whole")
+
+
+def _files_of(folder: Path, digest: str) -> Iterator[Path]:
+    """The files of the cache that an output consists of, as far as they are there."""
+    path = folder / digest[:2] / digest[2:]
+    if not path.is_file():
+        return
+    yield path
+    if digest.endswith(".dir") and _is_whole(path):
+        for entry in json.loads(path.read_bytes()):
+            file = folder / entry["md5"][:2] / entry["md5"][2:]
+            if file.is_file():
+                yield file
+
+
+def _is_whole(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == (
+            file.parent.name + file.name.removesuffix(".dir")
+        )

@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
 from stages.workspace import TABLE_OF_STAGE
 
-__all__ = ["print_overview", "states"]
+__all__ = ["print_overview", "recorded_outs", "states"]
 
 DONE, CHANGED, OUTDATED, MISSING, NOT_RUN = "done", "settings changed", "input changed", "output missing", "not yet run"
 
@@ -87,6 +87,14 @@ def states(params: Params, lock_file: str | Path = "dvc.lock") -> dict[tuple[str
     report = state("report")
     # It depends on a folder that all others write into.
     return found | {("report", ""): OUTDATED if report == DONE and set(found.values()) - {DONE, MISSING} else report}
+
+
+def recorded_outs(lock_file: str | Path = "dvc.lock") -> Iterator[tuple[str, str]]:
+    """Stage and digest of each output that dvc.lock records."""
+    for stage, entry in _read_lock(Path(lock_file)).items():
+        for out in entry.get("outs", []):
+            if digest := out.get("md5"):
+                yield stage, str(digest)
 
 
 def _recorded(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.system.files import atomic_file
 from stages.workspace import main_checkout
 
-__all__ = ["check_database", "check_experiment", "database_file", "database_uri", "open_database"]
+__all__ = ["check_database", "check_experiment", "database_file", "database_uri", "experiment_state", "open_database"]
 
 LOCK_SECONDS = 20.0  # how long another process may be writing
 
@@ -138,6 +138,13 @@ def _connected(database: Path) -> Iterator[sqlite3.Connection]:
             yield connection
     except sqlite3.Error as error:
         raise PipelineError(f"{database}: {error}") from None
+
+
+def experiment_state(database: Path, name: str) -> tuple[str, str]:
+    """Id and state of an experiment; empty where there is none."""
+    with _connected(database) as connection:
+        found = connection.execute("SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?", (name,)).fetchone()
+    return (str(found[0]), str(found[1])) if found else ("", "")
 
 
 def check_experiment(name: str, identity: str, state: str, uri: str) -> None:
