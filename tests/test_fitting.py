@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from pipeline import fitting
+from pipeline.densities.common.density import build_density
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood, score_codes
 from pipeline.settings import DensitySettings, build, implementation
@@ -55,7 +56,7 @@ def test_cholesky_factor_of_a_stream_is_that_of_the_whole() -> None:
 
 def test_codes_in_a_subspace_are_refused() -> None:
     codes = np.repeat(correlated(50, 1), 2, axis=1)
-    with pytest.raises(DataError, match="set standardise: dimension"):
+    with pytest.raises(DataError, match="set shrinkage: true or standardise: dimension"):
         cholesky_factor([codes], torch.from_numpy(codes.mean(axis=0, dtype=np.float64)))
 
 
@@ -177,3 +178,55 @@ def test_a_gaussian_of_mapped_columns_is_log_normal(tmp_path: Path) -> None:
     logs = np.log(codes)
     expected = stats.multivariate_normal(logs.mean(axis=0), np.cov(logs.T, ddof=0)).logpdf(logs) - logs.sum(axis=1)
     np.testing.assert_allclose(np.concatenate(list(score_codes(density, [codes.astype(np.float32)]))), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("components", [1, 30])
+@pytest.mark.parametrize("network", [{}, {"blocks": "separate", "width": 8}, {"order": 3}])
+def test_an_untrained_lde_is_the_gaussian_of_whitened_codes(network: dict[str, object], components: int) -> None:
+    codes = correlated(200)
+    mean = torch.from_numpy(codes.mean(axis=0, dtype=np.float64))
+    density = build_density(row("lde", start="gaussian", components=components, **network), 3).double().eval()
+    density.standardise(mean, cholesky_factor([codes], mean))
+    covariance = np.cov(codes.astype(np.float64), rowvar=False, bias=True)
+    expected = stats.multivariate_normal(mean.numpy(), covariance).logpdf(codes)
+    # Other Gaussians than N(0, 1) have a share of 1e-5 of each conditional.
+    given = density.log_prob(torch.from_numpy(codes)).detach().numpy()
+    np.testing.assert_allclose(given, expected, atol=1e-12 if components == 1 else 2e-4)
+
+
+def test_its_components_learn_apart(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    codes = (generator.choice([-3.0, 3.0], (600, 1)) + generator.normal(size=(600, 1))).astype(np.float32)
+    settings = row(
+        "lde", start="gaussian", components=4, epochs=40, batch_size=60, learning_rate=0.02, blocks="separate", width=4
+    )
+    density, _ = fit_density(settings, write(tmp_path, codes), join())
+    truth = np.logaddexp(*(stats.norm(m).logpdf(codes) for m in (-3, 3))).mean() - np.log(2)
+    assert log_likelihood(density, [codes]).mean == pytest.approx(truth, abs=0.02)  # a Gaussian is 0.44 below
+
+
+def test_shrunk_correlations_are_ledoit_and_wolfs(tmp_path: Path) -> None:
+    from sklearn.covariance import ledoit_wolf
+
+    codes = np.random.default_rng(0).gamma(1.0, np.arange(1.0, 21.0), (12, 20))
+    codes = (codes + codes[:, :1] * np.arange(1, 21)).astype(np.float32)
+    mean, std = (torch.from_numpy(value) for value in (codes.mean(0, dtype=np.float64), codes.std(0, dtype=np.float64)))
+    factor = cholesky_factor(np.array_split(codes, 5), mean, std)
+    shrunk, share = ledoit_wolf(((codes - mean.numpy()) / std.numpy()), assume_centered=True)
+    assert 0.1 < share < 1
+    np.testing.assert_allclose((factor @ factor.T / torch.outer(std, std)).numpy(), shrunk, atol=1e-9)
+    settings = row("lde", components=1, epochs=1, width=4, standardise="cholesky", shrinkage=True)
+    assert np.isfinite(log_likelihood(fit_density(settings, write(tmp_path, codes), join())[0], [codes]).mean)
+    with pytest.raises(SettingsError, match="shrinkage: is for standardise: cholesky"):
+        row("gaussian", shrinkage=True)
+
+
+def test_patience_ends_a_fit(tmp_path: Path) -> None:
+    codes = write(tmp_path / "codes", correlated(60))
+    values = {"components": 2, "epochs": 500, "batch_size": 20, "learning_rate": 0.3, "validate_steps": 1, "patience": 4}
+    _, training = fit_density(row("lde", **values), codes, join())
+    after = [validation for validation in training.validations if validation["step"] > training.best["step"]]
+    assert training.ended_by == "patience"
+    assert 4 <= len(after) <= 4 + 2  # it ends with an epoch of three validations
+    assert training.steps % 3 == 0
+    assert training.steps < 1500

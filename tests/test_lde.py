@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.densities import LatentDensityEstimator
 from pipeline.densities.common.density import standard_normal, uniform
 from pipeline.densities.common.orders import patch_orders, reordered
-from pipeline.errors import DataError, SettingsError
+from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.sampling import write_samples
 from pipeline.settings import SamplingSettings
 from pipeline.system.devices import has_bfloat16
@@ -515,3 +515,26 @@ def test_samples_that_run_away_name_the_remedy(ceiling, said, tmp_path):
     with pytest.raises(DataError, match=said):
         write_samples(density, None, SamplingSettings(count=10), tmp_path / "samples", Ranks(0, 1, torch.device("cpu")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_random_order_is_a_density_of_reordered_dimensions():
+    plain, ordered = (make(7, order=order) for order in (0, 5))
+    ordered.network.load_state_dict(plain.network.state_dict())
+    for density in (plain, ordered):
+        density.standardise(torch.zeros(()), torch.ones(()))
+    z, order = codes(6, 7), ordered.order
+    assert sorted(order.tolist()) == list(range(7)) != order.tolist()
+    torch.testing.assert_close(ordered.log_prob(z), plain.log_prob(z[:, order]))
+    torch.testing.assert_close(ordered.loss(z), plain.loss(z[:, order]))
+    samples = [density.sample(5, torch.Generator().manual_seed(0)) for density in (plain, ordered)]
+    torch.testing.assert_close(samples[1][:, order], samples[0])
+    with pytest.raises(PipelineError, match="in their own order"):
+        ordered.conditionals(z)
+
+
+def test_noise_on_codes_is_for_training_only():
+    density = make(3, noise=0.5)
+    z = codes(6, 3)
+    assert torch.equal(density.eval().loss(z, torch.Generator()), density.loss(z, torch.Generator()))
+    noisy = [density.train().loss(z, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert noisy[0] == noisy[1] != noisy[2]

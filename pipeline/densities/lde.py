@@ -39,6 +39,8 @@ class Options(NetworkOptions):
             many times as long.
         training_orders: Orders that training patches are read in, 1, 2, 4 or 8, one drawn for each patch of a batch; 1 for
             the first alone.
+        order: Order in which the dimensions are read: 0 for their own; any other number is the seed of a random one.
+        noise: Standard deviation of Gaussian noise on training codes, in standardised units, for few codes.
         scoring_precision: `float32`, or `bfloat16` for matrix products of scoring. Rounded products make another mixture for
             each conditional, so that what is scored is a density as well, in a third of the time. It is close to that of
             float32 where standard deviations are well above 0.01 of the means' size. Where the device has no such instructions,
@@ -49,11 +51,15 @@ class Options(NetworkOptions):
     max_log_scale: float | None = None
     patch_orders: int = 1
     training_orders: int = 1
+    order: int = 0
+    noise: float = 0.0
     scoring_precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_that(self.patch_orders in ORDERS, "patch_orders", f"must be one of {', '.join(map(str, ORDERS))}")
+        check_that(self.order >= 0, "order", "must be 0 or more")
+        check_that(self.noise >= 0, "noise", "must be 0 or more")
         check_that(self.training_orders in ORDERS, "training_orders", f"must be one of {', '.join(map(str, ORDERS))}")
         if self.min_log_scale is not None and self.max_log_scale is not None:
             check_that(self.min_log_scale < self.max_log_scale, "max_log_scale", "must be greater than min_log_scale")
@@ -158,6 +164,7 @@ class LatentDensityEstimator(Density):
 
     orders: Tensor | None
     training_orders: Tensor | None
+    order: Tensor | None
 
     options: Options
 
@@ -165,6 +172,7 @@ class LatentDensityEstimator(Density):
         super().__init__(dim, **options)
         self.register_buffer("orders", _several(dim, self.options.patch_orders), persistent=False)
         self.register_buffer("training_orders", _several(dim, self.options.training_orders), persistent=False)
+        self.register_buffer("order", orders.random_order(dim, self.options.order) if self.options.order else None)
         networks = SeparateNetworks if self.options.blocks == "separate" else CausalNetwork
         self.network: CausalNetwork | SeparateNetworks = networks(dim, self.options)
         # Few enough to stay in the cache between two layers (8 MB each); while drawing, as many as make good matrix products
@@ -186,7 +194,12 @@ class LatentDensityEstimator(Density):
         return torch.cat([logits, means, log_scales], dim=-1)
 
     def _log_prob(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+        z = self._ordered(z)
         return self._mixtures(self.network(z, generator), z)
+
+    def _ordered(self, z: Tensor) -> Tensor:
+        """Standardised codes with their dimensions in the order in which they are read."""
+        return z if self.order is None else z[:, self.order]
 
     def _mixtures(self, outputs: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
         """Log-density (B,) of standardised codes (B, D), from the network's outputs for them."""
@@ -202,12 +215,14 @@ class LatentDensityEstimator(Density):
         same length.
         """
         z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
+        if self.options.noise and self.training:
+            z = z + self.options.noise * standard_normal(tuple(z.shape), z, generator)
         normalised = self.training and self.options.normalisation == "batch"  # that needs the batch as a whole
         at_once = len(self._chunks(z)) == 1 and not z.is_cuda
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once or not trained:
             return -self._log_prob(z, generator).mean() / self.dim
-        loss: Tensor = _LossInParts.apply(self, z, generator, *trained)
+        loss: Tensor = _LossInParts.apply(self, self._ordered(z), generator, *trained)
         return loss
 
     def _apply(self, *arguments: Any, **keywords: Any) -> Self:
@@ -252,10 +267,10 @@ class LatentDensityEstimator(Density):
             Three tensors with shape (B, D, K), in the units of the data.
 
         Raises:
-            PipelineError: When the columns are mapped by a `transform`, since mixtures of Gaussians then aren't.
+            PipelineError: When the columns are mapped by a `transform` or read in an `order` of their own.
         """
-        if self.transform is not None:
-            raise PipelineError("conditionals are mixtures of Gaussians only without a transform of the columns")
+        if self.transform is not None or self.order is not None:
+            raise PipelineError("conditionals are given only without `transform`, and with the dimensions in their own order")
         standardised = self._standardised(z)
         first, others = map(self._bounded, self.network(standardised))
         outputs = torch.cat([first.expand(1, len(z), -1), others]).transpose(0, 1)  # (B, D, 3K)
@@ -274,7 +289,7 @@ class LatentDensityEstimator(Density):
             z[:, i] = mixtures.draw(self._bounded(outputs), uniforms[:, i], normals[:, i])
             if i + 1 < self.dim:
                 outputs = walk(z[:, : i + 1])
-        return z
+        return z if self.order is None else z[:, self.order.argsort()]
 
 
 Model = LatentDensityEstimator

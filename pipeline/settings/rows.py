@@ -135,6 +135,8 @@ class DensitySettings(TrainingSettings):
             `scalar` uses one mean and one scale for all, `none` nothing; `cholesky` takes from each dimension its linear
             prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
             such as pixels. The log-determinant is added back in every likelihood.
+        shrinkage: Whether `cholesky` shrinks the correlations towards 0, by as much as Ledoit and Wolf's estimate asks for. It
+            is for few codes, of which there may be fewer than dimensions.
         transform: A monotone map of each column before that, fitted to training codes, for skewed or heavy-tailed columns:
             `none`; `log` of positive columns; `asinh`, a logarithm in both tails; `power`, that of Yeo and Johnson; `quantile`,
             a spline to the quantiles of a Gaussian. Its log-determinant is added back too.
@@ -143,6 +145,7 @@ class DensitySettings(TrainingSettings):
         muon_rate: Muon's learning rate, as a multiple of AdamW's; the weights that it moves decay as many times as fast.
         max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
             on the speed of the machine. `gmm` reads the clock between two numbers of Gaussians.
+        patience: Validations without a new best after which fitting ends with its epoch; 0 for no end.
         validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.
         shuffle_examples: Codes held in memory for shuffling, in a window of whole files that is drawn from at random.
     """
@@ -156,7 +159,9 @@ class DensitySettings(TrainingSettings):
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon_rate: float = 3.0
     max_minutes: float = 0.0
+    patience: int = 0
     validate_steps: int = 0
+    shrinkage: bool = False
     shuffle_examples: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -164,6 +169,8 @@ class DensitySettings(TrainingSettings):
         check_that(self.optimizer in ("adamw", "muon"), "optimizer", f"has to be one of adamw, muon, not {self.optimizer!r}")
         check_that(self.optimizer == "adamw" or self.family == "lde", "optimizer", "can be muon for the family lde only")
         check_that(self.muon_rate > 0, "muon_rate", "has to be positive")
+        check_that(self.patience >= 0, "patience", "must be 0 or more")
+        check_that(not self.shrinkage or self.standardise == "cholesky", "shrinkage", "is for standardise: cholesky")
         check_that(self.validate_steps >= 0, "validate_steps", "has to be 0 or more")
         check_that(self.max_minutes >= 0, "max_minutes", "has to be 0 or more")
 

@@ -57,6 +57,7 @@ def train(
     validate_steps: int = 0,
     extra: Callable[[Step], dict[str, float]] | None = None,
     max_minutes: float = 0.0,
+    patience: int = 0,
 ) -> Training:
     """Trains a model in place.
 
@@ -73,12 +74,13 @@ def train(
         validate_steps: Steps between two more validations within an epoch; 0 for none.
         extra: More columns of the curve, from where training stands.
         max_minutes: Time after which training ends as if the epochs were over; 0 for none.
+        patience: Validations without a new best after which training ends with its epoch; 0 for no end.
 
     Raises:
         TrainingError: When a loss isn't finite, with the step and the likely cause; the last checkpoint stays.
         PipelineError: On SIGINT or SIGTERM, after a checkpoint was written.
     """
-    run = _Run(model, settings, ranks, batches.steps_per_epoch, label, checkpoint, max_minutes)
+    run = _Run(model, settings, ranks, batches.steps_per_epoch, label, checkpoint, max_minutes, patience)
     run.resume()
     with _signals() as received, run.progress as progress:
         while not run.over:
@@ -103,7 +105,7 @@ class _Run:
     """What the steps of one training run share: optimizers, averages, the record, the step, the checkpoint.
 
     Arguments:
-        model, settings, ranks, label, checkpoint, max_minutes: As for `train`.
+        model, settings, ranks, label, checkpoint, max_minutes, patience: As for `train`.
         steps_per_epoch: Steps in an epoch.
 
     Attributes:
@@ -120,10 +122,12 @@ class _Run:
         label: str,
         checkpoint: Checkpoint | None,
         max_minutes: float,
+        patience: int,
     ) -> None:
         self.model, self.settings, self.ranks, self.label, self.checkpoint = model, settings, ranks, label, checkpoint
         self.steps_per_epoch, self.total = steps_per_epoch, settings.epochs * steps_per_epoch
         self.limit = max_minutes * 60 or math.inf  # seconds
+        self.patience = patience
         if settings.sync_batch_norm and ranks.world > 1:
             synchronise_batch_norm(model)
         self.generator = torch.Generator()
@@ -156,7 +160,15 @@ class _Run:
     @property
     def over(self) -> bool:
         """Whether no step is left."""
-        return self.index >= self.total or self.record.ended_by != "epochs"
+        return self.index >= self.total or self.record.ended_by != "epochs" or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many validations as are allowed have passed since the best."""
+        best = self.record.best
+        return bool(self.patience and best) and (
+            sum(row["step"] > best["step"] for row in self.record.validations) >= self.patience
+        )
 
     def out_of_time(self) -> bool:
         """Notes the time; whether any rank has used up what there was, so that all stop alike."""
@@ -373,6 +385,8 @@ class _Run:
         # Running statistics that aren't synchronised differ between ranks; what the first one saves is what all of them score.
         self.ranks.take_from_first(self.model.state_dict().values())
         self.model.eval()
+        if self.record.ended_by == "epochs" and self.index < self.total:
+            self.record.ended_by = "patience"
         self.record.steps = self.index
         self.record.examples = self.index * batch_size
         self._note_time()

@@ -71,7 +71,7 @@ class Training:
         seconds: Time spent in the loop, over all pieces of a resumed run.
         examples: Examples seen.
         resumed_at: Step of the checkpoint that this process went on from; none for a fresh start.
-        ended_by: `epochs`, or `max_minutes`.
+        ended_by: `epochs`, `max_minutes` or `patience`.
     """
 
     curve: list[dict[str, float]] = field(default_factory=list)

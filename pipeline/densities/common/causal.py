@@ -226,7 +226,7 @@ class CausalNetwork(nn.Module):
         embedded = options.position_embedding and dim > 1
         self.positions = nn.Parameter(torch.zeros(dim - 1, channels[1])) if embedded else None
         self.head = nn.Linear(channels[-1], 3 * options.components)
-        self.head.bias.data = mixtures.initial_bias(options.components)
+        mixtures.initialise_head(self.head, options.components, options.start)
         self.features = channels[-1]
         self.kept = sum(layer.dilation * inputs for layer, inputs in zip(self._layers(), channels, strict=False))
 

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["draw", "initial_bias", "log_likelihood", "unpack"]
+__all__ = ["draw", "initial_bias", "initialise_head", "log_likelihood", "unpack"]
 
 BLOCK_NUMBERS = 2**17  # of outputs that a thread works on at once: they stay in its cache, and torch does share them out
 
@@ -20,10 +20,32 @@ def unpack(outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, means, log_scales
 
 
-def initial_bias(components: int) -> Tensor:
-    """Outputs (3K) of equal weights, means spread like N(0, 1), which standardised codes resemble, and scales of 1."""
-    levels = (torch.arange(components) + 0.5) / components
-    return torch.cat([torch.zeros(components), torch.special.ndtri(levels), torch.zeros(components)])
+SHARE = 1e-5  # of all Gaussians but the first where a mixture starts at N(0, 1); Adam's steps soon make them larger
+
+
+def initial_bias(components: int, start: str = "spread") -> Tensor:
+    """Outputs (3K) of a mixture that standardised codes resemble, with means spread like N(0, 1).
+
+    Arguments:
+        components: The number of Gaussians K.
+        start: `spread` for equal weights and scales of 1; `gaussian` for N(0, 1), with a share of 1e-5 for Gaussians of scale
+            1/2. K equal Gaussians would be N(0, 1) exactly, but have equal gradients too and never learn apart.
+    """
+    if start == "spread":
+        levels = (torch.arange(components) + 0.5) / components
+        return torch.cat([torch.zeros(components), torch.special.ndtri(levels), torch.zeros(components)])
+    others = components - 1
+    means = torch.special.ndtri((torch.arange(others) + 0.5) / max(others, 1))
+    logits = torch.full((others,), math.log(SHARE / max(others, 1)))
+    first = torch.zeros(1)
+    return torch.cat([first, logits, first, means, first, torch.full((others,), math.log(0.5))])
+
+
+def initialise_head(head: nn.Linear, components: int, start: str) -> None:
+    """Sets the bias of the layer that gives outputs, and where it starts at the Gaussian, weights of 0."""
+    head.bias.data = initial_bias(components, start)
+    if start == "gaussian":
+        nn.init.zeros_(head.weight)
 
 
 def _softmax(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

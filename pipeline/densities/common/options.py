@@ -28,6 +28,9 @@ class NetworkOptions(Checked):
         dropout: Share of a layer's outputs that is dropped in training.
         position_embedding: Add a learned vector of each dimension's own to what the first layer gives there, so that deep
             networks needn't count from the padding which dimension they are at.
+        start: What the untrained conditionals are: `spread`, mixtures with means spread like N(0, 1) and scales of 1;
+            `gaussian`, N(0, 1) whatever came before, up to a share of 1e-5, so that of whitened codes the untrained density is
+            the Gaussian with their mean and covariance.
     """
 
     components: int = 30
@@ -39,6 +42,7 @@ class NetworkOptions(Checked):
     channel_cap: int = 0
     dropout: float = 0.0
     position_embedding: bool = False
+    start: Literal["spread", "gaussian"] = "spread"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,15 +1,16 @@
-"""Orders in which the pixels of a square patch can be read."""
+"""Orders in which dimensions can be read: random ones, and those of the pixels of a square patch."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import SettingsError
 
-__all__ = ["ORDERS", "patch_orders", "reordered"]
+__all__ = ["ORDERS", "patch_orders", "random_order", "reordered"]
 
 ORDERS = (1, 2, 4, 8)  # groups of symmetries of the square, each within the next
 
@@ -47,6 +48,11 @@ def patch_orders(dim: int, count: int) -> Tensor:
     views = [rows, rows.flip(0, 1), rows.flip(0), rows.flip(1)]
     views += [view.T for view in views]
     return torch.stack([view.flatten() for view in views[:count]])
+
+
+def random_order(dim: int, seed: int) -> Tensor:
+    """The dimension that is read at each place, with shape (D,)."""
+    return torch.from_numpy(np.random.default_rng(seed).permutation(dim)).to(torch.zeros(()).device)
 
 
 def reordered(patches: Tensor, orders: Tensor) -> Tensor:

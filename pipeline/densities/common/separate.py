@@ -33,7 +33,7 @@ class _Network(nn.Module):
         self.into = nn.ModuleList(_linear(width, width, gain) for _ in range(layers))
         self.back = nn.ModuleList(_linear(width, width, 0.1) for _ in range(layers))
         self.head = nn.Linear(width, 3 * options.components)
-        self.head.bias.data = mixtures.initial_bias(options.components)
+        mixtures.initialise_head(self.head, options.components, options.start)
 
     def hidden_matrices(self) -> list[Tensor]:
         """The matrices W and V of all blocks."""
@@ -64,7 +64,7 @@ class SeparateNetworks(nn.Module):
 
     def __init__(self, dim: int, options: NetworkOptions) -> None:
         super().__init__()
-        self.first = nn.Parameter(mixtures.initial_bias(options.components))
+        self.first = nn.Parameter(mixtures.initial_bias(options.components, options.start))
         self.networks = nn.ModuleList(_Network(i, options) for i in range(1, dim))
         self.features, self.kept = options.width, dim
 
