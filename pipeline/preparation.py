@@ -9,7 +9,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from pipeline.storage.shards import ShardIndex, ShardWriter
 from pipeline.system.files import atomic_folder
 from pipeline.system.processes import die_with_parent
 from pipeline.system.progress import Progress
+from pipeline.system.watchdog import stall_seconds, stalled
 
 __all__ = ["PreparationReport", "prepare_shards"]
 
@@ -167,30 +168,49 @@ def _read_all(source: Any, ranges: list[tuple[str, int, int]], processes: int) -
         return
     # Forked before anything large is imported; each process keeps its own open files.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_set_source, initargs=(source,)) as pool:
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_set_source, initargs=(source, os.getpid())) as pool:
         waiting: collections.deque[tuple[tuple[str, int, int], Future[Any]]] = collections.deque()
         try:
             for part in ranges:
                 waiting.append((part, pool.submit(_read_range, part)))
                 if len(waiting) > 2 * processes:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
+                    yield waiting[0][0], _first_result(waiting)
+                    waiting.popleft()
             while waiting:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        except BrokenProcessPool:
-            raise PipelineError("a process that read raw files was killed, probably for memory: free some") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+                yield waiting[0][0], _first_result(waiting)
+                waiting.popleft()
+        except BaseException as error:
+            for reader in set(multiprocessing.active_children()) - others:
+                reader.kill()  # it has nothing to lose, and a stopped one would be waited for
+            if isinstance(error, BrokenProcessPool):
+                raise PipelineError("a process that read raw files was killed, probably for memory: free some") from None
+            raise
+
+
+def _first_result(waiting: collections.deque[tuple[tuple[str, int, int], Future[Any]]]) -> Any:
+    """The first block, once it's read.
+
+    Raises:
+        PipelineError: When no process finishes any block for too long.
+    """
+    patience = stall_seconds()
+    while not waiting[0][1].done():
+        unread = [future for _, future in waiting if not future.done()]
+        if not wait(unread, patience or None, FIRST_COMPLETED).done:
+            split, start, stop = waiting[0][0]
+            who = f"the process that reads examples {start} to {stop} of split '{split}'"
+            raise PipelineError(f"{stalled(who, patience)}; run the stage again")
+    return waiting[0][1].result()
 
 
 _source: Any = None
 
 
-def _set_source(source: Any) -> None:
+def _set_source(source: Any, parent: int) -> None:
     global _source
     _source = source
-    die_with_parent()
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; one word about it is enough
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -42,6 +42,8 @@ def test_each_example_at_most_once_an_epoch_and_all_but_a_rest(
 @given(COUNTS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 200))
 def test_ranks_take_equal_steps_and_share_the_examples(counts: list[int], batch_size: int, world: int, window: int) -> None:
     if sum(counts) < world:
+        with pytest.raises(SettingsError, match=rf"set PROCESSES to {sum(counts)} or fewer"):
+            batches(counts, batch_size, world=world)
         return
     ranks = [batches(counts, batch_size, rank=r, world=world, window=window) for r in range(world)]
     taken = [epoch(b) for b in ranks]
@@ -67,6 +69,18 @@ def test_a_resumed_epoch_goes_on_where_it_stopped(
 ) -> None:
     b = batches(counts, batch_size, window=window)
     assert epoch(b, number, skip) == epoch(batches(counts, batch_size, window=window), number)[skip:]
+
+
+@pytest.mark.parametrize(("counts", "world"), [([1, 2], 3), ([4], 4), ([1, 1, 1, 2], 5), ([3, 1], 4)])
+def test_every_rank_trains_on_its_share_however_few_there_are(counts: list[int], world: int) -> None:
+    shares = [{x for batch in epoch(batches(counts, 128, rank=rank, world=world)) for x in batch} for rank in range(world)]
+    assert all(shares)
+    assert sum(map(len, shares)) == len(set.union(*shares)) == sum(counts)
+
+
+def test_fewer_examples_than_processes_are_refused_in_a_line() -> None:
+    with pytest.raises(SettingsError, match=r"\A4 examples can't be shared by 6 processes: set PROCESSES to 4 or fewer\Z"):
+        batches([3, 1], 128, rank=5, world=6)
 
 
 def test_epochs_and_seeds_differ() -> None:

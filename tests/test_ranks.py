@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import small
 import torch
@@ -259,6 +260,30 @@ def test_a_signal_to_several_processes_writes_one_checkpoint(workspace: Path) ->
     assert err.count("error:") == 1
     assert "stopped by SIGTERM" in err
     assert len(list(Path(".checkpoints").rglob("*.pt"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", ["signal", "watchdog"])
+def test_a_stopped_process_hangs_nothing(workspace: Path, end: str, rank: int) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("epochs: 4", "epochs: 100000"))
+    process = start("train", "blobs-ae", PROCESSES="2", STALL_MINUTES="0.2" if end == "watchdog" else "10")
+    deadline = time.monotonic() + 100
+    while not list(Path(".checkpoints").rglob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    peers = psutil.Process(process.pid).children()
+    stopped = next(peer for peer in peers if peer.environ()["RANK"] == str(rank))
+    stopped.send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    started = time.monotonic()
+    if end == "signal":
+        process.send_signal(signal.SIGTERM)
+    code, _, err = outcome(process)
+    assert time.monotonic() - started < (15 if end == "signal" else 30)
+    assert code == 1
+    assert ("stopped by SIGTERM" if end == "signal" else f"error: train blobs-ae: process {rank} has done nothing") in err
+    assert not [peer for peer in peers if peer.is_running() and peer.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow

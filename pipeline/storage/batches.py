@@ -6,6 +6,9 @@ no state to keep. Memory is bounded by the shuffle window and the cache, not by 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import multiprocessing
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,8 @@ import numpy as np
 
 from pipeline.errors import PipelineError, SettingsError
 from pipeline.storage.parts import Arrays
+from pipeline.system.processes import die_with_parent
+from pipeline.system.watchdog import stall_seconds, stalled
 
 __all__ = ["Batches"]
 
@@ -41,7 +46,7 @@ class Batches:
             environment's CACHE_MIB, or 512.
 
     Raises:
-        SettingsError: When a number of the environment isn't one.
+        SettingsError: When a number of the environment isn't one, or there are fewer examples than processes.
 
     Example:
         >>> batches = Batches(lambda i: {"x": np.arange(4) + 4 * i}, [4, 4], batch_size=3, seed=0)
@@ -64,7 +69,11 @@ class Batches:
         cache_mib: int | None = None,
     ) -> None:
         total = sum(counts)
+        if total < world:
+            examples = f"{total} example{'s' * (total != 1)}"
+            raise SettingsError(f"{examples} can't be shared by {world} processes: set PROCESSES to {max(total, 1)} or fewer")
         self.load, self.counts, self.seed = load, list(counts), seed
+        self._starts = np.cumsum([0, *counts])  # of each part, among the examples of all
         self.window, self.rank, self.world = window, rank, world
         self.workers = _from_environment("LOADER_WORKERS", 0) if workers is None else workers
         self._cache_bytes = (_from_environment("CACHE_MIB", CACHE_MIB) if cache_mib is None else cache_mib) * 2**20
@@ -113,9 +122,11 @@ class Batches:
     def _parts(self, order: np.ndarray, by_rows: bool, wanted: int) -> Iterator[Arrays]:
         seen = 0
         while seen < wanted:
-            for part in self._read(order):
+            for number, part in zip(order, self._read(order), strict=True):
+                # Row i of all parts together falls to rank i mod world, so that none is left without.
+                first = (self.rank - self._starts[number]) % self.world
                 if by_rows:
-                    part = {k: v[self.rank :: self.world] for k, v in part.items()}
+                    part = {k: v[first :: self.world] for k, v in part.items()}
                 count = len(next(iter(part.values())))
                 if count == 0:
                     continue
@@ -123,8 +134,6 @@ class Batches:
                 seen += count
                 if seen >= wanted:
                     return
-            if seen == 0:
-                raise ValueError("a rank has no examples")
 
     def _read(self, order: np.ndarray) -> Iterator[Arrays]:
         missing = [int(i) for i in order if int(i) not in self._cache]
@@ -139,7 +148,9 @@ class Batches:
                     batch_size=None,
                     num_workers=self.workers,
                     collate_fn=_as_is,
+                    timeout=stall_seconds(),
                     multiprocessing_context="fork",
+                    worker_init_fn=functools.partial(_start_worker, os.getpid()),
                 )
             )
         else:
@@ -168,6 +179,10 @@ class _Parts:
             return error  # raised in the loader process it would come back with its traceback in its message
 
 
+def _start_worker(parent: int, _number: int) -> None:
+    die_with_parent(parent)
+
+
 def _as_is(part: Any) -> Any:
     return part
 
@@ -176,8 +191,14 @@ def _next(loader: Iterator[Any]) -> Arrays:
     try:
         part = next(loader)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader" not in str(error):
             raise
+        if "timed out" in str(error):
+            for worker in multiprocessing.active_children():
+                with contextlib.suppress(RuntimeError):  # PyTorch's, when it notices
+                    worker.kill()  # a stopped one would be waited for
+                    worker.join()
+            raise PipelineError(f"{stalled('a loader process', stall_seconds())}; run the stage again") from None
         raise PipelineError("a loader process was killed, probably for memory: lower LOADER_WORKERS") from None
     if isinstance(part, PipelineError):
         raise part

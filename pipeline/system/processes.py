@@ -10,12 +10,15 @@ import sys
 __all__ = ["die_with_parent"]
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to end this process when the one that started it ends, even by SIGKILL. Linux alone can do so.
+def die_with_parent(parent: int) -> None:
+    """Asks the kernel to kill this process when the one that started it ends, even by SIGKILL. Only Linux can.
 
-    Called in a new process. What is left of a killed run would else go on beside the next one.
+    Called in a new process. Otherwise a killed run's orphans would keep running alongside the next run.
+
+    Arguments:
+        parent: Number of the process that started this one.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:  # it ended before it was asked
+        if os.getppid() != parent:  # it ended before it was asked
             os._exit(1)

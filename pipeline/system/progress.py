@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self, TypeVar
 
+from pipeline.system.watchdog import worked
+
 __all__ = ["Progress", "track"]
 
 Block = TypeVar("Block", bound=Sized)
@@ -52,6 +54,7 @@ class Progress:
 
     def advance(self, count: int = 1, **values: float | str) -> None:
         """Notes `count` more done; `values` (a loss, say) stand beside the count."""
+        worked()
         # One process speaks for all, whose last blocks may be shorter than its own.
         count = min(count, max(self.total - self.done, 0))
         self.done += count

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from pipeline.errors import SettingsError
 from pipeline.system.files import atomic_folder
+from pipeline.system.watchdog import Watchdog, stall_seconds, worked
 
 __all__ = ["Ranks", "batch_mean", "join", "shared_folder", "synchronise_batch_norm"]
 
-PATIENCE = datetime.timedelta(days=1)  # the first rank scores and writes alone, while the others wait
+PATIENCE = datetime.timedelta(days=1)  # the first rank scores and writes alone, while the others wait; the watchdog looks on
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Ranks:
     def _reduced(self, values: list[float], operation: Any, divisor: int = 1) -> list[float]:
         if self.world == 1:
             return values
+        worked()
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(tensor, operation)
         reduced: list[float] = (tensor / divisor).tolist()
@@ -66,6 +68,7 @@ class Ranks:
         """The values of all ranks, in order, on every rank: plain types only."""
         if self.world == 1:
             return [value]
+        worked()
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
@@ -73,6 +76,7 @@ class Ranks:
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Gives each tensor the values that it has on the first rank, in place."""
         if self.world > 1:
+            worked()
             for tensor in tensors:
                 dense = tensor.contiguous()  # which channels-last weights aren't
                 dist.broadcast(dense, src=0)
@@ -81,6 +85,7 @@ class Ranks:
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world > 1:
+            worked()
             dist.barrier()
 
     def share(self, count: int) -> range:
@@ -95,7 +100,7 @@ def join() -> Ranks:
     The device comes from the environment's DEVICE: `auto` (a GPU where there is one), `cpu`, `cuda`.
 
     Raises:
-        SettingsError: When there is no such device.
+        SettingsError: When there is no such device, or STALL_MINUTES isn't a number.
     """
     wanted = os.environ.get("DEVICE") or "auto"
     if wanted not in ("auto", "cpu", "cuda") or (wanted == "cuda" and not torch.cuda.is_available()):
@@ -109,7 +114,12 @@ def join() -> Ranks:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
     if world > 1:
+        patience = stall_seconds()
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        if patience:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(host, port, world, is_master=False)  # type: ignore[attr-defined]
+            Watchdog(store, rank, world, patience).start()
     return Ranks(rank, world, device)
 
 

@@ -24,6 +24,7 @@ from pipeline.storage.batches import Batches
 from pipeline.system.devices import has_bfloat16
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, synchronise_batch_norm
+from pipeline.system.watchdog import worked
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.muon import Muon
 from pipeline.training.schedule import learning_rate
@@ -290,6 +291,7 @@ class _Run:
 
     def optimise(self, step: Step, batch: dict[str, Tensor]) -> float:
         """Takes a step in every phase and gives the loss of the first."""
+        worked()  # the batch is here; if one process doesn't get its batch, the others wait within the step
         share = self.ranks.greatest(self.record.seconds / self.limit)[0] if self.limit < math.inf else None
         self.rate = learning_rate(self.settings, self.index, self.steps_per_epoch, share)
         shown = 0.0
