@@ -106,6 +106,13 @@ class GaussianMixture(Density):
         self.register_buffer("whitening", white.repeat(count, 1, 1) if self.options.covariance == "full" else white)
         self.chunk_examples = max(64, 2**22 // (count * self.dim))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # The fit that wrote it has chosen the number of Gaussians.
+        weights = state_dict.get(prefix + "log_weights")
+        if weights is not None and weights.ndim == 1:
+            self._set_components(len(weights))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def arguments(self) -> dict[str, Any]:
         """The number of Gaussians that the fit has chosen, and their kind; the other options matter to the fit only."""
         arguments = {"dim": self.dim, "components": [self.components]}

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pipeline.densities.common.density import Density, uniform
+from pipeline.densities.common.first_order import first_order
 from pipeline.settings import Checked, DensitySettings, check_that
 
 __all__ = ["MomentMatchingNetwork", "Options", "Settings", "squared_discrepancy"]
@@ -106,7 +106,7 @@ class _SquaredDiscrepancy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_x, to_y = ctx.saved_tensors
         return grad * to_x, grad * to_y, None

@@ -10,12 +10,12 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from pipeline.densities.common import mixtures, orders
 from pipeline.densities.common.causal import CausalNetwork
 from pipeline.densities.common.density import Density, standard_normal, uniform
+from pipeline.densities.common.first_order import first_order
 from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.orders import ORDERS
 from pipeline.densities.common.recorded import Recorded
@@ -105,7 +105,7 @@ class _LossInParts(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, *torch._foreach_mul(ctx.saved_tensors, grad)
 
@@ -159,6 +159,7 @@ class LatentDensityEstimator(Density):
     """
 
     family = "lde"
+    has_vmap = False  # gradients are computed by hand
     options_type = Options
     gpu_chunks = 64
 

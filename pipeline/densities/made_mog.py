@@ -62,6 +62,7 @@ class MadeMog(Density):
     """
 
     family = "made_mog"
+    has_vmap = False  # gradients are computed by hand
     options_type = Options
     has_meta = False  # masks are computed from values
 

@@ -54,6 +54,7 @@ class NeuralAutoregressiveFlow(NormalisingFlow):
     """
 
     family = "naf"
+    has_vmap = False  # zuko differentiates its monotonic networks on the way
     options_type = Options
     retired = frozenset({"family", "bins", "coupling"})
 

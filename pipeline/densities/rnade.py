@@ -60,6 +60,7 @@ class Rnade(Density):
     """
 
     family = "rnade"
+    has_vmap = False  # gradients are computed by hand
     options_type = Options
 
     options: Options

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pipeline.densities.common import mixtures
 from pipeline.densities.common.density import dropout_mask
+from pipeline.densities.common.first_order import first_order
 from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
 from pipeline.system.ranks import batch_mean
@@ -38,7 +38,7 @@ class _CausalConvolution(torch.autograd.Function):
         return y.view(time, batch, len(bias))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, padding, weight, y = ctx.saved_tensors
         split, (past, present) = ctx.split, weight

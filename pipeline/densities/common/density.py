@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -59,6 +60,7 @@ class Density(nn.Module):
         options: Those of this density.
         has_log_prob: Whether the family has a likelihood.
         has_meta: Whether it can be built on torch's `meta` device, which holds shapes but no values.
+        has_vmap: Whether `log_prob` can be transformed by `torch.func.vmap`, `grad` and the like.
         candidates: Fits that `estimate` chooses from, at most.
         trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
         chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
@@ -71,6 +73,7 @@ class Density(nn.Module):
     options_type: ClassVar[type[Checked]] = Checked
     has_log_prob: ClassVar[bool] = True
     has_meta: ClassVar[bool] = True
+    has_vmap: ClassVar[bool] = True
     trained_by_gradient: ClassVar[bool] = True
     gpu_chunks: ClassVar[int] = 8
     retired: ClassVar[frozenset[str]] = frozenset()
@@ -146,13 +149,16 @@ class Density(nn.Module):
         self.scale.copy_(std)
         self.factor = factor
 
-    def _standardised(self, z: Tensor) -> Tensor:
+    def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise DataError(f"expected codes with shape (B, {self.dim}), got {tuple(z.shape)}")
         if torch.promote_types(z.dtype, self.shift.dtype) != self.shift.dtype:
             raise DataError(
                 f"codes in {z.dtype} are wider than this density in {self.shift.dtype}: convert the one or the other"
             )
+
+    def _standardised(self, z: Tensor) -> Tensor:
+        self._check(z)
         if self.transform is not None:
             z = self.transform(z)
         if self.factor is not None:
@@ -174,18 +180,28 @@ class Density(nn.Module):
             z: The codes, with shape (B, D).
 
         Returns:
-            The log-density, with shape (B,).
+            The log-density, with shape (B,); -inf where a number is infinite.
 
         Raises:
             PipelineError: When the family has no likelihood.
             DataError: When z has another shape, or a wider type than the density.
         """
+        self._check(z)
+        if not self.has_vmap and torch._C._are_functorch_transforms_active():
+            raise PipelineError(
+                f"'{self.family}' can't be transformed by torch.func (vmap, grad, ..): give it a whole batch, and take "
+                "gradients by torch.autograd.grad"
+            )
+        infinite = torch.isinf(z).any(dim=1) & ~torch.isnan(z).any(dim=1)
+        # Infinities would become NaN within a network, and so would the gradients of its weights.
+        z = torch.where(infinite[:, None], self.shift.to(z.dtype), z)
         log_det = self.scale.log().sum()
         if torch.is_grad_enabled() or self.training:
             value = self._log_prob(self._standardised(z)) - log_det
         else:
             value = torch.cat([self._log_prob(self._standardised(chunk)) for chunk in self._chunks(z)]) - log_det
-        return value if self.transform is None else value + self.transform.log_det(z)
+        value = value if self.transform is None else value + self.transform.log_det(z)
+        return value.masked_fill(infinite, -math.inf)
 
     def _chunks(self, z: Tensor) -> tuple[Tensor, ...]:
         """Codes (B, D) in parts that are computed one after another."""
@@ -259,6 +275,12 @@ class Density(nn.Module):
     def parameter_count(self) -> int:
         """The number of free parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # A density is built before it is known whether a Cholesky factor goes with its scale.
+        factor = state_dict.get(prefix + "factor")
+        self.factor = None if factor is None else self.shift.new_empty(factor.shape)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     # Files
 

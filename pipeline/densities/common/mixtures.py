@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from pipeline.densities.common.first_order import first_order
 
 __all__ = ["draw", "initial_bias", "initialise_head", "log_likelihood", "unpack"]
 
@@ -93,7 +94,7 @@ class _LogLikelihood(torch.autograd.Function):
         return value.sub_(0.5 * math.log(2 * math.pi))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gradient, x_gradient = ctx.saved_tensors
         return gradient * grad[:, None], x_gradient * grad

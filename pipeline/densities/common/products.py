@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from pipeline.densities.common.first_order import first_order
 
 __all__ = ["ACTIVATIONS", "Activation", "add_product", "affine", "apply_linear", "autocast", "inner", "linear"]
 
@@ -34,18 +35,36 @@ class Activation(NamedTuple):
     fused: tuple[str, list[float]] | None
 
 
+def _leaky_relu(x: Tensor) -> Tensor:
+    return F.leaky_relu_(x, SLOPE)
+
+
+def _leaky_relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    to_x: Tensor = torch.ops.aten.leaky_relu_backward(grad, y, SLOPE, True)
+    return to_x
+
+
+def _relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    to_x: Tensor = torch.ops.aten.threshold_backward(grad, y, 0.0)
+    return to_x
+
+
+def _elu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    to_x: Tensor = torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, y)
+    return to_x
+
+
+def _tanh_backward(grad: Tensor, y: Tensor) -> Tensor:
+    to_x: Tensor = torch.ops.aten.tanh_backward(grad, y)
+    return to_x
+
+
+# Functions with names, since a density that holds one of them can be pickled.
 ACTIVATIONS = {
-    "leaky_relu": Activation(
-        lambda x: F.leaky_relu_(x, SLOPE),
-        lambda grad, y: torch.ops.aten.leaky_relu_backward(grad, y, SLOPE, True),
-        math.sqrt(2 / (1 + SLOPE**2)),
-        ("leaky_relu", [SLOPE]),
-    ),
-    "relu": Activation(
-        torch.relu_, lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0.0), math.sqrt(2), ("relu", [])
-    ),
-    "elu": Activation(F.elu_, lambda grad, y: torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, y), 1.25, None),
-    "tanh": Activation(torch.tanh_, lambda grad, y: torch.ops.aten.tanh_backward(grad, y), 5 / 3, ("tanh", [])),
+    "leaky_relu": Activation(_leaky_relu, _leaky_relu_backward, math.sqrt(2 / (1 + SLOPE**2)), ("leaky_relu", [SLOPE])),
+    "relu": Activation(torch.relu_, _relu_backward, math.sqrt(2), ("relu", [])),
+    "elu": Activation(F.elu_, _elu_backward, 1.25, None),
+    "tanh": Activation(torch.tanh_, _tanh_backward, 5 / 3, ("tanh", [])),
 }
 
 
@@ -128,7 +147,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         grad = grad.contiguous()
