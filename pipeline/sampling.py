@@ -14,16 +14,19 @@ from pipeline.autoencoders.common.network import Decoder
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import SamplingSettings
+from pipeline.storage.codes import CodeReader
 from pipeline.storage.parts import Part, write_index
-from pipeline.storage.shards import ShardIndex, ShardWriter, to_unit
+from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, to_unit
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder
 
-__all__ = ["draw", "write_samples"]
+__all__ = ["draw", "range_remark", "write_samples"]
 
 DECODED = 250  # codes decoded at a time
 OVERFLOW_SHARE = 0.01  # of the codes of a shard that may overflow float32 and be drawn anew
 OVERFLOW_ROUNDS = 10
+COMPARED = 100_000  # training codes whose range that of samples is compared with, the first of the split
+FAR = 10  # times that range outside of it
 
 
 @torch.no_grad()
@@ -106,6 +109,33 @@ def write_samples(
         if ranks.first:
             write_index(temporary, index)
     return index
+
+
+def range_remark(samples: ShardReader, codes: CodeReader) -> str:
+    """What to say where sampled codes lie far outside the range of the training codes, in one line; empty where none do.
+
+    Arguments:
+        samples: Shards of samples, with their codes.
+        codes: The codes that the density was fitted on.
+    """
+    blocks = [block["codes"] for block in codes.blocks("train", COMPARED)]
+    low, high = np.min([b.min(0) for b in blocks], axis=0), np.max([b.max(0) for b in blocks], axis=0)  # (D) each
+    margin = FAR * (high.astype(np.float64) - low)
+    far, furthest = 0, (0.0, 0, 0.0)  # excess in units of the margin, dimension, value
+    for block in samples.blocks("samples"):
+        drawn = block["codes"].astype(np.float64)  # (n, D)
+        excess = np.maximum(drawn - high, low - drawn) / np.maximum(margin, np.finfo(np.float32).tiny)
+        far += int((excess > 1).any(1).sum())
+        row, dimension = np.unravel_index(excess.argmax(), excess.shape)
+        furthest = max(furthest, (float(excess[row, dimension]), int(dimension), float(drawn[row, dimension])))
+    if not far:
+        return ""
+    _, dimension, value = furthest
+    return (
+        f"{far} of {samples.index.count('samples')} codes lie far outside the range of the training codes, the furthest at "
+        f"{value:.2g} in dimension {dimension} (counted from 0), where those lie in {low[dimension]:.2g}..{high[dimension]:.2g}"
+        ": the density has diverged there; fit it with a lower learning_rate, or an lde with max_log_scale: 2.0"
+    )
 
 
 def _sizes(count: int, most: int) -> Iterator[int]:

@@ -41,7 +41,7 @@ def control(run: Run, settings: Settings) -> None:
     scored in the feature space, and principal components of the images stand beside the autoencoders' open dimensions.
     """
     from pipeline import figures
-    from pipeline.evaluation.controls import kmeans_centroids, training_samples
+    from pipeline.evaluation.controls import kmeans_centroids, rebatch, training_samples
     from pipeline.scoring import parzen_samples, parzen_score, unit_blocks
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
@@ -53,7 +53,7 @@ def control(run: Run, settings: Settings) -> None:
     count = parzen_samples(settings.count, reader)
     train = unit_blocks(reader, "train")
     images = training_samples(train, count, settings.control.seed)
-    run.figure(figures.image_grid(next(iter(images()))[:100], columns=10), "training-images")
+    run.figure(figures.image_grid(next(rebatch(images(), 100)), columns=10), "training-images")
     if parzen is not None:
         centroids = kmeans_centroids(
             train,

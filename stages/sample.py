@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,12 @@ def sample(run: Run, settings: SampleSettings) -> None:
     """Draw codes from a density and decode them.
 
     NAME is a row of `densities`. The number of samples is `sampling.count`; the figure shows the first 100 in the order drawn.
+    A warning says so where samples lie far outside the range of the training codes.
     """
     from pipeline import figures
     from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import load_density
-    from pipeline.sampling import write_samples
+    from pipeline.sampling import range_remark, write_samples
     from pipeline.sources.common.patches import restore
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.shards import ShardReader
@@ -64,15 +66,19 @@ def sample(run: Run, settings: SampleSettings) -> None:
     run.details(digest=index.digest, processes=ranks.world)
     if ranks.first:
         workspace.arrays_folder("sample", run.row).mkdir(parents=True, exist_ok=True)
-        block = next(ShardReader(workspace.samples_folder(run.row)).blocks("samples"))
-        first = block["examples"][:SHOWN]
+        samples = ShardReader(workspace.samples_folder(run.row))
+        remark = range_remark(samples, codes)
+        if remark:
+            print(f"warning: sample {run.row}: {remark}", file=sys.stderr)
+        drawn = samples.first("samples", SHOWN)
+        first = drawn["examples"]
         if index.kind == "images":
             run.figure(figures.image_grid(first, columns=10), "samples")
             few = 9 if index.shape[1] >= LARGE_PIXELS else SIDE_BY_SIDE
             save_arrays(run, "samples", {"samples": as_bytes(first[:few])})
             assert decoder is not None
             if density.dim > 1:
-                run.figure(_truncated(block["codes"][:TRUNCATED], decoder), "truncated")
+                run.figure(_truncated(drawn["codes"][:TRUNCATED], decoder), "truncated")
         elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
             run.figure(figures.image_grid(0.5 + restore(first), columns=10), "samples")
         else:

@@ -203,7 +203,7 @@ def _show_vectors(run: Run, reader: ShardReader, drawn_as: str) -> None:
     from pipeline import figures
     from pipeline.sources.common.patches import restore
 
-    vectors = next(reader.blocks("train"))["examples"]
+    vectors = reader.first("train", 256)["examples"]
     if drawn_as == "patches":
         run.figure(figures.image_grid(0.5 + restore(vectors[:100]), columns=10), "training-patches")
     else:

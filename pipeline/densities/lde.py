@@ -155,7 +155,7 @@ class LatentDensityEstimator(Density):
         >>> z.shape
         torch.Size([2, 63])
         >>> density.log_prob(z)
-        tensor([-117.2049, -128.1442], grad_fn=<SubBackward0>)
+        tensor([-117.2049, -128.1442], grad_fn=<MaskedFillBackward0>)
     """
 
     family = "lde"

@@ -180,6 +180,15 @@ class ShardReader(PartReader[ShardIndex]):
         blocks = list(self.blocks(split, [number]))
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
+    def first(self, split: str, count: int) -> Arrays:
+        """The first `count` examples of a split, or all where there are fewer."""
+        blocks: list[Arrays] = []
+        for block in self.blocks(split):
+            blocks.append(block)
+            if sum(len(part["examples"]) for part in blocks) >= count:
+                break
+        return {name: np.concatenate([part[name] for part in blocks])[:count] for name in blocks[0]}
+
     def blocks(self, split: str, numbers: Iterable[int] | None = None) -> Iterator[Arrays]:
         """The blocks of a split in order, or of some of its shards.
 
