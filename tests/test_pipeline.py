@@ -164,7 +164,7 @@ def serves(project: Project) -> None:
         start_new_session=True,
     ) as server:  # fmt: skip
         try:
-            for _ in range(600):
+            for _ in range(1500):  # five minutes, on a busy machine
                 with contextlib.suppress(OSError), opener.open(f"http://127.0.0.1:{port}/", timeout=10) as answer:
                     assert b"MLflow" in answer.read()
                     return
