@@ -38,11 +38,13 @@ class PreparationReport:
 
     Attributes:
         counts: Examples written, by split.
-        duplicates: Images of one split that stand in an earlier one too, for "train_valid", "train_test" and "valid_test".
+        duplicates: Examples of one split that an earlier one holds too, for "train_valid", "train_test" and "valid_test".
         unreadable: Files that were left out, each with the reason.
         enlarged: Images written that had fewer pixels than they were brought to.
         dark: Images written that are nearly black everywhere.
         split_origin: Where the split comes from, in words; may be empty.
+        notes: What else the source says of how the data were read.
+        means: What was subtracted from each dimension of the vectors; empty for nothing.
         skipped: Number of files of each ending that were left out since no image has it.
         digest: Digest of the shards.
     """
@@ -53,12 +55,14 @@ class PreparationReport:
     enlarged: int = 0
     dark: int = 0
     split_origin: str = ""
+    notes: tuple[str, ...] = ()
+    means: tuple[float, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
     digest: str = ""
 
 
 class _Duplicates:
-    """Counts images that stand in two splits, by 64-bit digests kept in bucket files: memory grows with 1/64 of them."""
+    """Counts examples that are in two splits, by 64-bit digests kept in bucket files: memory grows with 1/64 of them."""
 
     _type = np.dtype([("digest", "<u8"), ("split", "u1")])
 
@@ -100,7 +104,9 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
     """
     module = implementation("pipeline.sources", settings.source, "source")
     source = module.open_source(settings, Path(settings.root))
-    report = PreparationReport(split_origin=source.split_origin, skipped=dict(source.skipped))
+    report = PreparationReport(
+        split_origin=source.split_origin, notes=source.notes, means=source.means, skipped=dict(source.skipped)
+    )
     ranges = [
         (split, start, min(start + READ_EXAMPLES, source.counts[split]))
         for split in SPLITS
@@ -113,7 +119,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
     shape: tuple[int, ...] = ()
     dtype = "uint8"
     with atomic_folder(folder) as temporary, tempfile.TemporaryDirectory(dir=temporary) as scratch:
-        duplicates = _Duplicates(Path(scratch)) if source.kind == "images" else None
+        duplicates = _Duplicates(Path(scratch))
         writer: ShardWriter | None = None
         total = sum(source.counts.values())
         allowed = getattr(settings, "unreadable_share", 0.001) * total
@@ -136,8 +142,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
                     shape, dtype = block.examples.shape[1:], str(block.examples.dtype)
                     arrays = {"examples": block.examples} | ({} if block.labels is None else {"labels": block.labels})
                     writer.write(**arrays)
-                    if duplicates is not None:
-                        duplicates.add(SPLITS.index(split), block.examples)
+                    duplicates.add(SPLITS.index(split), block.examples)
                 progress.advance(stop - start)
             if writer is not None:
                 writer.close()
@@ -152,8 +157,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
             label_names=source.label_names,
             **{split: tuple(shards[split]) for split in SPLITS},
         )
-        if duplicates is not None:
-            report.duplicates = duplicates.counts()
+        report.duplicates = duplicates.counts()
         write_index(temporary, index)
     report.counts = {split: index.count(split) for split in SPLITS}
     report.digest = index.digest

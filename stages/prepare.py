@@ -41,6 +41,7 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     run.metrics({key: count for key, count in remarkable.items() if count})
     run.read(f"raw {run.row}", report.digest, Path(settings.root), "raw")
     run.details(digest=report.digest, unreadable=report.unreadable, split=report.split_origin, skipped=report.skipped)
+    run.details(**({"means": report.means} if report.means else {}))
     for line in _warnings(report):
         print(f"prepare {run.row}: {line}", flush=True)
 
@@ -49,6 +50,7 @@ def _warnings(report: PreparationReport) -> Iterator[str]:
     unreadable, total = report.unreadable, sum(report.counts.values())
     if report.split_origin:
         yield f"the split is {report.split_origin}"
+    yield from report.notes
     if report.skipped:
         endings = [f"{count} {ending or 'without ending'}" for ending, count in report.skipped.items()]
         more = f" and {len(endings) - 10} more" if len(endings) > 10 else ""

@@ -275,6 +275,7 @@ def test_prepare(world: World) -> None:
         assert np.array_equal(world.labels("marks", split), labels[split][first:])
     vectors = Scores(world, "prepare", "points")
     vectors.equal(train_examples=280, valid_examples=100, test_examples=160, unreadable_files=0)
+    vectors.equal(duplicates_train_valid=0, duplicates_train_test=0, duplicates_valid_test=0)
     vectors.complete()
 
 

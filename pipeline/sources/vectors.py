@@ -1,47 +1,60 @@
-"""A person's own vectors, such as the codes of another model: a `.npy`, `.safetensors` or Parquet file with shape (N, D).
+"""A person's own vectors, such as the codes of another model or a table: `.npy`, `.safetensors`, Parquet, `.csv` or `.tsv`.
 
-The file is read in stretches, never as a whole, and split by seed: the same shares of every 1,000 consecutive rows go to
-validation and test.
+The file is read in stretches and split by seed: the same shares of every 1,000 consecutive rows go to validation and test, or,
+with `groups`, whole groups of rows.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, check_that
-from pipeline.sources.common.archives import file_stamp
-from pipeline.sources.common.source import Block, BlockwiseSplit, Source
+from pipeline.sources.common.source import Block, BlockwiseSplit, Source, generator
+from pipeline.sources.common.tables import Table, open_table
 
-__all__ = ["Settings", "Vectors", "open_source"]
+__all__ = ["GroupSplit", "Settings", "Vectors", "open_source"]
+
+SCAN_ROWS = 8192
+PROBE_ROWS = 20_000  # the first rows, in which values of a column that occur again are counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(DatasetSettings):
-    """A row of `datasets` with `source: vectors`; `root` is the file.
+    """A row of `datasets` with `source: vectors`; `root` is the file, or a folder of Parquet files.
 
     Attributes:
         valid_share: Share of the rows for validation.
         test_share: Share of the rows for the test.
         tensor: Name of the tensor in a `.safetensors` file; may be left out where there is only one.
+        columns: Names of the columns that are the dimensions, in order; all where it's left out. Columns without names are
+            called 0, 1, ..
+        labels: Name of the column that holds labels, numbers or text; none where it's left out.
+        groups: Name of a column whose equal values belong together: rows of a group go to the same split.
+        drop_constant: Leave out the columns that hold one value.
+        centre: Subtract the mean of each column, in float64, before the values become float32: for timestamps and the like.
+            Likelihoods don't change; codes and samples are relative to the means, which the stage's run file holds.
     """
 
     valid_share: float = 0.1
     test_share: float = 0.1
     tensor: str = ""
+    columns: tuple[str, ...] = ()
+    labels: str = ""
+    groups: str = ""
+    drop_constant: bool = False
+    centre: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(0.001 <= self.valid_share < 1, "valid_share", "has to lie in [0.001, 1)")
-        check_that(0.001 <= self.test_share < 1, "test_share", "has to lie in [0.001, 1)")
+        check_that(0.001 <= self.valid_share < 1, "valid_share", "must be in [0.001, 1)")
+        check_that(0.001 <= self.test_share < 1, "test_share", "must be in [0.001, 1)")
         check_that(self.valid_share + self.test_share < 0.9995, "test_share", "leaves nothing to train on")
+        check_that(len(set(self.columns)) == len(self.columns), "columns", "names one twice")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,127 +62,52 @@ class Settings(DatasetSettings):
         return (0,)
 
 
-class _Table(ABC):
-    """An open file with shape (N, D), read by rows."""
+@dataclass(frozen=True, kw_only=True)
+class GroupSplit:
+    """A seeded split of rows that keeps groups together: groups in random order fill test, validation and training.
 
-    shape: tuple[int, ...]
+    Arguments:
+        groups: Group of each row, with shape (N,).
+        valid_share: Share of the rows for validation, about.
+        test_share: Share of the rows for the test, about.
+        seed: Seed of the order.
 
-    @abstractmethod
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows start, .., stop - 1, with shape (stop - start, D)."""
+    Raises:
+        DataError: When there are too few groups for one in each split.
 
+    Example:
+        >>> split = GroupSplit(groups=np.array(["a", "a", "b", "c", "c", "c"]), valid_share=0.2, test_share=0.2, seed=0)
+        >>> sorted(split.counts.values())
+        [1, 2, 3]
+    """
 
-def _check(path: Path, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    if dtype not in ("float16", "float32", "float64"):
-        raise DataError(f"{path} holds {dtype}; the vectors have to be float16, float32 or float64")
-    if len(shape) != 2 or min(shape) < 1:
-        raise DataError(f"{path} has shape {tuple(shape)}; expected (N, D): a row a vector")
-    return shape[0], shape[1]
+    groups: np.ndarray
+    valid_share: float
+    test_share: float
+    seed: int
+    rows: dict[str, np.ndarray] = field(init=False)
 
+    def __post_init__(self) -> None:
+        names, members = np.unique(self.groups, return_inverse=True)
+        if len(names) < 3:
+            raise DataError(f"{len(names)} groups are too few for one in each split")
+        order = generator(self.seed, "groups").permutation(len(names))
+        before = np.cumsum(np.bincount(members)[order]) / len(members)  # share of the rows up to and with each group
+        # At least one group in each split.
+        test = min(max(1, int(np.searchsorted(before, self.test_share))), len(names) - 2)
+        valid = max(1, int(np.searchsorted(before, self.test_share + self.valid_share)) - test)
+        valid = min(valid, len(names) - 1 - test)
+        parts = {"train": order[test + valid :], "valid": order[test : test + valid], "test": order[:test]}
+        object.__setattr__(self, "rows", {split: np.flatnonzero(np.isin(members, part)) for split, part in parts.items()})
 
-class _Npy(_Table):
-    def __init__(self, path: Path, tensor: str) -> None:
-        # Memory-mapped: a declared length beyond the file's is refused, and only the rows asked for are read.
-        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(self.array, np.ndarray):
-            raise DataError(f"{path} isn't a single .npy array")
-        self.shape = _check(path, self.array.dtype.name, self.array.shape)
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of rows of each split."""
+        return {split: len(rows) for split, rows in self.rows.items()}
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return np.asarray(self.array[start:stop])
-
-
-SAFETENSORS_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16"}
-
-
-class _Safetensors(_Table):
-    def __init__(self, path: Path, tensor: str) -> None:
-        from safetensors import safe_open
-
-        self.file = safe_open(path, framework="np")
-        names = list(self.file.keys())
-        if not tensor and len(names) != 1:
-            raise DataError(f"{path} holds {len(names)} tensors; name one of them by the setting 'tensor': {', '.join(names)}")
-        if tensor and tensor not in names:
-            raise DataError(f"{path} has no tensor '{tensor}'; it holds {', '.join(names)}")
-        self.slice = self.file.get_slice(tensor or names[0])
-        dtype = self.slice.get_dtype()
-        self.shape = _check(path, SAFETENSORS_DTYPES.get(dtype, dtype), tuple(self.slice.get_shape()))
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        rows: np.ndarray = self.slice[start:stop]
-        return rows
-
-
-class _Parquet(_Table):
-    """D columns of floats, or one column of lists of D floats. A row group at a time is in memory."""
-
-    def __init__(self, path: Path, tensor: str) -> None:
-        from pyarrow import types
-        from pyarrow.parquet import ParquetFile
-
-        self.path = path
-        self.file = ParquetFile(path)
-        schema = self.file.schema_arrow
-        counts = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
-        self.starts = np.cumsum([0, *counts])
-        kinds = [field.type for field in schema]
-        self.is_list = len(kinds) == 1 and (
-            types.is_list(kinds[0]) or types.is_large_list(kinds[0]) or types.is_fixed_size_list(kinds[0])
-        )
-        if self.is_list:
-            kinds = [kinds[0].value_type]
-        for name, kind in zip(schema.names, kinds, strict=True):
-            if not types.is_floating(kind):
-                raise DataError(f"{path}: column '{name}' holds {kind}; expected floats, a column a dimension")
-        self.shape = ()  # not known yet
-        self._cached: tuple[int, np.ndarray] | None = None
-        dim = len(kinds)
-        if self.is_list and self.starts[-1] > 0:
-            dim = self._group(0).shape[1]
-        self.shape = _check(path, "float32", (int(self.starts[-1]), dim))
-
-    def _group(self, number: int) -> np.ndarray:
-        if self._cached is None or self._cached[0] != number:
-            import pyarrow.compute as pc
-
-            table: Any = self.file.read_row_group(number, use_threads=False)  # a forked process has none
-            for name, column in zip(table.column_names, table.columns, strict=True):
-                if column.null_count:
-                    raise DataError(f"{self.path}: column '{name}' has empty cells")
-            if self.is_list:
-                column = table.column(0).combine_chunks()
-                lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-                dim = self.shape[1] if self.shape else int(lengths[0])
-                if np.any(lengths != dim):
-                    raise DataError(f"{self.path}: its lists differ in length")
-                # Empty cells inside a list become NaN, which is refused where the vectors are read.
-                values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
-            else:
-                values = np.stack([column.to_numpy() for column in table.columns], axis=1)
-            self._cached = (number, values)
-        return self._cached[1]
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.starts, stop, side="left"))
-        parts = [self._group(g)[max(start - self.starts[g], 0) : stop - self.starts[g]] for g in range(first, last)]
-        return np.concatenate(parts)
-
-
-READERS: dict[str, type[Any]] = {".npy": _Npy, ".safetensors": _Safetensors, ".parquet": _Parquet}
-
-
-@functools.lru_cache(maxsize=4)
-def _open(path: Path, tensor: str, stamp: tuple[int, int], process: int) -> _Table:
-    """The open file, one for each process; `stamp` tells one version of it from another."""
-    try:
-        table: _Table = READERS[path.suffix.lower()](path, tensor)
-    except DataError:
-        raise
-    except Exception as error:  # three libraries, each with errors of its own
-        raise DataError(f"{path} can't be read as {path.suffix} ({' '.join(str(error).split())})") from None
-    return table
+    def locate(self, split: str, start: int, stop: int) -> np.ndarray:
+        """Row numbers in the file, ascending, of the examples start, .., stop - 1 of a split."""
+        return self.rows[split][start:stop]
 
 
 class Vectors(Source):
@@ -180,55 +118,143 @@ class Vectors(Source):
         settings: The row of `datasets`.
 
     Raises:
-        DataError: When the file is missing, isn't of a known kind, or has the wrong dtype or shape.
+        DataError: When the file is missing, isn't of a known kind, has the wrong type or shape, or values that are missing.
     """
 
     kind = "vectors"
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.tensor = path, settings.tensor
-        if path.suffix.lower() not in READERS:
-            raise DataError(f"{path}: expected a file that ends in {', '.join(READERS)}")
-        rows, self.dim = self._table().shape
+        self.path, self.tensor, self.names = path, settings.tensor, settings.columns
+        self.extras = tuple(dict.fromkeys(name for name in (settings.labels, settings.groups) if name))
+        table = self._table()
+        dims = [name for name in table.names if name not in self.extras]
+        for name in settings.columns:
+            if name not in dims:
+                raise DataError(f"{path} has no column '{name}' of numbers; it has {', '.join(dims)}")
+        self.columns = [table.names.index(name) for name in settings.columns or dims]
+        if not self.columns:
+            raise DataError(f"{path} has no column but {', '.join(self.extras)}")
         try:
-            self.split = BlockwiseSplit(
-                rows=rows, valid_share=settings.valid_share, test_share=settings.test_share, seed=settings.split_seed
+            shares = {"valid_share": settings.valid_share, "test_share": settings.test_share, "seed": settings.split_seed}
+            self.split: BlockwiseSplit | GroupSplit = (
+                GroupSplit(groups=table.text(settings.groups), **shares)  # type: ignore[arg-type]
+                if settings.groups
+                else BlockwiseSplit(rows=table.count, **shares)  # type: ignore[arg-type]
             )
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         self.counts = dict(self.split.counts)
+        self.labels: np.ndarray | None = None
+        if settings.labels:
+            names, self.labels = np.unique(table.text(settings.labels), return_inverse=True)
+            self.label_names = tuple(names.tolist())
+        self.offset: np.ndarray | None = None  # (D,)
+        varies = self._scan(table, settings)
+        if settings.drop_constant:
+            self.columns = [column for column, kept in zip(self.columns, varies, strict=True) if kept]
+            if self.offset is not None:
+                self.offset = self.offset[varies]
+            if not self.columns:
+                raise DataError(f"{path}: every column holds one value; there is nothing to learn")
+        self.means = () if self.offset is None else tuple(self.offset.tolist())
+        self.dim = len(self.columns)
 
-    def _table(self) -> _Table:
-        if not self.path.is_file():
-            raise DataError(
-                f"{self.path} is missing; put vectors with shape (N, D) there (.npy, .safetensors or .parquet) or mend 'root'"
-            )
-        return _open(self.path, self.tensor, file_stamp(self.path), os.getpid())
+    def _table(self) -> Table:
+        return open_table(self.path, self.tensor, self.names, self.extras)
 
-    def read(self, split: str, start: int, stop: int) -> Block:
-        """Vectors, float32 with shape (n, D)."""
-        if start >= stop:
-            return Block(examples=np.empty((0, self.dim), np.float32))
-        numbers = self.split.locate(split, start, stop)
-        first = int(numbers[0])
+    def _scan(self, table: Table, settings: Settings) -> np.ndarray:
+        """Which columns vary, with shape (D,); missing values and those that float32 can't tell apart are refused."""
+        total = np.zeros(len(self.columns))
+        low, high = np.full(len(self.columns), np.inf), np.full(len(self.columns), -np.inf)
+        wrong_count, first = 0, ""
+        for start in range(0, table.count, SCAN_ROWS):
+            wide = self._read(table, start, min(start + SCAN_ROWS, table.count)).astype(np.float64)
+            with np.errstate(over="ignore", invalid="ignore"):
+                wrong = ~np.isfinite(wide.astype(np.float32))
+            if wrong.any():
+                row, column = np.argwhere(wrong)[0]
+                first = first or f"row {start + row}, column '{table.names[self.columns[column]]}'"
+                wrong_count += int(wrong.sum())
+            total += np.where(wrong, 0, wide).sum(0)
+            low, high = np.fmin(low, wide.min(0)), np.fmax(high, wide.max(0))
+        if wrong_count:
+            others = f", and so are {wrong_count - 1} other values" if wrong_count > 1 else ""
+            raise DataError(f"{self.path}: {first} is missing or not finite in float32{others}; fill in or take out such rows")
+        if settings.centre:
+            self.offset = total / table.count
+        probe = self._centred(self._read(table, 0, min(PROBE_ROWS, table.count)))
+        repeating = []
+        for column, values in zip(self.columns, probe.T, strict=True):
+            distinct, kept = len(np.unique(values)), len(np.unique(values.astype(np.float32)))
+            if kept < distinct / 2:
+                raise DataError(
+                    f"{self.path}: column '{table.names[column]}' has {distinct} different values in its first {len(values)} "
+                    f"rows, of which float32 can tell {kept} apart; 'centre: true' subtracts the mean of each column before"
+                )
+            if 1 < kept < len(values) / 2:
+                repeating.append(f"'{table.names[column]}' ({kept} of {len(values)} values differ)")
+        varies: np.ndarray = low < high
+        names = [f"'{table.names[column]}'" for column, kept in zip(self.columns, varies, strict=True) if not kept]
+        self.notes = (
+            *([f"{table.dtype} became float32"] if table.dtype != "float32" else []),
+            *(["each column is less its mean; reports/runs/prepare holds the means"] if settings.centre else []),
+            *([f"no dimension, since they are an index: {_some(table.ignored)}"] if table.ignored else []),
+            *([f"columns that hold one value {_constant_words(settings)}: {_some(names)}"] if names else []),
+            *(
+                [f"columns whose values repeat, so that no likelihood of them has a bound: {_some(repeating)}"]
+                if repeating
+                else []
+            ),
+        )
+        return varies
+
+    def _centred(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.offset is None else rows - self.offset
+
+    def _read(self, table: Table, start: int, stop: int) -> np.ndarray:
+        """Rows start, .., stop - 1 of the chosen columns."""
         try:
-            rows = self._table().rows(first, int(numbers[-1]) + 1)
+            rows = table.rows(start, stop)
+            return rows if self.columns == list(range(len(table.names))) else rows[:, self.columns]
         except DataError:
             raise
-        except Exception as error:
+        except Exception as error:  # each library has errors of its own
             raise DataError(f"{self.path} can't be read ({' '.join(str(error).split())})") from None
+
+    def read(self, split: str, start: int, stop: int) -> Block:
+        """Vectors, float32 with shape (n, D), and labels where there are any."""
+        if start >= stop:
+            return Block(examples=np.empty((0, self.dim), np.float32))
+        numbers, table = self.split.locate(split, start, stop), self._table()
+        parts = []
+        # In stretches, since the rows of a group may lie far apart.
+        for first in range(int(numbers[0]), int(numbers[-1]) + 1, SCAN_ROWS):
+            members = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, first + SCAN_ROWS)]
+            if members.size:
+                parts.append(self._read(table, int(members[0]), int(members[-1]) + 1)[members - members[0]])
         with np.errstate(over="ignore", invalid="ignore"):
-            vectors = rows[numbers - first].astype(np.float32)
+            vectors = self._centred(np.concatenate(parts)).astype(np.float32)
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if wrong.size:
-            raise DataError(f"{self.path}: row {numbers[wrong[0]]} isn't finite in float32; take such rows out")
-        return Block(examples=vectors)
+            raise DataError(
+                f"{self.path}: row {numbers[wrong[0]]} isn't finite in float32; it has changed since it was checked"
+            )
+        return Block(examples=vectors, labels=None if self.labels is None else self.labels[numbers].astype(np.int64))
+
+
+def _constant_words(settings: Settings) -> str:
+    return "were left out" if settings.drop_constant else "(drop_constant: true leaves them out)"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first ten names."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def open_source(settings: Settings, root: Path) -> Vectors:
     """The source of a row.
 
     Raises:
-        DataError: When the file is missing or of the wrong kind, dtype or shape.
+        DataError: When the file is missing or of the wrong kind, type or shape.
     """
     return Vectors(root, settings)

@@ -55,6 +55,8 @@ class Source(ABC):
         value_range: What the pixels 0..255 stand for, (0, 1) or (-1, 1); None for vectors.
         label_names: Names of the labels 0, 1, ..; None where there are no labels, or no names for them.
         split_origin: Where the split of the files comes from, in words; empty where the source's documentation says all.
+        notes: What else a person should know of how the data were read, a line each.
+        means: What was subtracted from each dimension of the vectors; empty for nothing.
         skipped: Number of files of each ending that were left out since no image has it.
     """
 
@@ -63,6 +65,8 @@ class Source(ABC):
     value_range: tuple[float, float] | None = None
     label_names: tuple[str, ...] | None = None
     split_origin: str = ""
+    notes: tuple[str, ...] = ()
+    means: tuple[float, ...] = ()
     skipped: Mapping[str, int] = types.MappingProxyType({})
 
     @abstractmethod
