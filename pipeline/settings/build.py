@@ -21,6 +21,7 @@ T = TypeVar("T")
 MAX_COUNT = 10**9
 
 
+@dataclasses.dataclass(frozen=True)
 class Checked:
     """Base of all settings, so that each class of several bases checks its own values in `__post_init__`."""
 

@@ -122,6 +122,16 @@ class AutoencoderSettings(Checked):
     dataset: str
     objective: str
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuses a data set that the objective can't take; by default it takes any.
+
+        Arguments:
+            shape: Shape of an example, (C, H, W) for images, (D,) for vectors, (0,) where only the file can tell.
+
+        Raises:
+            SettingsError: When it can't.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class DensitySettings(TrainingSettings):
