@@ -387,7 +387,7 @@ def _check_shapes(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
 def build_density(settings: DensitySettings, dim: int) -> Density:
     """The untrained density that a row of `densities` describes, of codes with `dim` dimensions."""
     model: type[Density] = implementation("pipeline.densities", settings.family, "family").Model
-    return model(dim, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(model.options_type)})  # type: ignore[arg-type]
+    return model(dim, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(model.options_type)})
 
 
 def uniform(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
