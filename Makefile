@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: install repro test test-slow test-gpu mutants lint ui clean
+.PHONY: help install repro test test-slow test-gpu mutants lint ui clean
 
 install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock
 
@@ -39,9 +39,14 @@ lint: install  ## Check style, annotations, docstrings and types
 	mypy
 
 ui: install  ## Browse the runs at http://127.0.0.1:5000, or another PORT
+	@python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || \
+		{ echo 'Port $(PORT) is taken: choose another one, as in `make ui PORT=5001`.' >&2; exit 1; }
 	@echo 'Scores: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=scores'
 	@echo 'Runs:   http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning'
 	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port $(PORT)
+
+help:  ## List these commands
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
 
 clean:  ## Remove what the pipeline made; DVC's cache and the MLflow database stay
 	rm -rf data/shards data/autoencoders data/codes data/densities data/samples .checkpoints

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -621,6 +622,37 @@ def test_doctor_without_space(healthy, monkeypatch):
     code, out, _ = run("doctor")
     assert code == 1
     assert words(out)["disk"] == "fault"
+
+
+# make ----------------------------------------------------------------------------------------------------------------
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    outer = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=outer, capture_output=True, text=True, timeout=60)
+
+
+def test_make_help_lists_every_target():
+    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    listed = make("help").stdout.splitlines()
+    assert sorted(line.split()[0] for line in listed) == sorted(targets)
+    assert all(len(line.split()) > 3 for line in listed)
+
+
+def test_make_ui_names_a_taken_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = make("--old-file", ".venv/.installed", "--old-file", "install", "ui", f"PORT={port}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Port {port} is taken: choose another one, as in `make ui PORT=5001`.\n")
+    assert "http" not in done.stdout
+
+
+def test_every_pinned_version_has_hashes():
+    pins = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text())
+    assert len(pins) > 150
+    for pin in pins:
+        assert re.match(r"[\w.-]+==[\w.]+( ; [^\\]+)? \\\n    --hash=sha256:[0-9a-f]{64}", pin), pin
 
 
 def test_the_module_runs_as_a_program():

@@ -259,6 +259,19 @@ def test_rows_are_added_and_the_rest_stays_to_the_byte(project):
     assert os.stat(project / "params.yaml") == before  # not even written
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("last", ["\r\n", ""])
+def test_line_ends_stay(mixed, last, project):
+    assert run("add", "one")[0] == 0
+    expected = (project / "params.yaml").read_text().splitlines()
+    first, *rest = TINY.splitlines()
+    text = first + ("\n" if mixed else "\r\n") + "\r\n".join(rest) + last
+    (project / "params.yaml").write_bytes(text.encode())
+    assert run("add", "one")[0] == 0
+    lines = (project / "params.yaml").read_bytes().decode().split("\n")
+    assert lines == [first + "\r" * (not mixed), *(f"{line}\r" for line in expected[1:]), ""]
+
+
 def test_quick_and_trials_as_shown(project):
     code, shown, _ = run("show", "one", "--quick", "--seeds", "2")
     assert code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import small
 import torch
+from mlflow.exceptions import MlflowException
 
 from pipeline.autoencoders.common.network import Decoder
 from pipeline.autoencoders.common.options import ConvolutionOptions
@@ -36,7 +38,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "density.safetensors", folder / "decoder.safetensors"
 
 
-def requests(*pairs: tuple[int, int]) -> pd.DataFrame:
+def requests(*pairs: tuple[object, object]) -> pd.DataFrame:
     return pd.DataFrame(pairs, columns=["count", "seed"])
 
 
@@ -59,10 +61,33 @@ def test_without_a_decoder_the_codes_are_the_samples(generator: tuple[Path, Path
     assert answer["shape"].tolist() == [[3]] * 4
 
 
-@pytest.mark.parametrize("pairs", [[], [(0, 0)], [(-1, 0)], [(1, -1)], [(100_001, 0)], [(60_000, 0), (60_000, 1)]])
-def test_impossible_requests_are_refused(generator: tuple[Path, Path], pairs: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="count has to lie"):
+NOT_WHOLE = [
+    [],
+    [(0, 0)],
+    [(-1, 0)],
+    [(1, -1)],
+    [(2.5, 0)],
+    [(1, 0.0)],
+    [("2", 0)],
+    [(None, 0)],
+    [(True, 0)],
+    [([1], 0)],
+    [(1, 2**63)],
+]
+
+
+@pytest.mark.parametrize("pairs", NOT_WHOLE)
+def test_impossible_requests_are_refused(generator: tuple[Path, Path], pairs: list[tuple[object, object]]) -> None:
+    with pytest.raises(MlflowException, match="count must be a whole number from 1 on") as refused:
         generate(load_density(generator[0]), None, requests(*pairs))
+    assert refused.value.get_http_status_code() == 400
+
+
+@pytest.mark.parametrize("pairs", [[(62_501, 0)], [(40_000, 0), (40_000, 1)], [(2**70, 0)]])
+def test_the_limit_is_of_values(generator: tuple[Path, Path], pairs: list[tuple[int, int]]) -> None:
+    density, decoder = load_density(generator[0]), Decoder.load(generator[1])
+    with pytest.raises(MlflowException, match="count must be at most 62500 in all, of 64 values each"):
+        generate(density, decoder, requests(*pairs))
 
 
 def test_export_makes_a_folder_that_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +108,7 @@ def test_export_makes_a_folder_that_is_complete(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_registered_model_answers_over_http(
     generator: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +124,8 @@ def test_a_registered_model_answers_over_http(
     stored = [p for p in (tmp_path / "artifacts").rglob("*") if p.is_file()]
     assert not [p for p in stored if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
     assert {"density.safetensors", "decoder.safetensors", "serving.py"} <= {p.name for p in stored}
+    description = next(p for p in stored if p.name == "MLmodel").read_text()
+    assert not re.search(r"(^|[\s'\"])(file:|/)", description), description
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,6 +144,15 @@ def test_a_registered_model_answers_over_http(
                 assert server.poll() is None, "the server has ended"
                 time.sleep(0.5)
         images = np.array([row["sample"] for row in answer], np.float32).reshape(2, 1, 8, 8)
+        for count, seed in ((2.5, 0), (-1, 0), (1, -1), (10**6, 0), ("x", 0)):
+            body = json.dumps({"dataframe_split": {"columns": ["count", "seed"], "data": [[count, seed]]}}).encode()
+            request.data = body
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=30)
+            said = refused.value.read().decode()
+            assert (refused.value.code, "count must be" in said) == (400, True)
+            assert "stack_trace" not in said
+            assert str(ROOT) not in said
         expected = draw(load_density(generator[0]), Decoder.load(generator[1]), 2, 5)[0]
         assert np.allclose(images, expected, atol=1e-6)
     finally:

@@ -103,7 +103,7 @@ def load_preset(name: str) -> Preset:
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise SettingsError(f"no preset '{name}' in {FOLDER}/; {hint}known: {', '.join(names) or 'none'}")
     path = FOLDER / f"{name}.yaml"
-    text = _read(path)
+    text = _read(path).replace("\r\n", "\n")
     document = _parse(text, str(path))
     if not isinstance(document, dict) or set(document) - {"description", "tables", "quick"}:
         raise SettingsError(f"{path}: expected the keys description, tables and quick; see {FOLDER}/README.md")
@@ -312,6 +312,21 @@ def _insert(text: str, table: str, rows: list[Row], where: str) -> str:
     return "\n".join([*lines[:end], *_indented(rows, indent), *lines[end:]]) + "\n"
 
 
+def _with_line_ends_of(before: str, after: str) -> str:
+    """The new text with the line ends of the old: lines keep theirs, new lines get the one that most have."""
+    returns = before.count("\r\n")
+    end = "\r" if 2 * returns > before.count("\n") else ""
+    if not returns:
+        return after
+    old, new = (before if before.endswith("\n") else f"{before}{end}\n").split("\n"), after.split("\n")
+    lines: list[str] = []
+    for kind, start, stop, first, last in difflib.SequenceMatcher(
+        None, [x.removesuffix("\r") for x in old], new, False
+    ).get_opcodes():
+        lines += old[start:stop] if kind == "equal" else [line + end for line in new[first:last]]
+    return "\n".join(lines)
+
+
 def _indented(rows: Iterable[Row], indent: str) -> list[str]:
     return [line for row in rows for line in textwrap.indent(row.text(), indent).splitlines()]
 
@@ -340,7 +355,8 @@ def _yaml() -> Any:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as file:  # line ends as they are
+            return file.read()
     except FileNotFoundError:
         raise SettingsError(f"{path.name} is missing; run the command from the project's folder") from None
     except UnicodeDecodeError as error:
@@ -437,9 +453,9 @@ def add(name: str, seeds: int | None, quick: bool, replace: bool, params_file: s
         chosen = load_preset(name)
         path = Path(params_file).resolve()
         before = _read(path)
-        after, added, present = add_rows(before, chosen.chosen(quick, seeds), params_file, replace)
+        after, added, present = add_rows(before.replace("\r\n", "\n"), chosen.chosen(quick, seeds), params_file, replace)
         if added:
-            write_text(path, after)
+            write_text(path, _with_line_ends_of(before, after))
         for rows, word in ((added, "added or replaced" if replace else "added"), (present, "there already")):
             if rows:
                 click.echo(f"{params_file}: {len(rows)} row{'s' * (len(rows) > 1)} {word}")

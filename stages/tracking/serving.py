@@ -6,6 +6,9 @@ The machine that serves it needs this project installed.
 
 from __future__ import annotations
 
+import math
+import tempfile
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,17 @@ import pandas as pd
 
 __all__ = ["generate", "log_model"]
 
-COUNT = 100_000  # samples that one request may ask for, in all
+VALUES = 4_000_000  # of all samples of one request: as numbers and as JSON they take some 300 MB
+SEEDS = 2**63
 
 
 def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame:
-    """Samples for each request, a row a sample.
+    """Samples for each request, one per row.
 
     Arguments:
         density: The density of the codes.
         decoder: What turns codes into images; none where codes are the data.
-        requests: A row a request, with columns `count`, the number of samples, and `seed`. The same request gives the same
+        requests: One request per row, with columns `count`, the number of samples, and `seed`. The same request gives the same
             samples.
 
     Returns:
@@ -30,13 +34,21 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
         C * H * W pixels in 0..1); and `shape`, the sample's shape.
 
     Raises:
-        ValueError: When a count isn't in 1..100000 in all, or a seed is negative.
+        MlflowException: When a count or seed isn't a whole number in its range, or the samples have more than 4,000,000 values.
     """
+    from mlflow.exceptions import MlflowException
+
     from pipeline.sampling import draw
 
-    counts, seeds = requests["count"].tolist(), requests["seed"].tolist()
-    if not counts or min(counts) < 1 or sum(counts) > COUNT or min(seeds) < 0:
-        raise ValueError(f"count has to lie in 1..{COUNT} in all, and seed has to be 0 or more")
+    counts, seeds = list(requests["count"]), list(requests["seed"])
+    values = density.dim if decoder is None else math.prod(decoder.image_shape)
+    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in (*counts, *seeds))
+    if not counts or not whole or min(counts) < 1 or min(seeds) < 0 or max(seeds) >= SEEDS:
+        raise MlflowException.invalid_parameter_value("count must be a whole number from 1 on, and seed one in 0..2^63 - 1")
+    if sum(map(int, counts)) * values > VALUES:
+        raise MlflowException.invalid_parameter_value(
+            f"count must be at most {VALUES // values} in all, of {values} values each"
+        )
     rows: list[dict[str, Any]] = []
     for number, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
         samples, _ = draw(density, decoder, int(count), int(seed))
@@ -60,27 +72,42 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
-    from mlflow.types.schema import Array
+    from mlflow.types.schema import AnyType, Array
 
-    artifacts = {"density": Path(density).resolve().as_uri()}
-    if decoder is not None:
-        artifacts["decoder"] = Path(decoder).resolve().as_uri()
-    inputs = Schema([ColSpec("long", "count"), ColSpec("long", "seed")])
+    # Whole numbers, but MLflow refuses others with a stack trace: `generate` does it in one line.
+    inputs = Schema([ColSpec(AnyType(), "count"), ColSpec(AnyType(), "seed")])
     outputs = Schema([ColSpec("long", "request"), ColSpec(Array("double"), "sample"), ColSpec(Array("long"), "shape")])
+    files = {"density": density} | ({} if decoder is None else {"decoder": decoder})
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="generator",
             python_model=str(Path(__file__).resolve()),
-            artifacts=artifacts,
+            artifacts={key: Path(path).resolve().as_uri() for key, path in files.items()},
             signature=ModelSignature(inputs, outputs),
             input_example=pd.DataFrame({"count": [2], "seed": [0]}),
             registered_model_name=name,
             pip_requirements=[],
             metadata={"row": name},
         )
+    _forget_paths(info)
     about = f"Samples of the row `{name}`: a request of `count` and `seed` gives a row a sample, with its shape."
     mlflow.MlflowClient().update_model_version(name, str(info.registered_model_version), description=about)
     return str(info.model_uri)
+
+
+def _forget_paths(info: Any) -> None:
+    """Takes out of the model's description where its files were on this machine; loading looks for their names alone."""
+    import mlflow
+    from mlflow.models import Model
+
+    model = Model.load(info.model_uri)
+    code = model.flavors["python_function"]
+    model.artifact_path, code["model_code_path"] = "generator", Path(code["model_code_path"]).name
+    for file in code["artifacts"].values():
+        file["uri"] = file["path"]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/MLmodel")
+        mlflow.MlflowClient().log_model_artifact(info.model_id, f"{folder}/MLmodel")
 
 
 def _define() -> None:
