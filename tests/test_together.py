@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from project import Project
 
@@ -115,3 +116,34 @@ def test_the_second_run_in_a_clone_says_why_it_stops(home: Path, pair: list[Proj
     print(refusal)
     assert "lock" in refusal or "busy" in refusal
     assert project.repro() == set()
+
+
+OWN = """\
+datasets:
+  mine: {source: vectors, root: data/raw/mine.npy, valid_share: 0.2, test_share: 0.2}
+controls: {}
+autoencoders:
+  mine: {dataset: mine, objective: identity}
+densities: {}
+sampling: {count: 200}
+evaluations: {}
+"""
+
+
+def test_own_raw_data_are_added_queued_and_checked_out(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    project = Project(tmp_path / "own", OWN)
+    project.environment["TRACKING"] = "off"
+    raw = project.folder / "data/raw/mine.npy"
+    np.save(raw, np.random.default_rng(0).normal(size=(500, 2)).astype(np.float32))
+    data = raw.read_bytes()
+    project.call("dvc", "add", "data/raw/mine.npy")
+    project.commit()
+    assert project.call("git", "ls-files", "data/raw").split() == ["data/raw/.gitignore", "data/raw/mine.npy.dvc"]
+    project.call("dvc", "exp", "run", "--queue", "-S", "datasets.mine.valid_share=0.3")
+    assert "Running stage 'extract@mine'" in project.call("dvc", "exp", "run", "--run-all")
+    project.call("dvc", "checkout", code=1)  # nothing ran in this checkout; its raw file stays all the same
+    assert raw.read_bytes() == data
+    raw.unlink()
+    project.call("dvc", "checkout", "data/raw/mine.npy.dvc")
+    assert raw.read_bytes() == data
