@@ -19,7 +19,7 @@ from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
 from pipeline.storage.parts import write_index
 from pipeline.system import progress
-from pipeline.system.ranks import join
+from pipeline.system.ranks import Ranks, join
 from pipeline.training.checkpoint import Checkpoint
 
 
@@ -230,3 +230,35 @@ def test_patience_ends_a_fit(tmp_path: Path) -> None:
     assert 4 <= len(after) <= 4 + 2  # it ends with an epoch of three validations
     assert training.steps % 3 == 0
     assert training.steps < 1500
+
+
+def test_muon_rate_moves_the_weights_between_hidden_layers_only(tmp_path: Path) -> None:
+    codes = write(tmp_path / "codes", correlated(200))
+    of = {"components": 2, "blocks": "residual", "width": 8, "epochs": 1, "batch_size": 200, "optimizer": "muon"}
+    slow, fast = (fit_density(row("lde", **of, muon_rate=rate), codes, join())[0] for rate in (1.0, 3.0))
+    hidden = {id(value) for value in fast.hidden_matrices()}
+    for (name, value), other in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert torch.equal(value, other) == (id(value) not in hidden), name
+
+
+def test_validate_steps_of_a_row_are_heeded(tmp_path: Path) -> None:
+    settings = row("lde", components=2, epochs=1, batch_size=50, validate_steps=3)
+    _, training = fit_density(settings, write(tmp_path, correlated(400)), join())
+    assert [validation["step"] for validation in training.validations] == [3, 6, 8]
+
+
+def test_each_rank_scores_its_share_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    density = implementation("pipeline.densities", "gaussian", "family").Gaussian(2)
+    blocks = [np.full((1, 2), number, np.float32) for number in range(5)]
+    scored: list[int] = []
+    score = fitting.score_codes
+    monkeypatch.setattr(
+        fitting, "score_codes", lambda density, blocks: score(density, (scored.append(int(b[0, 0])) or b for b in blocks))
+    )
+    parts: list[object] = []
+    for rank in range(2):
+        ranks = Ranks(rank, 2, torch.device("cpu"))
+        monkeypatch.setattr(Ranks, "gather", lambda self, value: parts.append(value) or list(parts))
+        merged = log_likelihood(density, blocks, ranks)
+    assert scored == [0, 2, 4, 1, 3]
+    assert tuple(merged) == pytest.approx(tuple(log_likelihood(density, blocks)))

@@ -538,3 +538,20 @@ def test_noise_on_codes_is_for_training_only():
     assert torch.equal(density.eval().loss(z, torch.Generator()), density.loss(z, torch.Generator()))
     noisy = [density.train().loss(z, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert noisy[0] == noisy[1] != noisy[2]
+
+
+@pytest.mark.parametrize(("floor", "ceiling"), [(None, 5.0), (-5.0, None), (-5.0, 5.0), (None, None)])
+def test_log_scales_lie_between_floor_and_ceiling(floor: float | None, ceiling: float | None) -> None:
+    density = LatentDensityEstimator(1, components=1, min_log_scale=floor, max_log_scale=ceiling)
+    raw = torch.linspace(-20, 20, 41)
+    outputs = torch.stack([torch.zeros_like(raw), raw, raw], dim=-1)  # logit, mean, log standard deviation
+    logits, means, scales = density._bounded(outputs).unbind(-1)
+    assert torch.equal(logits, outputs[:, 0])
+    assert torch.equal(means, raw)
+    assert (scales.diff() >= 0).all()
+    for bound, ends in ((floor, scales[:1]), (ceiling, scales[-1:])):
+        assert bound is None or torch.allclose(ends, torch.tensor(bound), atol=1e-4)
+    if floor is None:
+        assert scales[0] == pytest.approx(-20, abs=1e-3)
+    if ceiling is None:
+        assert scales[-1] == pytest.approx(20, abs=1e-3)

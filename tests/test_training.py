@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 from torch import Tensor, nn
 
 from pipeline.autoencoders import ae
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.settings import EvaluationSettings, QualitySettings, TrainingSettings, named_files
+from pipeline.settings import EvaluationSettings, QualitySettings, TrainingSettings, named_files, read_params
 from pipeline.storage.batches import Batches
+from pipeline.storage.codes import CodeReader
+from pipeline.storage.shards import ShardReader
 from pipeline.system.ranks import Ranks
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import loop as training
@@ -363,6 +366,113 @@ def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
 def test_the_code_digest_follows_the_library() -> None:
     assert len(checkpoints.code_digest()) == 64
     assert checkpoints.code_digest() == checkpoints.code_digest()
+
+
+@pytest.mark.parametrize("at", [6, 14])
+def test_a_resumed_run_keeps_best_weights_and_sums_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    monkeypatch.setattr(training, "CURVE_POINTS", 2)  # so that rows of the curve reach over the interruption
+    settings = dataclasses.replace(SETTINGS, learning_rate=3.0, ema_decay=0.0, schedule="constant", gradient_clip=0.0)
+    scores = iter([3.0, 2.0, 1.0, 0.0] * 2)  # the first epoch is the best
+
+    def fit(checkpoint: Checkpoint | None, interrupt: Callable[..., dict[str, Tensor]] | None = None) -> Any:
+        model = Toy()
+        prepare = interrupt or (lambda arrays: {"x": torch.from_numpy(arrays["x"])})
+        record = train(
+            model, batches(), settings, ALONE, prepare=prepare, checkpoint=checkpoint,
+            validate=lambda: {"score": next(scores)}, best="score",
+        )  # fmt: skip
+        return model, record
+
+    whole = fit(None)
+    checkpoint = Checkpoint(tmp_path, {})
+    with pytest.raises(PipelineError, match="stopped by"):
+        fit(checkpoint, Interrupt(at))
+    same(whole, fit(checkpoint))
+
+
+@pytest.mark.parametrize("stage", ["train", "fit"])
+def test_a_stage_names_its_checkpoint_by_all_that_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    small.write_raw(tmp_path, images=50, points=300)
+    monkeypatch.chdir(tmp_path)
+    steps = {
+        "train": [("prepare", "blobs"), ("train", "blobs-ae")],
+        "fit": [("prepare", "points"), ("train", "points"), ("extract", "points"), ("fit", "points-lde")],
+    }[stage]
+    seen: list[Any] = []
+
+    def stop(self: object, folder: Path, identity: dict[str, Any]) -> None:
+        seen.extend((folder, identity))
+        raise PipelineError("seen")
+
+    monkeypatch.setattr(Checkpoint, "__init__", stop)
+    assert [small.run(*step).exit_code for step in steps] == [0] * (len(steps) - 1) + [1]
+    folder, identity = seen
+    assert folder == tmp_path / ".checkpoints" / Path(*steps[-1])
+    table = read_params()
+    settings = table.autoencoder("blobs-ae") if stage == "train" else table.density("points-lde")
+    index = ShardReader("data/shards/blobs").index if stage == "train" else CodeReader("data/codes/points").index
+    assert identity == checkpoints.identity(settings, index.digest, 1)
+
+
+# Settings that do something -------------------------------------------------------------------------------------------
+
+PLAIN = TrainingSettings(epochs=2, batch_size=8, learning_rate=0.05)
+CHANGES: list[dict[str, Any]] = [
+    {"epochs": 3}, {"learning_rate": 0.04}, {"betas": (0.9, 0.999)}, {"betas": (0.5, 0.9)}, {"weight_decay": 0.1},
+    {"schedule": "cosine"}, {"schedule": "steps", "milestones": (1,)}, {"gradient_clip": 0.1}, {"ema_decay": 0.9},
+    {"precision": "bfloat16"}, {"seed": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: " ".join(change))
+def test_every_setting_of_training_changes_the_weights(change: dict[str, Any]) -> None:
+    weights = [run(settings=dataclasses.replace(PLAIN, **values), best=False)[0].state_dict() for values in ({}, change)]
+    for part in ("net.0.weight", "other.weight"):
+        assert not torch.equal(weights[0][part], weights[1][part]), part
+
+
+@pytest.mark.parametrize("change", [{"warm_up": 0.3}, {"milestones": (1,)}], ids=lambda change: " ".join(change))
+def test_every_setting_of_a_schedule_changes_the_weights(change: dict[str, Any]) -> None:
+    schedule = {"schedule": "cosine"} if "warm_up" in change else {"schedule": "steps", "milestones": ()}
+    settings = dataclasses.replace(PLAIN, **schedule)
+    weights = [run(settings=dataclasses.replace(settings, **values), best=False)[0].state_dict() for values in ({}, change)]
+    assert not torch.equal(weights[0]["other.weight"], weights[1]["other.weight"])
+
+
+def test_gradients_are_clipped_to_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run(settings=dataclasses.replace(PLAIN, gradient_clip=0.01), best=False)
+    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+
+
+@pytest.mark.parametrize(("validate_steps", "steps"), [(0, [5, 10]), (2, [2, 4, 5, 6, 8, 10]), (5, [5, 10])])
+def test_validations_come_every_so_many_steps(validate_steps: int, steps: list[int]) -> None:
+    record = train(
+        Toy(), batches(), PLAIN, ALONE, prepare=lambda a: {"x": torch.from_numpy(a["x"])},
+        validate=lambda: {"score": 1.0}, validate_steps=validate_steps,
+    )  # fmt: skip
+    assert [row["step"] for row in record.validations] == steps
+
+
+def test_every_step_and_rank_has_noise_of_its_own() -> None:
+    seeds: list[int] = []
+    for rank in range(2):
+        ranks = dataclasses.replace(ALONE, rank=rank)
+        state = training._Run(Toy(), PLAIN, ranks, 5, "", None, 0.0, 0)
+        for _ in range(6):
+            step = state.next_step()
+            seeds += [step.generator.initial_seed()]
+            assert torch.initial_seed() == seeds[-1]  # of dropout
+            state.index += 1
+    assert len(set(seeds)) == 12
 
 
 # NaN ------------------------------------------------------------------------------------------------------------------
