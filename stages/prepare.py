@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, printable
 from pipeline.settings import DatasetSettings, Params, implementation
 from stages import workspace
 from stages.run import Run, stage
@@ -43,7 +43,7 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     run.details(digest=report.digest, unreadable=report.unreadable, split=report.split_origin, skipped=report.skipped)
     run.details(**({"means": report.means} if report.means else {}))
     for line in _warnings(report):
-        print(f"prepare {run.row}: {line}", flush=True)
+        print(printable(f"prepare {run.row}: {line}"), flush=True)
 
 
 def _warnings(report: PreparationReport) -> Iterator[str]:
