@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.densities import Density
-from pipeline.densities.common.density import build_density, random_subset
+from pipeline.contest import Contest, hold_contest
+from pipeline.densities import Density, auto
+from pipeline.densities.common.density import build_density, build_described, random_subset
 from pipeline.densities.common.transforms import FITTED_CODES, Transform, build_transform
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments
@@ -161,11 +162,11 @@ def fit_density(
     label: str = "fitting",
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Density, Training]:
-    """Fits a density on cached codes, and keeps the weights of the best validation.
+    """Fits a density on cached codes: the family `auto` by a contest, any other as its row says.
 
-    The best has the highest mean log-likelihood of validation codes, `valid_log_likelihood`; of a family without likelihood
-    the lowest squared discrepancy between them and as many samples of the same noise each time, kept with its sign turned as
-    `valid_minus_squared_mmd`.
+    Of training by gradient the weights of the best validation are kept. The best has the highest mean log-likelihood of
+    validation codes, `valid_log_likelihood`; of a family without likelihood the lowest squared discrepancy between them and as
+    many samples of the same noise each time, kept with its sign turned as `valid_minus_squared_mmd`.
 
     Arguments:
         settings: A row of `densities`.
@@ -178,6 +179,8 @@ def fit_density(
         DataError: When the codes are damaged or a dimension doesn't vary.
         TrainingError: When the loss isn't finite.
     """
+    if isinstance(settings, auto.Settings):
+        return _fit_by_contest(settings, codes, ranks, label)
     torch.manual_seed(settings.seed)
     density = build_density(settings, codes.index.dim)
     mean, std = torch.tensor(codes.index.mean, dtype=torch.float64), torch.tensor(codes.index.std, dtype=torch.float64)
@@ -231,6 +234,28 @@ def fit_density(
         patience=settings.patience,
     )
     return density, training
+
+
+def _fit_by_contest(settings: auto.Settings, codes: CodeReader, ranks: Ranks, label: str) -> tuple[Density, Training]:
+    """The contest is the first rank's; the others take its result."""
+    contest, density = Contest(), auto.Mixture(codes.index.dim)
+    if ranks.first:
+        alone = Ranks(0, 1, ranks.device)
+        density, contest = hold_contest(settings, codes, lambda row, part, name: fit_density(row, part, alone, name)[0], label)
+    description, contest = ranks.gather((density.description(), contest.without_densities()))[0]
+    if not ranks.first:
+        rebuilt = build_described(description)
+        assert isinstance(rebuilt, auto.Mixture)
+        density = rebuilt.to(ranks.device)
+    ranks.take_from_first(density.state_dict().values())
+    training = Training(steps=len(contest.contestants), examples=codes.index.count("train"), seconds=contest.seconds)
+    training.ended_by, training.contest = contest.ended_by, contest.table()
+    training.validations = [{"step": 1, "epoch": 1.0, "valid_log_likelihood": contest.score.mean}]
+    training.best = training.validations[0] | {
+        "valid_log_likelihood_se": contest.score.standard_error,
+        "valid_scored": contest.score.number,
+    }
+    return density.eval(), training
 
 
 def _first(codes: CodeReader, split: str, limit: int) -> Iterator[np.ndarray]:

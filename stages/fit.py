@@ -51,6 +51,14 @@ def fit(run: Run, settings: DensitySettings) -> None:
             run.metrics({f"{split}_log_likelihood": mean, f"{split}_log_likelihood_se": error})
             run.metrics({f"{split}_log_likelihood_per_dimension": mean / codes.index.dim})
             run.metrics({f"{split}_log_likelihood_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
+    if training.contest:
+        # The contest has fitted densities to validation codes too, each to those that it didn't score.
+        mean, error = training.best["valid_log_likelihood"], training.best["valid_log_likelihood_se"]
+        run.metrics({"valid_log_likelihood": mean, "valid_log_likelihood_se": error})
+        run.metrics({"valid_log_likelihood_per_dimension": mean / codes.index.dim})
+        run.metrics({"valid_log_likelihood_per_dimension_se": error / codes.index.dim})
+        run.metrics({"valid_scored": int(training.best["valid_scored"])})
+        run.details(contest=training.contest)
     run.metrics({"parameters": density.parameter_count})
     if isinstance(density, GaussianMixture):
         run.metrics({"components": density.components})  # chosen from those that the settings list

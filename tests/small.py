@@ -46,6 +46,7 @@ DENSITIES = {
     "nsf": {"transforms": 2, "hidden": [16]},
     "naf": {"transforms": 1, "hidden": [16], "signal": 4},
     "prior": {},
+    "auto": {},
 }
 
 

@@ -132,7 +132,7 @@ def test_trials_are_rows_with_seeds_of_their_own():
     # What has no seed is shared by all trials.
     rows = {row.dotted: row.plain() for row in load_preset("own-codes").chosen(seeds=2)}
     assert "autoencoders.my-codes" in rows
-    assert rows["densities.my-codes-lde-s1"]["codes"] == "my-codes"
+    assert rows["densities.my-codes-auto-s1"]["codes"] == "my-codes"
 
 
 # Adding -------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 from pipeline.storage.parts import Arrays, Part, PartIndex, PartReader, part_name, part_of
 from pipeline.system.files import atomic_file, sha256_file
 
-__all__ = ["CodeIndex", "CodeReader", "VectorMoments", "write_part"]
+__all__ = ["ArrayCodes", "CodeIndex", "CodeReader", "VectorMoments", "write_part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,3 +184,24 @@ class CodeReader(PartReader[CodeIndex]):
     def stream(self, split: str) -> Callable[[], Iterator[np.ndarray]]:
         """A function that gives the codes of a split anew each time, file by file."""
         return lambda: (block["codes"] for block in self.blocks(split))
+
+
+class ArrayCodes(CodeReader):
+    """Codes that are in memory, with the interface of a folder of codes.
+
+    Arguments:
+        train: Training codes, float32 with shape (N, D).
+        valid: Validation codes, float32 with shape (M, D).
+    """
+
+    def __init__(self, train: np.ndarray, valid: np.ndarray) -> None:
+        self._arrays = {"train": train, "valid": valid}
+        moments = VectorMoments(train.shape[1])
+        moments.update(train)
+        parts = [(Part(name=split, count=len(array), bytes=0, sha256=""),) for split, array in self._arrays.items()]
+        mean, std = tuple(moments.mean), tuple(moments.std)
+        self.index = CodeIndex(dim=len(mean), mean=mean, std=std, source_digest="", train=parts[0], valid=parts[1])
+
+    def load(self, split: str, number: int) -> dict[str, np.ndarray]:
+        """The codes of a split."""
+        return {"codes": self._arrays[split]}

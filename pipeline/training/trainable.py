@@ -72,6 +72,7 @@ class Training:
         examples: Examples seen.
         resumed_at: Step of the checkpoint that this process went on from; none for a fresh start.
         ended_by: `epochs`, `max_minutes` or `patience`.
+        contest: Of the family `auto`, a row for each contestant: family, held-out score, seconds, weight in the result.
     """
 
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -83,3 +84,4 @@ class Training:
     examples: int = 0
     resumed_at: int | None = None
     ended_by: str = "epochs"
+    contest: list[dict[str, float | str]] = field(default_factory=list)

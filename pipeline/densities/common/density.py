@@ -72,8 +72,8 @@ class Density(nn.Module):
     family: ClassVar[str]
     options_type: ClassVar[type[Checked]] = Checked
     has_log_prob: ClassVar[bool] = True
-    has_meta: ClassVar[bool] = True
-    has_vmap: ClassVar[bool] = True
+    has_meta: bool = True
+    has_vmap: bool = True
     trained_by_gradient: ClassVar[bool] = True
     gpu_chunks: ClassVar[int] = 8
     retired: ClassVar[frozenset[str]] = frozenset()

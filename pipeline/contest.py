@@ -1,0 +1,327 @@
+"""A contest of families on the same codes, cheapest first, for the family `auto`.
+
+1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
+2. Mixtures of K Gaussians behind each map: full, tied or diagonal covariances. K and the ridge grow until held-out codes
+   become less likely. The lane with the best score so far goes on first, and half of the time is for them.
+3. Latent density estimators behind the best maps, in random orders of the dimensions, a small network and a larger one.
+
+Up to 5,000 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
+these fits. Its score is the mean log-likelihood of all codes, each under the fit that hasn't seen it. Of more codes validation
+codes are held out, and there is one fit.
+
+The result is the mixture of contestants that makes held-out codes most likely (stacking), if it beats the best single one by
+more than a standard error of paired differences; else the contestant with the fewest parameters within one such error of the
+best. A mixture is scored by weights that were chosen on other held-out codes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.densities import Density
+from pipeline.densities.auto import Mixture, Settings, stacked_weights
+from pipeline.errors import DataError, TrainingError
+from pipeline.evaluation.moments import Mean, mean_and_error
+from pipeline.settings import DensitySettings, build, implementation
+from pipeline.storage.codes import ArrayCodes, CodeReader
+
+__all__ = ["Contest", "Contestant", "hold_contest"]
+
+Fit = Callable[[DensitySettings, CodeReader, str], Density]
+
+FOLDED_CODES = 5_000  # training and validation codes that are split into folds, at most
+HELD_OUT = 10_000  # validation codes of larger sets that contestants are scored on, at most
+MIXTURE_CODES = 30_000  # training codes of larger sets that mixtures of Gaussians are fitted to, at most
+TRANSFORMS = ("none", "power", "quantile", "asinh")
+COVARIANCES = ("full", "tied", "diagonal")
+COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200)
+RIDGES = (1e-6, 1e-3, 1e-2, 1e-1)
+FRUITLESS = 2  # numbers of components without a gain after which a lane ends
+MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
+NETWORK_CODES = 1_000  # training codes from which networks take part
+NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
+SEPARATE_DIM = 16  # dimensions up to which each has a network of its own
+PARTS = 5  # of held-out codes, each scored by weights that were chosen on the others
+LEAST_WEIGHT = 0.003
+
+
+@dataclass
+class Contestant:
+    """A family with its settings, fitted to all folds.
+
+    Attributes:
+        name: Transform, family and size, in words.
+        densities: The fits, one for each fold.
+        held_out: Log-likelihoods (N,) in nats of the codes held out, fold after fold.
+        seconds: Time that it took.
+        weight: In the result.
+    """
+
+    name: str
+    densities: list[Density]
+    held_out: np.ndarray
+    seconds: float
+    weight: float = 0.0
+
+    @property
+    def score(self) -> Mean:
+        """Mean log-likelihood of held-out codes, in nats."""
+        return mean_and_error(self.held_out)
+
+    @property
+    def parameters(self) -> int:
+        """Free parameters of all fits."""
+        return sum(density.parameter_count for density in self.densities)
+
+
+@dataclass
+class _Lane:
+    """Mixtures of more and more Gaussians with one map of the columns and one kind of covariance."""
+
+    transform: str
+    covariance: str
+    score: float
+    components: int = 0  # place in COMPONENTS of the next
+    ridge: int = 0  # place in RIDGES of the best so far
+    fruitless: int = 0
+    seconds: float = 0.0  # of the last fit
+
+
+@dataclass
+class Contest:
+    """What a contest has found.
+
+    Attributes:
+        contestants: In the order of their fits.
+        score: Mean log-likelihood of held-out codes under the result.
+        seconds: Time that it took.
+        ended_by: `epochs` when all lanes came to an end, or `max_minutes`.
+    """
+
+    contestants: list[Contestant] = field(default_factory=list)
+    score: Mean = field(default_factory=lambda: Mean(math.nan, math.nan, 0))
+    seconds: float = 0.0
+    ended_by: str = "epochs"
+
+    def without_densities(self) -> Contest:
+        """The same in plain types, as processes exchange it."""
+        return replace(self, contestants=[replace(contestant, densities=[]) for contestant in self.contestants])
+
+    def table(self) -> list[dict[str, float | str]]:
+        """Rows of the contest, best first: family, score and its standard error in nats, seconds, weight in the result."""
+        return [
+            {
+                "family": contestant.name,
+                "valid_log_likelihood": contestant.score.mean,
+                "standard_error": contestant.score.standard_error,
+                "seconds": round(contestant.seconds, 3),
+                "weight": contestant.weight,
+            }
+            for contestant in sorted(self.contestants, key=lambda contestant: -contestant.score.mean)
+        ]
+
+
+def hold_contest(settings: Settings, codes: CodeReader, fit: Fit, label: str, quiet: bool = False) -> tuple[Mixture, Contest]:
+    """Holds the contest.
+
+    Arguments:
+        settings: A row of `densities` with the family `auto`.
+        codes: The codes.
+        fit: Fits the density that a row describes to codes; the last argument is what to call it while it runs.
+        label: Prefix of progress messages.
+        quiet: Whether to print nothing.
+
+    Raises:
+        DataError: When no contestant can be fitted.
+    """
+    return _Judge(settings, codes, fit, label, quiet).result()
+
+
+class _Judge:
+    def __init__(self, settings: Settings, codes: CodeReader, fit: Fit, label: str, quiet: bool) -> None:
+        self.settings, self.fit, self.label, self.quiet = settings, fit, label, quiet
+        self.started, self.limit = time.monotonic(), settings.max_minutes * 60
+        self.dim = codes.index.dim
+        self.folds = _folds(codes, settings.folds, settings.seed)
+        self.held_out = [np.concatenate([block["codes"] for block in fold.blocks("valid", HELD_OUT)]) for fold in self.folds]
+        self.contest = Contest()
+        self.best = -math.inf
+        self.failure = ""
+
+    def _spent(self) -> float:
+        """Share of the time that is over."""
+        return (time.monotonic() - self.started) / self.limit
+
+    def _enter(self, name: str, family: str, **values: Any) -> float:
+        """Fits a contestant to all folds, and gives its score; -inf for one that can't be fitted."""
+        started = time.monotonic()
+        row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
+        densities, scores = list[Density](), list[np.ndarray]()
+        for number, (fold, codes) in enumerate(zip(self.folds, self.held_out, strict=True)):
+            own = {"order": 1 + self.settings.seed + number} if family == "lde" and self.dim > 1 else {}
+            rows = build(implementation("pipeline.densities", family, "family").Settings, row | values | own, name)
+            try:
+                density = self.fit(rows, fold, f"{self.label}: {name}")
+            except (DataError, TrainingError) as error:
+                self.failure = str(error)
+                return -math.inf
+            densities.append(density)
+            with torch.no_grad():
+                scores.append(density.log_prob(torch.from_numpy(codes).to(density.shift.device)).double().cpu().numpy())
+        contestant = Contestant(name, densities, np.concatenate(scores), time.monotonic() - started)
+        score = contestant.score.mean
+        if not math.isfinite(score):
+            return -math.inf
+        self.contest.contestants.append(contestant)
+        if score > self.best:
+            self.best = score
+            if not self.quiet:
+                print(
+                    f"{self.label}: {name}: {score:.5g} nats held out, {contestant.seconds:.1f} s", file=sys.stderr, flush=True
+                )
+        return score
+
+    def _gaussians(self) -> list[_Lane]:
+        """The Gaussian behind each map, and what mixtures go on from."""
+        lanes = []
+        for transform in TRANSFORMS:
+            score = self._enter(f"{transform}, Gaussian", "gaussian", transform=transform, ridge=1e-6)
+            lanes += [_Lane(transform, covariance, score) for covariance in COVARIANCES]
+        return lanes
+
+    def _mixtures(self, lanes: list[_Lane]) -> None:
+        while lanes and self._spent() < MIXTURE_SHARE:
+            lane = max(lanes, key=lambda lane: (lane.fruitless == 0, lane.score))
+            count, best = COMPONENTS[lane.components], -math.inf
+            for number in range(lane.ridge, len(RIDGES)):
+                score = self._enter_mixture(lane, count, RIDGES[number])
+                if score <= best or self._spent() >= MIXTURE_SHARE:
+                    break
+                best, lane.ridge = score, number
+            lane.fruitless = 0 if best > lane.score else lane.fruitless + 1
+            lane.score = max(lane.score, best)
+            lane.components += 1
+            if lane.fruitless >= FRUITLESS or lane.components == len(COMPONENTS) or not self._affordable(lane):
+                lanes.remove(lane)
+
+    def _enter_mixture(self, lane: _Lane, count: int, ridge: float) -> float:
+        started = time.monotonic()
+        score = self._enter(
+            f"{lane.transform}, {count} Gaussians, {lane.covariance}, ridge {ridge:g}",
+            "gmm",
+            transform=lane.transform,
+            covariance=lane.covariance,
+            components=[count],
+            ridge=[ridge],
+            max_examples=MIXTURE_CODES,
+        )
+        lane.seconds = time.monotonic() - started
+        return score
+
+    def _affordable(self, lane: _Lane) -> bool:
+        """Whether there is time for the next number of Gaussians of a lane."""
+        growth = COMPONENTS[lane.components] / COMPONENTS[lane.components - 1]
+        fewest = COMPONENTS[lane.components] * 2 > min(fold.index.count("train") for fold in self.folds)
+        return not fewest and lane.seconds * growth < (MIXTURE_SHARE - self._spent()) * self.limit
+
+    def _networks(self) -> None:
+        for number, (name, values) in enumerate(rows := list(self._network_rows())):
+            left = (1 - self._spent()) * self.limit / (len(rows) - number)
+            if left > 0.02 * self.limit:
+                self._enter(name, "lde", max_minutes=left / len(self.folds) / 60, **values)
+
+    def _network_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """A small and a larger network for the map that suited best; none for few codes, where none has been worth its time."""
+        count = self.folds[0].index.count("train")
+        if count < NETWORK_CODES or not self.contest.contestants:
+            return
+        transform = max(self.contest.contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
+        # A network for each dimension, while there are few; else convolutions.
+        blocks = {"blocks": "separate"} if self.dim <= SEPARATE_DIM else {"blocks": "residual", "position_embedding": True}
+        for width, components in ((32, 10), (128, 30)):
+            yield (
+                f"{transform}, LDE of width {width}",
+                {
+                    **blocks,
+                    "width": width,
+                    "components": components,
+                    "start": "gaussian",
+                    "transform": transform,
+                    "standardise": "cholesky",
+                    "shrinkage": True,
+                    "noise": 0.0 if self.dim <= 3 else min(0.2, (self.dim / count) ** 0.5),
+                    "batch_size": min(512, max(32, count // 40)),
+                    "epochs": NETWORK_EPOCHS,
+                    "learning_rate": 3e-3,
+                    "schedule": "cosine",
+                    "gradient_clip": 1.0,
+                    "ema_decay": 0.99,
+                    "patience": 20,
+                },
+            )
+
+    def _weights(self, held_out: np.ndarray) -> np.ndarray:
+        weights = stacked_weights(torch.from_numpy(held_out)).numpy()
+        kept = weights >= min(LEAST_WEIGHT, weights.max())
+        weights[~kept] = 0
+        weights[kept] = stacked_weights(torch.from_numpy(held_out[:, kept])).numpy()
+        return weights
+
+    def result(self) -> tuple[Mixture, Contest]:
+        """Runs the rounds and chooses."""
+        self._mixtures(self._gaussians())
+        self._networks()
+        contestants = self.contest.contestants
+        if not contestants:
+            raise DataError(f"no family can be fitted to these codes: {self.failure}")
+        held_out = np.stack([contestant.held_out for contestant in contestants], axis=1)  # (N, C)
+        parts = np.random.default_rng(self.settings.seed).permutation(len(held_out)) % PARTS
+        stacked = np.empty(len(held_out))
+        for part in range(PARTS) if len(held_out) >= PARTS else ():
+            weights = self._weights(held_out[parts != part])
+            stacked[parts == part] = _log_mixture(held_out[parts == part], weights)
+        best = int(held_out.mean(axis=0).argmax())
+        gain = mean_and_error(stacked - held_out[:, best])
+        if len(held_out) >= PARTS and gain.mean > gain.standard_error:
+            weights, chosen = self._weights(held_out), stacked
+        else:
+            losses = [mean_and_error(held_out[:, best] - held_out[:, i]) for i in range(len(contestants))]
+            level = [i for i, loss in enumerate(losses) if i == best or loss.mean <= loss.standard_error]
+            simplest = min(level, key=lambda i: contestants[i].parameters)
+            weights, chosen = np.eye(len(contestants))[simplest], held_out[:, simplest]
+        members, shares = list[Density](), list[float]()
+        for contestant, weight in zip(contestants, weights, strict=True):
+            contestant.weight = float(weight)
+            if weight > 0:
+                members += contestant.densities
+                shares += [float(weight) / len(contestant.densities)] * len(contestant.densities)
+        self.contest.score, self.contest.seconds = mean_and_error(chosen), time.monotonic() - self.started
+        if self._spent() >= 1:
+            self.contest.ended_by = "max_minutes"
+        return Mixture.of(members, shares), self.contest
+
+
+def _log_mixture(each: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Log-likelihoods (N,) under a mixture, from those under its members (N, C)."""
+    kept = weights > 0
+    total: np.ndarray = np.logaddexp.reduce(each[:, kept] + np.log(weights[kept]), axis=1)
+    return total
+
+
+def _folds(codes: CodeReader, count: int, seed: int) -> list[CodeReader]:
+    """The codes with each fold held out in turn; large sets as they are."""
+    total = codes.index.count("train") + codes.index.count("valid")
+    if total > FOLDED_CODES:
+        return [codes]
+    pool = np.concatenate([block["codes"] for split in ("train", "valid") for block in codes.blocks(split)])
+    count = min(count, len(pool))
+    fold = np.random.default_rng(seed).permutation(len(pool)) % count
+    return [ArrayCodes(pool[fold != number], pool[fold == number]) for number in range(count)]

@@ -1,0 +1,124 @@
+"""The contest of families, and the mixtures that win it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import contest
+from pipeline.densities import Density, load_density
+from pipeline.densities.auto import Mixture, stacked_weights
+from pipeline.densities.gaussian import Gaussian
+from pipeline.densities.gmm import GaussianMixture
+from pipeline.errors import DataError
+from pipeline.fitting import fit_density
+from pipeline.settings import build, implementation
+from pipeline.storage.codes import ArrayCodes
+from pipeline.system.ranks import join
+from pipeline.training.trainable import Training
+
+
+def held(codes: np.ndarray, **settings: object) -> tuple[Density, Training]:
+    """The contest on codes, a fifth of which are validation codes."""
+    row = {"codes": "c", "dataset": "c", "family": "auto", "max_minutes": 0.2, "folds": 2, **settings}
+    built = build(implementation("pipeline.densities", "auto", "family").Settings, row, "densities.row")
+    codes = codes.astype(np.float32)
+    return fit_density(built, ArrayCodes(codes[len(codes) // 5 :], codes[: len(codes) // 5]), join())
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contest of few contestants."""
+    monkeypatch.setattr(contest, "COMPONENTS", (1, 2, 3))
+    monkeypatch.setattr(contest, "RIDGES", (1e-6,))
+    monkeypatch.setattr(contest, "COVARIANCES", ("full",))
+
+
+def mixture() -> Mixture:
+    near, far = Gaussian(2).double(), GaussianMixture(2, components=[2]).double()
+    far.standardise(torch.tensor([50.0, 50.0]), torch.eye(2) + 0.5 * torch.ones(2, 2).tril(-1))
+    far.means[1] += 1
+    return Mixture.of([near, far], [0.3, 0.7])
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_members_and_a_file(tmp_path: Path) -> None:
+    density, z = mixture(), 25 + 20 * torch.randn(30, 2, dtype=torch.float64)
+    expected = sum(w * member.log_prob(z).exp() for w, member in zip((0.3, 0.7), density.members, strict=True))
+    torch.testing.assert_close(density.log_prob(z).exp(), expected, rtol=1e-12, atol=0)
+    samples = density.sample(5000, torch.Generator().manual_seed(0))
+    assert (samples[:, 0] > 25).double().mean().item() == pytest.approx(0.7, abs=0.02)
+    density.save(tmp_path / "density")
+    loaded = load_density(tmp_path / "density")
+    assert torch.equal(loaded.log_prob(z), density.log_prob(z))
+    assert loaded.parameter_count == density.parameter_count == 5 + 11 + 1
+
+
+def test_stacking_finds_the_shares_of_a_mixture() -> None:
+    density = mixture()
+    z = density.sample(4000, torch.Generator().manual_seed(0))
+    held_out = torch.stack([member.log_prob(z) for member in density.members], dim=1)
+    torch.testing.assert_close(stacked_weights(held_out)[0].item(), 0.3, atol=0.02, rtol=0)
+
+
+def test_gaussian_codes_are_a_gaussian(few: None) -> None:
+    density, training = held(np.random.default_rng(0).normal(size=(300, 2)) @ [[2.0, 0.0], [1.0, 1.0]])
+    assert isinstance(density, Mixture)
+    assert {member.parameter_count for member in density.members} == {5}
+    assert [row["weight"] for row in training.contest if row["weight"]] == [1.0]
+    assert training.best["valid_log_likelihood"] == pytest.approx(-2 * 1.4189 - np.log(2), abs=0.2)
+
+
+def test_it_finds_clusters_and_heavy_tails_and_says_so(few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    codes = np.stack(
+        [generator.choice([-8.0, 8.0], 1200) + generator.normal(size=1200), generator.standard_cauchy(1200)], axis=1
+    )
+    density, training = held(codes)
+    truth = -1.4189 - np.log(2) - np.log(4 * np.pi)
+    assert training.best["valid_log_likelihood"] == pytest.approx(truth, abs=0.4)
+    assert training.contest[0]["valid_log_likelihood"] > training.contest[-1]["valid_log_likelihood"] + 4
+    assert sum(row["weight"] for row in training.contest) == pytest.approx(1)
+    assert all("quantile" in str(row["family"]) or "asinh" in str(row["family"]) for row in training.contest if row["weight"])
+    samples = density.sample(4000, torch.Generator().manual_seed(0))
+    quartiles = torch.quantile(samples[:, 1], torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quartiles, torch.tensor([-1.0, 0.0, 1.0]), atol=0.5, rtol=0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("fitting: none, Gaussian: ")
+    assert " nats, " in lines[-1]
+
+
+def test_large_sets_have_one_fold_and_networks(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "FOLDED_CODES", 1000)
+    codes = np.random.default_rng(0).normal(size=(1500, 2))
+    codes[:, 1] += codes[:, 0] ** 2
+    density, training = held(codes, max_minutes=0.1)
+    names = [row["family"] for row in training.contest]
+    assert any("LDE of width 32" in str(name) for name in names)
+    assert len(density.members) == len([row for row in training.contest if row["weight"]])
+
+
+def test_the_clock_ends_it_and_the_first_contestants_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    density, training = held(np.random.default_rng(0).normal(size=(60, 3)), max_minutes=1e-6)
+    assert training.ended_by == "max_minutes"
+    assert [row["family"] for row in training.contest if "Gaussians" in row["family"]] == []
+    assert np.isfinite(density.log_prob(torch.zeros(1, 3)).item())
+
+
+def test_two_fits_with_a_seed_are_one(few: None) -> None:
+    codes = np.random.default_rng(1).gamma(1.0, size=(200, 2))
+    first, second = (held(codes, max_minutes=5)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("codes", [np.ones((30, 2)), np.zeros((4, 1))])
+def test_constant_codes_are_refused(codes: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"no family can be fitted to these codes: .*don't vary"):
+        held(codes)
+
+
+def test_few_codes_of_many_dimensions(few: None) -> None:
+    density, _ = held(np.random.default_rng(0).normal(size=(12, 20)))
+    assert np.isfinite(density.log_prob(torch.zeros(1, 20)).item())
