@@ -499,7 +499,7 @@ def test_fuzzed_hdf5_never_raises_anything_else(tmp_path: Path) -> None:
             data[place] = random.integers(256)
         path.unlink()
         path.write_bytes(data)
-        bsds300._open_table.cache_clear()
+        bsds300._open_tables.cache_clear()
         try:
             read_all(open_row("bsds300", tmp_path, split="maf"))
         except DataError as error:
@@ -518,10 +518,12 @@ def test_a_table_in_one_chunk_is_inflated_once(tmp_path: Path, monkeypatch: pyte
     write_hdf5(tmp_path / "one", in_one_chunk)
     source = open_row("bsds300", tmp_path / "one", split="maf")
     assert np.array_equal(source.read("train", 10, 8000).examples, large[10:8000])
-    assert source._tables().id.get_access_plist().get_cache()[2] >= large.nbytes
+    tables = source._tables()
+    assert tables["train"].file.id.get_access_plist().get_cache()[2] >= large.nbytes
+    assert source._tables()["train"] is tables["train"]  # the cache is that of an open table
     assert open_row("bsds300", tmp_path, split="maf").counts["train"] == len(arrays["train"])
     monkeypatch.setattr(bsds300, "MAX_CHUNK_BYTES", 2**20)
-    bsds300._open_table.cache_clear()
+    bsds300._open_tables.cache_clear()
     with pytest.raises(DataError, match=r"'train' has chunks of more than 1 MiB; write it again with smaller ones"):
         open_row("bsds300", tmp_path / "one", split="maf")
 

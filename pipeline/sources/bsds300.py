@@ -139,8 +139,8 @@ class DrawnPatches(Source):
 
 
 @functools.lru_cache(maxsize=2)
-def _open_table(path: Path, stamp: tuple[int, int], process: int) -> Any:
-    """The open hdf5 file, one for each process."""
+def _open_tables(path: Path, stamp: tuple[int, int], process: int) -> dict[str, Any]:
+    """The open tables of the hdf5 file, by name, for each process."""
     import h5py
 
     try:
@@ -155,11 +155,12 @@ def _open_table(path: Path, stamp: tuple[int, int], process: int) -> Any:
         if chunk_bytes > CACHE_BYTES:
             file.close()
             file = h5py.File(path, "r", rdcc_nbytes=chunk_bytes)
+        tables = {name: file[name] for name in TABLE_NAMES.values()}  # kept open, since a cache belongs to an open table
     except DataError:
         raise
     except Exception as error:  # h5py raises whatever it came across in a broken file
         raise DataError(f"{path} isn't a whole hdf5 file ({' '.join(str(error).split())}); get it anew") from None
-    return file
+    return tables
 
 
 def _check_table(table: Any, where: str) -> None:
@@ -195,8 +196,8 @@ class PreparedPatches(Source):
         tables = self._tables()
         self.counts = {split: int(tables[name].shape[0]) for split, name in TABLE_NAMES.items()}
 
-    def _tables(self) -> Any:
-        return _open_table(self.path, file_stamp(self.path), os.getpid())
+    def _tables(self) -> dict[str, Any]:
+        return _open_tables(self.path, file_stamp(self.path), os.getpid())
 
     def read(self, split: str, start: int, stop: int) -> Block:
         """Vectors, float32 with shape (n, 63)."""
