@@ -468,6 +468,7 @@ def test_fit_of_a_mixture_chooses_on_validation_codes(world: World) -> None:
     assert [chosen(split)["components"] for split in SPLITS] == [4, 3, 1]
     scores.of("valid", chosen)
     scores.equal(best_epoch=1.0)
+    assert curve("points-gmm", "valid_log_likelihood") == {1.0: pytest.approx(scores.values["valid_log_likelihood"])}
     scores.complete()
 
 
@@ -599,7 +600,48 @@ def test_evaluate_the_grid(world: World) -> None:
     assert np.array_equal(shown.values["samples"], samples)
 
 
-# Ranks ----------------------------------------------------------------------------------------------------------------
+# What reads and shares the splits -------------------------------------------------------------------------------------
+
+
+def test_training_reads_every_example(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autoencoders and densities are trained on all training examples and on no other."""
+    from pipeline.storage.batches import Batches
+
+    class Noted(Exception):
+        pass
+
+    seen: list[bytes] = []
+
+    def note(self: Batches, epoch: int, skip: int = 0) -> Iterator[Any]:
+        for number in range(len(self.counts)):
+            part = self.load(number)
+            seen.extend(row.tobytes() for row in part.get("examples", part.get("codes")))
+        raise Noted
+        yield
+
+    world.run("extract", "marks")
+    monkeypatch.setattr(Batches, "epoch", note)
+    assert isinstance(small.run("train", "marks").exception, Noted)
+    assert sorted(seen) == sorted(image.tobytes() for image in world.images("train"))
+    seen.clear()
+    assert isinstance(small.run("fit", "marks").exception, Noted)
+    assert sorted(seen) == sorted(code.tobytes() for code in world.codes("marks", "train").numpy())
+
+
+@pytest.mark.parametrize("standardise", ["dimension", "scalar", "cholesky"])
+def test_codes_are_standardised_by_training_codes(world: World, standardise: str) -> None:
+    from pipeline.densities.gaussian import Settings
+
+    world.run("extract", "points")
+    settings = Settings(codes="points", dataset="points", family="gaussian", standardise=standardise)
+    density, _ = fitting.fit_density(settings, CodeReader("data/codes/points"), Ranks(0, 1, torch.device("cpu")))
+    codes = world.codes("points", "train").double()
+    one = standardise == "scalar"
+    mean, deviation = (codes.mean(), codes.std(correction=0)) if one else (codes.mean(0), codes.std(0, correction=0))
+    scale: torch.Tensor = density.scale.double() if density.factor is None else density.factor.double()
+    expected = torch.linalg.cholesky(torch.cov(codes.T, correction=0)) if standardise == "cholesky" else deviation.expand(2)
+    assert torch.allclose(density.shift.double(), mean.expand(2), atol=1e-5)
+    assert torch.allclose(scale, expected, atol=1e-5)
 
 
 class Apart(Ranks):
@@ -609,15 +651,29 @@ class Apart(Ranks):
         return [value]
 
 
+def share(rank: int) -> Ranks:
+    return Apart(rank, 2, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("scored", [
-    lambda world, ranks: fitting.log_likelihood(
-        world.density("points"), CodeReader("data/codes/points").stream("test")(), ranks
-    ).number,
-    lambda world, ranks: scoring.test_log_likelihood(
-        world.density("points"), CodeReader("data/codes/points"), False, ranks
-    )["test_scored"],
+    lambda density, codes, ranks: fitting.log_likelihood(density, codes.stream("test")(), ranks).number,
+    lambda density, codes, ranks: scoring.test_log_likelihood(density, codes, False, ranks)["test_scored"],
 ])  # fmt: skip
-def test_ranks_share_the_codes(world: World, scored: Callable[[World, Ranks], float]) -> None:
-    counts = [scored(world, Apart(rank, 2, torch.device("cpu"))) for rank in range(2)]
+def test_ranks_share_the_codes(world: World, scored: Callable[..., float]) -> None:
+    density, codes = world.density("points"), CodeReader("data/codes/points")
+    counts = [scored(density, codes, share(rank)) for rank in range(2)]
     assert min(counts) >= 60
     assert sum(counts) == 160
+
+
+def test_ranks_share_the_samples(world: World) -> None:
+    from pipeline.settings import ParzenSettings
+
+    world.run("prepare", "points")
+    reader = ShardReader("data/shards/points")
+    samples = np.zeros((21, 2), np.float32)
+    protocol = ParzenSettings(bandwidth_start=1.0, bandwidth_stop=1.0, bandwidth_count=1)
+    counts = [
+        scoring.parzen_score(lambda: iter([samples]), 21, reader, protocol, share(rank)).score.samples for rank in range(2)
+    ]
+    assert counts == [11, 10]
