@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import small
 import torch
+from PIL import Image
 from ruamel.yaml import YAML
 from test_sources_files import bsds_files, faces, idx_bytes, jpeg, write_hdf5, write_mat, write_tgz
-from test_sources_images import plain, write_folder, write_zip
+from test_sources_images import encode, plain, write_folder, write_zip
 
 from pipeline import fitting, scoring
 from pipeline.densities import lde
@@ -113,6 +114,14 @@ IMAGES = {
     "valid_limit": 1,
     "test_limit": 1,
     "unreadable_share": 0.0,
+    "white_level": 4095,
+}
+# Of images that bring a split: another is drawn on request, by these shares.
+SHARES = {
+    "split": "seeded",
+    "split_seed": Change(1, split="seeded"),
+    "valid_share": Change(0.2, split="seeded"),
+    "test_share": Change(0.2, split="seeded"),
 }
 COMMON = {"split_seed": 1, "shard_examples": 7}
 COUNTS = {"train_count": 41, "valid_count": 11, "test_count": 12}
@@ -120,9 +129,22 @@ COUNTS = {"train_count": 41, "valid_count": 11, "test_count": 12}
 PACKAGED, FIXED = {"root"}, {"split_seed"}
 
 
+def grey16() -> bytes:
+    """An image with 16 bit."""
+    return encode(Image.fromarray(np.full((20, 16), 3000, np.uint16)))
+
+
 def photographs(folder: Path) -> None:
-    names = [f"{i}.png" for i in range(30)]
-    write_folder(folder, {name: plain(8 * i, height=20, width=14) for i, name in enumerate(names)} | {"bad.png": b"x"})
+    """Images in folders of their splits, one with 16 bit and one that can't be read."""
+    write_folder(folder, {f"{'test' if i % 5 == 0 else 'train'}/{i}.png": plain(8 * i, height=20, width=14) for i in range(30)})
+    write_folder(folder, {"train/grey.png": grey16(), "train/bad.png": b"x"})
+
+
+def faces_of_celebrities(folder: Path) -> None:
+    names = [f"{i:06d}.png" for i in range(30)]
+    images = {name: plain(8 * i, height=20, width=14) for i, name in enumerate(names)} | {names[3]: grey16(), names[4]: b"x"}
+    write_folder(folder / "img_align_celeba", images)
+    (folder / "list_eval_partition.txt").write_text("".join(f"{name} {i % 3}\n" for i, name in enumerate(names)))
 
 
 def mnist(folder: Path) -> None:
@@ -138,16 +160,20 @@ def bsds(folder: Path) -> None:
 
 
 def domains(folder: Path) -> None:
-    write_folder(folder / "a", {f"{i}.jpg": jpeg(20, 16, 100 + i) for i in range(20)} | {"bad.jpg": b"x"})
+    photographs(folder / "a")
+    write_folder(folder / "a", {f"train/{i}.jpg": jpeg(20, 16, 100 + i) for i in range(20)})
     write_folder(folder / "b", {f"x/{i}.jpg": jpeg(20, 16, i) for i in range(20)})
     write_folder(folder / "c", {f"x/{i}.jpg": jpeg(20, 16, 50 + i) for i in range(20)})
 
 
 def vectors(folder: Path) -> None:
+    import pyarrow.parquet
     from safetensors.numpy import save_file
 
     arrays = np.random.default_rng(0).normal(size=(2, 90, 3)).astype(np.float32)
     save_file({"a": arrays[0], "b": arrays[1]}, folder / "points.safetensors")
+    table = pyarrow.table({**dict(zip("xyz", arrays[0].T, strict=True)), "kind": np.arange(90) % 4, "zero": np.zeros(90)})
+    pyarrow.parquet.write_table(table, folder / "table.parquet")
 
 
 SMALL_COUNTS = {"train_count": 40, "valid_count": 10, "test_count": 10}
@@ -155,9 +181,9 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
     # How its raw files are made, the row, changes beyond the common ones, what is never read.
     "bsds300": (bsds, SMALL_COUNTS | {"valid_images": 2}, COUNTS | {"split": "maf", "valid_images": 3}, set()),
     "celeba": (
-        lambda folder: photographs(folder / "img_align_celeba"),
+        faces_of_celebrities,
         {"unreadable_share": 0.5, "image_px": 8},
-        IMAGES | {"pixel_range": [0.0, 1.0], "crop": 0.4, "valid_share": 0.2, "test_share": 0.2},
+        IMAGES | SHARES | {"pixel_range": [0.0, 1.0], "crop": 0.4},
         set(),
     ),
     "digits5k": (lambda folder: None, {}, {}, PACKAGED),
@@ -166,7 +192,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
     "images": (
         photographs,
         {"unreadable_share": 0.5, "image_px": 8},
-        IMAGES | {"fit": "pad", "crop": 0.4, "valid_share": 0.2, "test_share": 0.2},
+        IMAGES | SHARES | {"fit": "pad", "crop": 0.4},
         set(),
     ),
     "mnist": (mnist, {"train_count": 40, "valid_count": 10}, {"train_count": 41, "valid_count": 11}, FIXED),
@@ -174,7 +200,8 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
     "shoes": (
         lambda folder: write_zip(
             folder / "shoes.zip",
-            {f"{c}/{i}.jpg": jpeg(20, 16, i + ord(c)) for c in "ab" for i in range(15)} | {"a/bad.jpg": b"x"},
+            {f"{c}/{i}.jpg": jpeg(20, 16, i + ord(c)) for c in "ab" for i in range(15)}
+            | {"a/bad.jpg": b"x", "a/grey.png": grey16()},
         ),
         {"unreadable_share": 0.5, "image_px": 8, "valid_count": 4, "test_count": 6},
         IMAGES | {"pixel_range": [0.0, 1.0], "valid_count": 5, "test_count": 8},
@@ -184,13 +211,29 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
     "union": (
         domains,
         {"sources": ["images", "images"], "roots": ["a", "b"], "domains": ["x", "y"], "unreadable_share": 0.5, "image_px": 8},
-        IMAGES | {"pixel_range": [0.0, 1.0], "sources": ["celeba", "images"], "roots": ["c", "b"], "domains": ["x", "z"]},
+        IMAGES
+        | {
+            "pixel_range": [0.0, 1.0],
+            "split": "seeded",
+            "sources": ["celeba", "images"],
+            "roots": ["c", "b"],
+            "domains": ["x", "z"],
+        },
         set(),
     ),
     "vectors": (
         vectors,
         {"root": "raw/points.safetensors", "tensor": "a"},
-        {"tensor": "b", "valid_share": 0.2, "test_share": 0.2},
+        {
+            "tensor": "b",
+            "valid_share": 0.2,
+            "test_share": 0.2,
+            "columns": ["0", "1"],
+            "centre": True,
+            "labels": Change("kind", root="raw/table.parquet", tensor="", columns=["x", "y"]),
+            "groups": Change("kind", root="raw/table.parquet", tensor="", columns=["x", "y"]),
+            "drop_constant": Change(True, root="raw/table.parquet", tensor="", columns=["x", "zero"]),
+        },
         set(),
     ),
 }
@@ -416,12 +459,19 @@ def test_vectors_need_no_settings() -> None:
 
 # Densities ------------------------------------------------------------------------------------------------------------
 
-FITTING = TRAINING | {"standardise": "scalar", "transform": "asinh", "max_minutes": 1e-9, "validate_steps": 1}
+FITTING = TRAINING | {
+    "shrinkage": Change(True, standardise="cholesky"),
+    "patience": Change(1, epochs=12, learning_rate=0.3),
+    "standardise": "scalar",
+    "transform": "asinh",
+    "max_minutes": 1e-9,
+    "validate_steps": 1,
+}
 # Muon moves the weights of an lde alone; another family refuses it.
 MUON = {"optimizer": "muon", "muon_rate": Change(1.0, optimizer="muon")}
 NO_MUON = {"optimizer", "muon_rate"}
 # Families that are fitted in one go know no steps.
-STEPS = {*TRAINING, "validate_steps"} - {"seed"}
+STEPS = {*TRAINING, "validate_steps", "patience"} - {"seed"}
 FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
     # The row, changes, what does nothing.
     "lde": (
@@ -441,6 +491,9 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
             "max_log_scale": -1.0,
             "patch_orders": 2,
             "training_orders": 2,
+            "order": 1,
+            "noise": 0.5,
+            "start": "gaussian",
             "scoring_precision": "bfloat16",
         },
         set(),
@@ -476,7 +529,7 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
         {"transforms": 2, "hidden": [8, 9], "residual": True, "bins": 5, "coupling": True},
         set(),
     ),
-    "prior": ({}, {"prior": "two_normals"}, STEPS | {"seed", "max_minutes"}),
+    "prior": ({}, {"prior": "two_normals"}, STEPS | {"seed", "max_minutes", "shrinkage", "transform"}),
     "realnvp": ({"transforms": 1, "hidden": [8]}, {"transforms": 2, "hidden": [9]}, set()),
     "rnade": ({"components": 2, "hidden": 8}, {"components": 3, "hidden": 9}, set()),
 }
