@@ -661,3 +661,14 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "stages"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "plain,tfd\n"
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_score_that_isnt_finite_is_null(project):
+    from stages.run import Run
+
+    scores = Run("fit", "grid-lde", read_params(), None)
+    scores.metrics({"mean": 1.5, "error": float("nan"), "count": 3, "protocol": "gmmn"})
+    assert scores.scores == {"mean": 1.5, "error": None, "count": 3, "protocol": "gmmn"}

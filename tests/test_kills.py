@@ -167,6 +167,7 @@ def test_train_and_fit_stopped_by_a_signal_end_with_the_same_bits(
         result = small.run(*stage)
         assert result.exit_code == 0
         assert ("going on from the checkpoint at step" in result.stderr) == (stage[0] in ("train", "fit"))
+        assert not list(Path(".checkpoints").rglob("*.pt")), "a checkpoint stays though its run is done"
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
 

@@ -102,6 +102,16 @@ def test_shares_merge_to_the_whole():
     assert_same_score(merged.log_likelihoods, whole.log_likelihoods)
 
 
+def test_a_score_takes_the_samples_of_all_ranks():
+    points, samples, grid = images(20, 1), images(30, 2), [0.1, 0.2, 0.4]
+    halves = [split(samples[r::2], 10) for r in range(2)]
+    whole = parzen.score(split(points, 20), split(points, 20), split(samples, 30), grid)
+    others = iter([next(parzen.chunk_sums(split(points, 20), halves[1], h)) for h in (grid, [whole.bandwidth])])
+    shared = parzen.score(split(points, 20), split(points, 20), halves[0], grid, gather=lambda sums: [sums, next(others)])
+    assert shared.samples == 30
+    assert shared.test_mean == pytest.approx(whole.test_mean, rel=1e-6)
+
+
 def test_points_split_over_ranks_give_the_whole():
     points, samples = images(40, 1), images(100, 2)
     whole = parzen.log_likelihoods(split(points, 40), split(samples, 100), [0.15])

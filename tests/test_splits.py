@@ -628,6 +628,20 @@ def test_training_reads_every_example(world: World, monkeypatch: pytest.MonkeyPa
     assert sorted(seen) == sorted(code.tobytes() for code in world.codes("marks", "train").numpy())
 
 
+def test_images_to_train_on_are_in_the_range_of_the_data_set(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noted(Exception):
+        pass
+
+    def note(*arguments: Any, prepare: Callable[..., Any], **keywords: Any) -> None:
+        pixels = np.array([0, 51, 255], np.uint8).reshape(1, 1, 1, 3)
+        assert torch.allclose(prepare({"examples": pixels})["images"].flatten(), torch.tensor([-1.0, -0.6, 1.0]))
+        raise Noted
+
+    world.run("prepare", "marks")
+    monkeypatch.setattr("pipeline.training.loop.train", note)
+    assert isinstance(small.run("train", "marks").exception, Noted)
+
+
 @pytest.mark.parametrize("standardise", ["dimension", "scalar", "cholesky"])
 def test_codes_are_standardised_by_training_codes(world: World, standardise: str) -> None:
     from pipeline.densities.gaussian import Settings

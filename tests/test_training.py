@@ -161,6 +161,25 @@ def test_averaged_weights_are_the_recursion(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.allclose(model.state_dict()[name].double(), value, atol=1e-6), name
 
 
+def test_averaged_weights_are_validated() -> None:
+    model = Toy()
+    validated: list[Tensor] = []
+
+    def validate() -> dict[str, float]:
+        validated.append(model.other.weight.detach().clone())
+        return {}
+
+    train(model, batches(), SETTINGS, ALONE, prepare=lambda a: {"x": torch.from_numpy(a["x"])}, validate=validate)
+    assert torch.equal(validated[-1], model.other.weight)  # without a best epoch the averaged weights are kept
+
+
+def test_the_optimizer_is_the_one_that_is_asked_for() -> None:
+    settings = dataclasses.replace(SETTINGS, betas=(0.8, 0.9), weight_decay=0.3)
+    (optimizer,) = training._optimizers(Toy(), "model", settings)
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], len(group["params"])) == ((0.8, 0.9), 0.3, 6)
+
+
 def test_the_best_epoch_is_kept() -> None:
     settings = dataclasses.replace(SETTINGS, learning_rate=3.0, ema_decay=0.0, schedule="constant", gradient_clip=0.0)
     model, record = run(settings=settings)
