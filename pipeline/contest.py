@@ -215,7 +215,7 @@ class _Judge:
     def _enter_mixture(self, lane: _Lane, count: int, ridge: float) -> float:
         started = time.monotonic()
         score = self._enter(
-            f"{lane.transform}, {count} Gaussians, {lane.covariance}, ridge {ridge:g}",
+            f"{lane.transform}, {count} Gaussian{'s' * (count > 1)}, {lane.covariance}, ridge {ridge:g}",
             "gmm",
             transform=lane.transform,
             covariance=lane.covariance,

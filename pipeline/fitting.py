@@ -161,6 +161,7 @@ def fit_density(
     ranks: Ranks,
     label: str = "fitting",
     checkpoint: Checkpoint | None = None,
+    quiet: bool = False,
 ) -> tuple[Density, Training]:
     """Fits a density on cached codes: the family `auto` by a contest, any other as its row says.
 
@@ -174,13 +175,14 @@ def fit_density(
         ranks: This process among its peers.
         label: What stands before the progress.
         checkpoint: Where to save and look for the resume state.
+        quiet: Whether a contest says nothing of each new best.
 
     Raises:
         DataError: When the codes are damaged or a dimension doesn't vary.
         TrainingError: When the loss isn't finite.
     """
     if isinstance(settings, auto.Settings):
-        return _fit_by_contest(settings, codes, ranks, label)
+        return _fit_by_contest(settings, codes, ranks, label, quiet)
     torch.manual_seed(settings.seed)
     density = build_density(settings, codes.index.dim)
     mean, std = torch.tensor(codes.index.mean, dtype=torch.float64), torch.tensor(codes.index.std, dtype=torch.float64)
@@ -236,12 +238,16 @@ def fit_density(
     return density, training
 
 
-def _fit_by_contest(settings: auto.Settings, codes: CodeReader, ranks: Ranks, label: str) -> tuple[Density, Training]:
+def _fit_by_contest(
+    settings: auto.Settings, codes: CodeReader, ranks: Ranks, label: str, quiet: bool
+) -> tuple[Density, Training]:
     """The contest is the first rank's; the others take its result."""
     contest, density = Contest(), auto.Mixture(codes.index.dim)
     if ranks.first:
         alone = Ranks(0, 1, ranks.device)
-        density, contest = hold_contest(settings, codes, lambda row, part, name: fit_density(row, part, alone, name)[0], label)
+        density, contest = hold_contest(
+            settings, codes, lambda row, part, name: fit_density(row, part, alone, name)[0], label, quiet
+        )
     description, contest = ranks.gather((density.description(), contest.without_densities()))[0]
     if not ranks.first:
         rebuilt = build_described(description)
