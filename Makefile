@@ -49,5 +49,5 @@ help:  ## List these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12
 
 clean:  ## Remove what the pipeline made; DVC's cache and the MLflow database stay
-	rm -rf data/shards data/autoencoders data/codes data/densities data/samples .checkpoints
+	rm -rf data/shards data/autoencoders data/codes data/densities data/samples data/features .checkpoints
 	rm -rf reports/metrics reports/curves reports/figures reports/arrays reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/headline reports/combined

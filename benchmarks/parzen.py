@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.scoring import parzen_score, unit_blocks
+from pipeline.evaluation.blocks import unit_blocks
+from pipeline.scoring import parzen_score
 from pipeline.settings import ParzenSettings
 from pipeline.storage.parts import Part, write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter

@@ -16,7 +16,7 @@ from pipeline.densities import Density, auto
 from pipeline.densities.common.density import build_density, build_described, random_subset
 from pipeline.densities.common.transforms import FITTED_CODES, Transform, build_transform
 from pipeline.errors import DataError
-from pipeline.evaluation.moments import Mean, Moments
+from pipeline.evaluation.likelihood import log_likelihood
 from pipeline.settings import DensitySettings
 from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader, VectorMoments
@@ -26,7 +26,7 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import train
 from pipeline.training.trainable import Step, Trainable, Training
 
-__all__ = ["cholesky_factor", "discrepancy", "fit_density", "log_likelihood", "score_codes"]
+__all__ = ["cholesky_factor", "discrepancy", "fit_density"]
 
 VALID_CODES = 100_000  # codes that steer the choice of the epoch, at most
 DISCREPANCY_CODES = 2_000  # the same of a family without likelihood, whose cost grows with their square
@@ -47,28 +47,6 @@ class _Fit(Trainable):
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The loss (4) in nats a dimension, of standardised codes."""
         return {"loss": self.density.loss(batch["codes"], step.generator)}
-
-
-@torch.no_grad()
-def score_codes(density: Density, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Log-likelihoods (n,) in nats, float64, of blocks of codes (n, D)."""
-    device = density.shift.device
-    for block in blocks:
-        yield density.log_prob(torch.from_numpy(block).to(device)).double().cpu().numpy()
-
-
-def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks | None = None) -> Mean:
-    """Mean log-likelihood of codes in nats, with its standard error; a rank scores its share of the blocks."""
-    moments = Moments()
-    mine = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)
-    for values in score_codes(density, mine):
-        moments.update(values)
-    if ranks is not None and ranks.world > 1:
-        merged = Moments()
-        for count, mean, squares in ranks.gather((moments.count, moments.mean, moments.squares)):
-            merged.merge(Moments(count, mean, squares))
-        moments = merged
-    return moments.result()
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
-"""Small arrays that a stage leaves beside its pictures, for `report` to set the rows of a data set side by side."""
+"""Small arrays that a stage leaves, of which `report` draws the page's pictures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,9 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.errors import PipelineError
 from pipeline.system.files import atomic_file
 from stages import workspace
-
-if TYPE_CHECKING:
-    from stages.run import Run
 
 __all__ = ["Arrays", "as_bytes", "load_arrays", "save_arrays"]
 
@@ -44,17 +42,17 @@ def as_bytes(images: ArrayLike) -> NDArray[np.uint8]:
     return pixels
 
 
-def save_arrays(run: Run, name: str, values: Mapping[str, NDArray[Any]], names: Sequence[str] = ()) -> None:
+def save_arrays(stage: str, row: str, name: str, values: Mapping[str, NDArray[Any]], names: Sequence[str] = ()) -> Path:
     """Writes arrays as `NAME.safetensors` into the folder of a stage's row; the same arrays give the same bytes."""
     from safetensors.numpy import save_file
 
-    if not run.first:
-        return
-    with atomic_file(workspace.arrays_folder(run.stage, run.row) / f"{name}.safetensors") as temporary:
+    path = workspace.arrays_folder(stage, row) / f"{name}.safetensors"
+    with atomic_file(path) as temporary:
         # One entry of metadata: the order of several isn't fixed.
         save_file(
             {key: np.ascontiguousarray(array) for key, array in values.items()}, temporary, {"names": json.dumps([*names])}
         )
+    return path
 
 
 def load_arrays(stage: str, row: str, name: str) -> Arrays | None:

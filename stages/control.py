@@ -12,6 +12,8 @@ from stages.run import Run, stage
 if TYPE_CHECKING:
     from pipeline.storage.shards import ShardReader
 
+SHOWN = 100  # images for the page
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -30,8 +32,11 @@ def _settings(params: Params, row: str) -> Settings:
 
 @stage(
     settings=_settings,
-    reads=lambda settings, row: [workspace.shards_folder(settings.control.dataset)],
-    writes=lambda settings, row: [workspace.figure_folder("control", row)],
+    reads=lambda settings, row: [
+        workspace.shards_folder(settings.control.dataset),
+        *([workspace.features_folder(settings.control.dataset)] if settings.evaluation.quality else []),
+    ],
+    writes=lambda settings, row: [workspace.arrays_folder("control", row)],
 )
 def control(run: Run, settings: Settings) -> None:
     """Score training images and k-means centroids as if they were samples.
@@ -40,11 +45,12 @@ def control(run: Run, settings: Settings) -> None:
     beside the models, under the same protocol and with as many samples. Where the settings say so, training images are also
     scored in the feature space, and principal components of the images stand beside the autoencoders' open dimensions.
     """
-    from pipeline import figures
-    from pipeline.evaluation.controls import kmeans_centroids, rebatch, training_samples
-    from pipeline.scoring import parzen_samples, parzen_score, unit_blocks
+    from pipeline.evaluation.blocks import rebatch, unit_blocks
+    from pipeline.evaluation.controls import kmeans_centroids, training_samples
+    from pipeline.scoring import parzen_samples, parzen_score
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
+    from stages.arrays import as_bytes
 
     ranks = join()
     reader = ShardReader(workspace.shards_folder(settings.control.dataset))
@@ -53,7 +59,7 @@ def control(run: Run, settings: Settings) -> None:
     count = parzen_samples(settings.count, reader)
     train = unit_blocks(reader, "train")
     images = training_samples(train, count, settings.control.seed)
-    run.figure(figures.image_grid(next(rebatch(images(), 100)), columns=10), "training-images")
+    run.arrays("training-images", {"images": as_bytes(next(rebatch(images(), SHOWN)))})
     if parzen is not None:
         centroids = kmeans_centroids(
             train,
@@ -62,7 +68,7 @@ def control(run: Run, settings: Settings) -> None:
             settings.control.kmeans_batch_size,
             settings.control.kmeans_epochs,
         )
-        run.figure(figures.image_grid(centroids[:100], columns=10), "kmeans-centroids")
+        run.arrays("kmeans-centroids", {"images": as_bytes(centroids[:SHOWN])})
         controls = ("training_images", lambda: iter(images()), count), ("kmeans", lambda: iter([centroids]), len(centroids))
         for name, samples, number in controls:
             run.metrics(parzen_score(samples, number, reader, parzen, ranks).metrics(f"{name}_"))
@@ -74,22 +80,27 @@ def control(run: Run, settings: Settings) -> None:
 
 def _quality(run: Run, settings: Settings, reader: ShardReader) -> None:
     """Training images against test images in the feature space: what samples that can't be told from real ones would score."""
+    from pipeline.evaluation.blocks import unit_blocks
     from pipeline.evaluation.controls import training_samples
-    from pipeline.scoring import feature_network, quality_scores, unit_blocks
+    from pipeline.evaluation.features import read_features
+    from pipeline.scoring import quality_scores
 
     quality = settings.evaluation.quality
     assert quality is not None
     count = min(settings.count, quality.samples)
     images = training_samples(unit_blocks(reader, "train"), count, settings.control.seed)
-    scores = quality_scores(images(), reader, feature_network(quality, reader), quality)
+    features = read_features(workspace.features_folder(settings.control.dataset), quality, reader)
+    scores = quality_scores(images(), features, quality)
     run.metrics({f"training_images_{key}": value for key, value in scores.items()})
 
 
 def _principal_components(run: Run, components: int, reader: ShardReader) -> None:
     """Test error of the first k principal components: the best that linear maps can do."""
+    import numpy as np
+
+    from pipeline.evaluation.blocks import unit_blocks
     from pipeline.evaluation.reconstruction import PrincipalComponents, opened
-    from pipeline.scoring import unit_blocks
 
     pca = PrincipalComponents(components).fit(unit_blocks(reader, "train"))
     errors = pca.errors(unit_blocks(reader, "test")(), opened(components))
-    run.metrics({f"pca_test_mse_first_{k}": float(mse) for k, mse in zip(errors.ks, errors.mse, strict=True)})
+    run.arrays("open-dimensions", {"ks": np.array(errors.ks), "mse": errors.mse})

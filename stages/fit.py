@@ -26,8 +26,8 @@ def fit(run: Run, settings: DensitySettings) -> None:
     NAME is a row of `densities`. The epoch with the best validation likelihood is kept; of a family without likelihood, the one
     whose samples are closest to validation codes. A killed run goes on from its last checkpoint.
     """
-    from pipeline.densities.gmm import GaussianMixture
-    from pipeline.fitting import fit_density, log_likelihood
+    from pipeline.evaluation.likelihood import log_likelihood
+    from pipeline.fitting import fit_density
     from pipeline.storage.codes import CodeReader
     from pipeline.system.files import atomic_folder
     from pipeline.system.progress import track
@@ -60,8 +60,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
         run.metrics({"valid_scored": int(training.best["valid_scored"])})
         run.details(contest=training.contest)
     run.metrics({"parameters": density.parameter_count})
-    if isinstance(density, GaussianMixture):
-        run.metrics({"components": density.components})  # chosen from those that the settings list
+    run.metrics(density.chosen())
     if training.best:
         run.metrics({"best_epoch": training.best["epoch"]})
         if not density.has_log_prob:

@@ -50,8 +50,8 @@ def report(params_file: str, dry_run: bool, show: bool) -> None:
 def _report(params: Params) -> None:
     from stages.reporting.graph import repro_started, stage_states
     from stages.reporting.page import page_head, render
-    from stages.reporting.pictures import COMBINED, draw_combined
-    from stages.reporting.scoreboard import as_text, build_scoreboard, headline
+    from stages.reporting.pictures import COMBINED, FIGURES, draw_combined, draw_row
+    from stages.reporting.scoreboard import as_text, build_scoreboard, headline, stages_and_rows
     from stages.tracking.client import Tracker
 
     board = build_scoreboard(params)  # also checks that no metrics are missing, before anything is written
@@ -61,6 +61,9 @@ def _report(params: Params) -> None:
     tracker = Tracker("pipeline", tags, counts | {"sampling.count": params.sampling().count})
     try:
         states, head = stage_states(params, repro_started()), page_head()
+        with atomic_folder(FIGURES) as folder:
+            for stage, row in stages_and_rows(params):
+                draw_row(params, stage, row, folder / stage / row)
         with atomic_folder(COMBINED) as folder:
             draw_combined(params, folder)
         texts = {path: render(template, params, board, states, head) for path, template in TEMPLATE_OF.items()}
@@ -121,12 +124,12 @@ def _show() -> None:
 
 def _print_plan(params: Params) -> None:
     from stages import workspace
-    from stages.reporting.pictures import COMBINED
+    from stages.reporting.pictures import COMBINED, FIGURES
     from stages.reporting.scoreboard import stages_and_rows
 
     click.echo("report")
     for stage, row in stages_and_rows(params):
         path = workspace.metrics_file(stage, row)
         click.echo(f"  reads {path}" + ("" if path.exists() else " (missing)"))
-    for path in (PAGE, MARKDOWN, SCOREBOARD, HEADLINE, COMBINED):
+    for path in (PAGE, MARKDOWN, SCOREBOARD, HEADLINE, FIGURES, COMBINED):
         click.echo(f"  writes {path}")

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from stages.launching.local import PEER_LOST, launched
 from stages.tracking.client import Tracker
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 __all__ = ["Run", "one_line_errors", "stage"]
 
@@ -56,7 +57,6 @@ class Run:
         self.first = os.environ.get("RANK", "0") == "0"
         self.scores: dict[str, float] = {}
         self._details: dict[str, Any] = {}
-        self._pictures: list[str] = []
         self._when_finished: list[Callable[[], None]] = []
         self._started = time.monotonic()
         tags = {
@@ -90,15 +90,18 @@ class Run:
         write_text(workspace.curve_file(self.stage, self.row), "\n".join(lines) + "\n")
         self.tracker.curve(rows)
 
-    def figure(self, figure: Figure, name: str) -> None:
-        """Writes a picture and tracks it."""
-        from pipeline.figures import save_figure
+    def arrays(self, name: str, values: Mapping[str, NDArray[Any]], names: Sequence[str] = ()) -> None:
+        """Writes small arrays to `reports/arrays`: pictures are drawn from them, here for MLflow and in `report` for the page.
+
+        Arguments:
+            name: Name of the file.
+            values: The arrays by name.
+            names: Names of what lies along the first axis of some array.
+        """
+        from stages.arrays import save_arrays
 
         if self.first:
-            path = workspace.figure_folder(self.stage, self.row) / f"{name}.png"
-            save_figure(figure, path)
-            self.tracker.artifact(path, "figures")
-            self._pictures.append(name)
+            save_arrays(self.stage, self.row, name, values, names)
 
     def read(self, name: str, digest: str, path: Path, context: str) -> None:
         """Notes that the run reads a data set, for the lineage."""
@@ -126,16 +129,26 @@ class Run:
             self._details["gpu"] = gpu
         # Under a heading of their own in the UI, below the scores.
         self.tracker.metrics({f"run/{k}": v for k, v in self._details.items() if isinstance(v, (int, float))})
-        self.tracker.describe(self._description())
-        run_id = self.tracker.finish()
+        run_id = self._finish_tracking() if self.tracker.on else None
         write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, **self._details})
         for action in self._when_finished:
             action()
         print(f"{self.stage} {self.row}: {self._details['seconds']:.1f} s" + _headline(self.scores), flush=True)
 
-    def _description(self) -> str:
+    def _finish_tracking(self) -> str | None:
+        """Draws the run's pictures for its page in MLflow, describes it, and gives its id."""
+        from stages.reporting.pictures import draw_row
+
+        with tempfile.TemporaryDirectory() as folder:
+            pictures = draw_row(self.params, self.stage, self.row, Path(folder))
+            for path in pictures:
+                self.tracker.artifact(path, "figures")
+            self.tracker.describe(self._description([path.stem for path in pictures]))
+            return self.tracker.finish()  # it waits until all is logged
+
+    def _description(self, pictures: Sequence[str]) -> str:
         """What the run's page in MLflow says of it, in Markdown."""
-        links = ", ".join(f"[{name}](ARTIFACTS/figures/{name}.png)" for name in self._pictures)
+        links = ", ".join(f"[{name}](ARTIFACTS/figures/{name}.png)" for name in pictures)
         text = f"{self.summary}\n\n    python -m stages {self.stage} {self.row}\n\n"
         return (
             text + (f"Pictures: {links}. " if links else "") + "The parent run holds the report, with the scores of all rows."
@@ -234,7 +247,7 @@ def stage(
 
     Arguments:
         reads: Files and folders that the stage reads, from settings and row.
-        writes: What it writes besides metrics, figures and the run's file.
+        writes: What it writes besides metrics and the run's file.
         settings: The typed settings of a row.
         ranks: Whether several processes may share the work (PROCESSES, torchrun).
         flags: More options of the command, by name, with their help; those given stand in `Run.flags`.

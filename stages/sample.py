@@ -12,13 +12,12 @@ from stages.run import Run, stage
 
 if TYPE_CHECKING:
     import numpy as np
-    from matplotlib.figure import Figure
 
     from pipeline.autoencoders.common.network import Decoder
 
-SHOWN = 100  # samples in the figure, the first in the order drawn
-SIDE_BY_SIDE = 36  # samples that `report` sets beside those of other rows
-LARGE_PIXELS = 128  # images from this side on: fewer of them
+SHOWN = 100  # samples for the page, the first in the order drawn
+LARGE_PIXELS, SHOWN_LARGE = 128, 36  # images from this side on: fewer of them
+TARGET_POINTS = 4096  # training points behind samples that are points
 TRUNCATED = 10  # samples decoded from their first numbers alone
 
 
@@ -35,7 +34,6 @@ class SampleSettings:
     reads=lambda settings, row: [workspace.density_file(row), workspace.codes_folder(settings.density.codes)],
     writes=lambda settings, row: [
         workspace.samples_folder(row),
-        workspace.figure_folder("sample", row),
         workspace.arrays_folder("sample", row),
     ],
     ranks=True,
@@ -43,18 +41,16 @@ class SampleSettings:
 def sample(run: Run, settings: SampleSettings) -> None:
     """Draw codes from a density and decode them.
 
-    NAME is a row of `densities`. The number of samples is `sampling.count`; the figure shows the first 100 in the order drawn.
+    NAME is a row of `densities`. The number of samples is `sampling.count`; the page shows the first 100 in the order drawn.
     A warning says so where samples lie far outside the range of the training codes.
     """
-    from pipeline import figures
     from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import load_density
     from pipeline.sampling import range_remark, write_samples
-    from pipeline.sources.common.patches import restore
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
-    from stages.arrays import as_bytes, save_arrays
+    from stages.arrays import as_bytes
 
     ranks = join()
     codes = CodeReader(workspace.codes_folder(settings.density.codes))
@@ -65,41 +61,47 @@ def sample(run: Run, settings: SampleSettings) -> None:
     run.metrics({"samples": index.count("samples")})
     run.details(digest=index.digest, processes=ranks.world)
     if ranks.first:
-        workspace.arrays_folder("sample", run.row).mkdir(parents=True, exist_ok=True)
         samples = ShardReader(workspace.samples_folder(run.row))
         remark = range_remark(samples, codes)
         if remark:
             print(f"warning: sample {run.row}: {remark}", file=sys.stderr)
         drawn = samples.first("samples", SHOWN)
-        first = drawn["examples"]
         if index.kind == "images":
-            run.figure(figures.image_grid(first, columns=10), "samples")
-            few = 9 if index.shape[1] >= LARGE_PIXELS else SIDE_BY_SIDE
-            save_arrays(run, "samples", {"samples": as_bytes(first[:few])})
             assert decoder is not None
+            shown = SHOWN if index.shape[1] < LARGE_PIXELS else SHOWN_LARGE
+            run.arrays("samples", {"samples": as_bytes(drawn["examples"][:shown])})
             if density.dim > 1:
-                run.figure(_truncated(drawn["codes"][:TRUNCATED], decoder), "truncated")
+                run.arrays("truncated", _truncated(drawn["codes"][:TRUNCATED], decoder))
         elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
-            run.figure(figures.image_grid(0.5 + restore(first), columns=10), "samples")
+            run.arrays("samples", {"samples": drawn["examples"]})
         else:
-            run.figure(figures.density_panels(next(codes.blocks("train"))["codes"], {run.row: first}), "samples")
+            target = next(codes.blocks("train"))["codes"][:TARGET_POINTS]
+            run.arrays("samples", {"samples": drawn["examples"][:, :2], "target": target[:, :2]})
     ranks.barrier()
 
 
-def _truncated(codes: np.ndarray, decoder: Decoder) -> Figure:
-    """The first samples decoded from the first k numbers of their codes, the others being zero, for some k."""
+def _truncated(codes: np.ndarray, decoder: Decoder) -> dict[str, np.ndarray]:
+    """The first samples decoded from the first k numbers of their codes, the others being zero, for some k.
+
+    Arguments:
+        codes: Codes with shape (n, D).
+        decoder: Their decoder.
+
+    Returns:
+        `ks` with shape (K,), ascending to D, and `images` in 8 bits with shape (K, n, C, H, W).
+    """
     import numpy as np
     import torch
 
-    from pipeline import figures
     from pipeline.storage.shards import to_unit
+    from stages.arrays import as_bytes
 
     dim = codes.shape[1]
-    ks = range(1, dim + 1) if dim <= 10 else sorted({round(float(k)) for k in np.geomspace(1, dim, 8)})
-    rows = {}
+    ks = list(range(1, dim + 1)) if dim <= 10 else sorted({round(float(k)) for k in np.geomspace(1, dim, 8)})
+    images = []
     for k in ks:
         kept = torch.from_numpy(np.where(np.arange(dim) < k, codes, 0).astype(np.float32))
         with torch.no_grad():
-            images = to_unit(decoder(kept.to(next(decoder.parameters()).device)), decoder.value_range)
-        rows[f"first {k}" if k < dim else f"all {k}"] = images.cpu().numpy()
-    return figures.image_rows(rows)
+            decoded = to_unit(decoder(kept.to(next(decoder.parameters()).device)), decoder.value_range)
+        images.append(as_bytes(decoded.cpu().numpy()))
+    return {"ks": np.array(ks), "images": np.stack(images)}

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import Ranks
 
-SHOWN = 10  # test images in the figure of reconstructions
-SCATTERED = 5000  # test codes in the figure of a code of two numbers
+SHOWN = 10  # test images with their reconstructions
+SCATTERED = 5000  # test codes of two numbers, or training points, that are left for a picture
+PATCHES = 100  # training patches, likewise
 
 
 @stage(
@@ -26,7 +27,6 @@ SCATTERED = 5000  # test codes in the figure of a code of two numbers
     writes=lambda settings, row: [
         workspace.autoencoder_folder(row),
         workspace.curve_file("train", row),
-        workspace.figure_folder("train", row),
         workspace.arrays_folder("train", row),
     ],
     ranks=True,
@@ -51,7 +51,6 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     reader = ShardReader(workspace.shards_folder(settings.dataset))
     run.read(settings.dataset, reader.index.digest, reader.folder, "training")
     module = implementation("pipeline.autoencoders", settings.objective, "objective")
-    workspace.arrays_folder("train", run.row).mkdir(parents=True, exist_ok=True)
     objective: Objective = module.build(settings, reader.index.shape, reader.index.value_range)
     folder = workspace.autoencoder_folder(run.row)
     if not objective.trained or not isinstance(settings, TrainingSettings):
@@ -59,7 +58,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
             with atomic_folder(folder) as temporary:
                 (temporary / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
             run.curve([])
-            _show_vectors(run, reader, run.params.dataset(settings.dataset).drawn_as)
+            _vectors(run, reader, run.params.dataset(settings.dataset).drawn_as)
         ranks.barrier()
         return
 
@@ -113,20 +112,18 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
 
 
 def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
-    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, a VAE's divergence, and figures.
+    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, a VAE's divergence.
 
-    Ranks share the shards; the first draws the figures.
+    Ranks share the shards; the first also leaves arrays for pictures.
     """
     import numpy as np
     import torch
 
-    from pipeline import figures
-    from pipeline.autoencoders.vae import VariationalObjective, kl_divergence
     from pipeline.evaluation.moments import Moments
     from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
     from pipeline.storage.shards import from_unit, scale_pixels, to_unit
     from pipeline.system.progress import Progress
-    from stages.arrays import as_bytes, save_arrays
+    from stages.arrays import as_bytes
 
     value_range = reader.index.value_range or (0.0, 1.0)
 
@@ -139,10 +136,9 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         return to_unit(objective.decode(codes), value_range).cpu()
 
     @torch.no_grad()
-    def divergence(images: torch.Tensor) -> torch.Tensor:
-        assert isinstance(objective, VariationalObjective)
-        moments = objective.encoder.moments(from_unit(images, value_range).to(ranks.device))
-        return kl_divergence(*moments).sum(1).cpu()
+    def divergence(images: torch.Tensor) -> torch.Tensor | None:
+        values = objective.divergence(from_unit(images, value_range).to(ranks.device))
+        return None if values is None else values.cpu()
 
     def mine(split: str, label: str) -> Iterator[dict[str, np.ndarray]]:
         total = reader.index.count(split)
@@ -158,8 +154,8 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
             images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))
             reconstructions = decode(encode(images))
             score.update(images.numpy(), reconstructions.numpy())
-            if isinstance(objective, VariationalObjective):
-                kl.update(divergence(images).numpy())
+            if (values := divergence(images)) is not None:
+                kl.update(values.numpy())
             if split == "test":
                 shown = shown or (images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy())
         score, *others = ranks.gather(score)
@@ -176,13 +172,11 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     errors, *rest = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
     for more in rest:
         errors.merge(more)
-    run.metrics({f"test_mse_first_{k}": float(mse) for k, mse in zip(ks, errors.mse, strict=True)})
     if not ranks.first:
         return
+    run.arrays("open-dimensions", {"ks": np.array(ks), "mse": errors.mse})
     assert shown is not None
     arrays = {"inputs": as_bytes(shown[0]), "reconstructions": as_bytes(shown[1])}
-    run.figure(figures.image_rows({"input": shown[0], "reconstruction": shown[1]}), "reconstructions")
-    run.figure(figures.open_dimensions({run.row: (list(ks), errors.mse.tolist())}), "open-dimensions")
     if objective.latent_dim == 2:
         codes: list[np.ndarray] = []
         labels: list[np.ndarray] = []
@@ -194,17 +188,10 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         points = np.concatenate(codes)[:SCATTERED]
         colours = np.concatenate(labels)[:SCATTERED] if labels else None
         arrays |= {"codes": points} | ({} if colours is None else {"labels": colours})
-        run.figure(figures.codes_and_reconstructions({run.row: (points, colours, *shown)}), "codes")
-    save_arrays(run, "reconstructions", arrays)
+    run.arrays("reconstructions", arrays)
 
 
-def _show_vectors(run: Run, reader: ShardReader, drawn_as: str) -> None:
-    """A figure of the data."""
-    from pipeline import figures
-    from pipeline.sources.common.patches import restore
-
-    vectors = reader.first("train", 256)["examples"]
-    if drawn_as == "patches":
-        run.figure(figures.image_grid(0.5 + restore(vectors[:100]), columns=10), "training-patches")
-    else:
-        run.figure(figures.density_panels(vectors, {}), "training-points")
+def _vectors(run: Run, reader: ShardReader, drawn_as: str) -> None:
+    """The first training vectors: whole patches, or the first two numbers of points."""
+    vectors = reader.first("train", PATCHES if drawn_as == "patches" else SCATTERED)["examples"]
+    run.arrays("training-vectors", {"vectors": vectors if drawn_as == "patches" else vectors[:, :2]})

@@ -14,6 +14,7 @@ __all__ = [
     "codes_folder",
     "curve_file",
     "density_file",
+    "features_folder",
     "figure_folder",
     "git_state",
     "main_checkout",
@@ -26,6 +27,7 @@ __all__ = [
 # The stages that run over the rows of a table, in the order of the pipeline; `report` runs over all.
 TABLE_OF_STAGE = {
     "prepare": "datasets",
+    "features": "evaluations",
     "control": "controls",
     "train": "autoencoders",
     "extract": "autoencoders",
@@ -38,6 +40,11 @@ TABLE_OF_STAGE = {
 def shards_folder(dataset: str) -> Path:
     """WebDataset shards of a data set."""
     return Path("data/shards") / dataset
+
+
+def features_folder(dataset: str) -> Path:
+    """The feature network of a data set and the features of its test images."""
+    return Path("data/features") / dataset
 
 
 def autoencoder_folder(autoencoder: str) -> Path:
@@ -71,7 +78,7 @@ def curve_file(stage: str, row: str) -> Path:
 
 
 def figure_folder(stage: str, row: str) -> Path:
-    """Pictures of a stage."""
+    """Pictures of a stage, drawn by `report`."""
     return Path("reports/figures") / stage / row
 
 

@@ -29,9 +29,9 @@ evaluations:
   points: {}
 """
 STAGES = (
-    ("prepare", "blobs"), ("control", "blobs"), ("train", "blobs-ae"), ("extract", "blobs-ae"), ("fit", "blobs-lde"),
-    ("sample", "blobs-lde"), ("evaluate", "blobs-lde"), ("prepare", "points"), ("train", "points"), ("extract", "points"),
-    ("fit", "points-lde"), ("sample", "points-lde"), ("evaluate", "points-lde"),
+    ("prepare", "blobs"), ("features", "blobs"), ("control", "blobs"), ("train", "blobs-ae"), ("extract", "blobs-ae"),
+    ("fit", "blobs-lde"), ("sample", "blobs-lde"), ("evaluate", "blobs-lde"), ("prepare", "points"), ("features", "points"),
+    ("train", "points"), ("extract", "points"), ("fit", "points-lde"), ("sample", "points-lde"), ("evaluate", "points-lde"),
 )  # fmt: skip
 # Settings of every family, of a size for tests.
 DENSITIES = {

@@ -143,6 +143,7 @@ def test_tab_completion_without_params(project):
 
 READS = {
     ("prepare", "digits"): [],
+    ("features", "digits"): ["data/shards/digits"],
     ("control", "digits"): ["data/shards/digits"],
     ("train", "digits-ae"): ["data/shards/digits"],
     ("extract", "digits-ae"): ["data/shards/digits", "data/autoencoders/digits-ae"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluation import controls, moments, reconstruction
+from pipeline.evaluation import blocks, controls, moments, reconstruction
 
 
 def split(array, rows):
@@ -81,7 +81,7 @@ def test_no_training_samples_are_refused():
 
 def test_rebatch_keeps_rows():
     rows = np.arange(100)
-    batches = list(controls.rebatch(split(rows, 7)(), 30))
+    batches = list(blocks.rebatch(split(rows, 7)(), 30))
     assert [len(b) for b in batches] == [30, 30, 30, 10]
     np.testing.assert_array_equal(np.concatenate(batches), rows)
 

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pipeline.evaluation.interpolation import WEIGHTS
+from pipeline.evaluation.interpolation import WEIGHTS, interpolation_pairs
 from pipeline.evaluation.reconstruction import opened
-from pipeline.scoring import interpolation_pairs
 from pipeline.settings import Params, read_params
 from stages.arrays import load_arrays
+from stages.workspace import TABLE_OF_STAGE
 
 PARAMS = """\
 datasets:
@@ -73,9 +73,7 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         params = read_params()
-        tables = {"prepare": "datasets", "control": "controls", "train": "autoencoders", "extract": "autoencoders"}
-        tables |= dict.fromkeys(("fit", "sample", "evaluate"), "densities")
-        for stage, table in tables.items():
+        for stage, table in TABLE_OF_STAGE.items():
             for row in params.rows(table):
                 result = run(stage, row)
                 assert result.exit_code == 0, f"{stage} {row}: {result.output}{result.exception!r}"
@@ -117,13 +115,14 @@ def test_training_images_score_as_the_reference():
 def test_interpolation_scores_fall_by_label():
     found = scores("evaluate", "shapes-ae-lde")
     for kind in ("same", "different"):
-        curve = [found[f"interpolation_{kind}_{i / 10:g}"] for i in range(11)]
+        curve = load_arrays("evaluate", "shapes-ae-lde", "interpolation").values[f"{kind}_mean"]
+        assert len(curve) == 11
         assert np.isfinite(curve).all()
         assert found[f"interpolation_{kind}_pairs"] == 40
         ends, middle = (curve[0] + curve[-1]) / 2, np.mean(curve[4:7])
         assert found[f"interpolation_{kind}_fall"] == pytest.approx(ends - middle, abs=1e-6)
     # A prior is a density too; GMMN has no likelihood, and images only.
-    assert "interpolation_same_0.5" in scores("evaluate", "shapes-vae-1-prior")
+    assert "interpolation_same_fall" in scores("evaluate", "shapes-vae-1-prior")
     assert not [key for key in scores("evaluate", "shapes-ae-gmmn") if key.startswith("interpolation")]
 
 
@@ -171,8 +170,11 @@ def test_arrays_of_reconstructions_and_codes():
 
 
 def test_principal_components_stand_beside_the_autoencoders():
-    control = scores("control", "shapes")
-    assert control["pca_test_mse_first_1"] > control["pca_test_mse_first_2"] > 0
+    components = load_arrays("control", "shapes", "open-dimensions").values
+    assert components["ks"].tolist() == [1, 2]
+    assert components["mse"][0] > components["mse"][1] > 0
+    autoencoder = load_arrays("train", "shapes-ae", "open-dimensions").values
+    assert autoencoder["mse"][-1] == pytest.approx(scores("train", "shapes-ae")["test_mse"])
     assert opened(8) == tuple(range(1, 9))
     assert opened(100)[0] == 1
     assert opened(100)[-1] == 100

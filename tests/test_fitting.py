@@ -14,7 +14,9 @@ from scipy import stats
 from pipeline import fitting
 from pipeline.densities.common.density import build_density
 from pipeline.errors import DataError, PipelineError, SettingsError
-from pipeline.fitting import cholesky_factor, discrepancy, fit_density, log_likelihood, score_codes
+from pipeline.evaluation import likelihood
+from pipeline.evaluation.likelihood import log_likelihood, score_codes
+from pipeline.fitting import cholesky_factor, discrepancy, fit_density
 from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
 from pipeline.storage.parts import write_index
@@ -251,9 +253,9 @@ def test_each_rank_scores_its_share_of_codes(monkeypatch: pytest.MonkeyPatch) ->
     density = implementation("pipeline.densities", "gaussian", "family").Gaussian(2)
     blocks = [np.full((1, 2), number, np.float32) for number in range(5)]
     scored: list[int] = []
-    score = fitting.score_codes
+    score = likelihood.score_codes
     monkeypatch.setattr(
-        fitting, "score_codes", lambda density, blocks: score(density, (scored.append(int(b[0, 0])) or b for b in blocks))
+        likelihood, "score_codes", lambda density, blocks: score(density, (scored.append(int(b[0, 0])) or b for b in blocks))
     )
     parts: list[object] = []
     for rank in range(2):

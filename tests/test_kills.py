@@ -23,7 +23,7 @@ import torch, numpy, safetensors.torch, webdataset, matplotlib.figure, pipeline.
 import pipeline.scoring
 import pipeline.extraction, pipeline.sampling, pipeline.fitting, pipeline.autoencoders.ae, pipeline.evaluation.reconstruction
 import pipeline.densities.lde, pipeline.sources.images, torch._dynamo
-import stages.prepare, stages.control, stages.train, stages.extract, stages.fit, stages.sample, stages.evaluate
+import stages.prepare, stages.features, stages.control, stages.train, stages.extract, stages.fit, stages.sample, stages.evaluate
 from stages.__main__ import cli
 for line in sys.stdin:
     folder, stage, row = line.rstrip().split("\\t")

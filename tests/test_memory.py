@@ -19,4 +19,4 @@ def test_ten_times_the_data_take_no_more_memory(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
-    assert {row["stage"] for row in rows} == {"prepare", "control", "train", "extract", "fit", "sample", "evaluate"}
+    assert {row["stage"] for row in rows} == {"prepare", "features", "control", "train", "extract", "fit", "sample", "evaluate"}

@@ -74,7 +74,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.mark.timeout(3000)
 def test_edits_rerun_what_they_touch_and_nothing_else(project: Project) -> None:
-    everything = {"prepare@digits", "prepare@grid", "control@digits", "report"}
+    everything = {"prepare@digits", "prepare@grid", "features@digits", "features@grid", "control@digits", "report"}
     everything |= {f"{stage}@{row}" for stage in ("train", "extract") for row in ("digits-ae", "digits-iae", "grid")}
     everything |= chain("digits-ae-lde", "digits-iae-lde", "grid-lde")
     assert project.repro() == everything
@@ -106,7 +106,7 @@ def test_edits_rerun_what_they_touch_and_nothing_else(project: Project) -> None:
     # A sample count refits nothing.
     project.edit("{count: 200", "{count: 150")
     ran = project.repro()
-    assert not {name for name in ran if name.startswith(("fit", "train", "extract", "prepare"))}
+    assert not {name for name in ran if name.startswith(("fit", "train", "extract", "features", "prepare"))}
     assert {"sample@digits-ae-lde", "evaluate@digits-ae-lde", "control@digits", "report"} <= ran
     project.edit("{count: 150", "{count: 200")
     assert project.repro() == set()

@@ -12,9 +12,9 @@ from pipeline.autoencoders.common.network import Autoencoder
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.densities.gaussian import Gaussian
 from pipeline.errors import DataError
+from pipeline.evaluation.interpolation import labelled_codes
 from pipeline.extraction import extract_codes
 from pipeline.sampling import range_remark, write_samples
-from pipeline.scoring import labelled_codes
 from pipeline.settings import SamplingSettings
 from pipeline.storage.codes import CodeIndex, CodeReader, write_part
 from pipeline.storage.parts import SPLITS, write_index

@@ -22,9 +22,10 @@ from ruamel.yaml import YAML
 from test_sources_files import bsds_files, faces, idx_bytes, jpeg, write_hdf5, write_mat, write_tgz
 from test_sources_images import encode, plain, write_folder, write_zip
 
-from pipeline import fitting, scoring
+from pipeline import fitting
 from pipeline.densities import lde
 from pipeline.errors import PipelineError
+from pipeline.evaluation import interpolation as interpolations
 from pipeline.preparation import prepare_shards
 from pipeline.sampling import write_samples
 from pipeline.settings import (
@@ -611,7 +612,6 @@ def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("stages.run.workspace.git_state", dict)
-    monkeypatch.setattr("stages.run.Run.figure", lambda *arguments: None)
     drawn = [array["train"] for array in draw_marks()]
     arrays = [dict(zip(SPLITS, np.split(array, [60, 90]), strict=True)) for array in drawn]
     monkeypatch.setattr("pipeline.sources.images.open_source", lambda settings, root: Told("images", *arrays))
@@ -625,10 +625,12 @@ def control_scores(control: Row, evaluation: Row) -> object:
     write_params(
         datasets={"marks": dataset}, controls={"row": control}, sampling={"count": 40}, evaluations={"marks": evaluation}
     )
-    result = small.run("control", "row")
-    if result.exit_code:
-        raise PipelineError(result.output)
-    return json.loads(Path("reports/metrics/control/row.json").read_text())
+    for stage, row in (("features", "marks"), ("control", "row")):
+        result = small.run(stage, row)
+        if result.exit_code:
+            raise PipelineError(result.output)
+    arrays = small.files(Path("reports/arrays/control/row"))
+    return json.loads(Path("reports/metrics/control/row.json").read_text()), arrays.get("open-dimensions.safetensors")
 
 
 def test_controls(marks: None) -> None:
@@ -668,7 +670,7 @@ def test_interpolation() -> None:
 
     def look(row: Row) -> object:
         settings = build(InterpolationSettings, row, "interpolation")
-        curves = scoring.interpolation_curves(density, codes, labels, settings)
+        curves = interpolations.interpolation_curves(density, codes, labels, settings)
         return {kind: (curve.mean.tolist(), curve.pairs) for kind, curve in curves.items()}
 
     check(InterpolationSettings, {"pairs": 20}, {"pairs": 21, "seed": 1}, set(), look)

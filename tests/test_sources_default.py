@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
 from pipeline.sources import digits5k, grid, patches, vectors
-from pipeline.sources.common import tables
+from pipeline.sources.common import bars, tables
 from pipeline.sources.common.source import BlockwiseSplit, Source
 from pipeline.storage.parts import SPLITS
 
@@ -98,7 +98,7 @@ def test_grid_density_integrates_to_one(half_length: float) -> None:
     step = 0.02
     axis = np.arange(-half_length - 1 + step / 2, half_length + 1, step)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
-    total = np.exp(grid.log_density(points, half_length)).sum() * step**2
+    total = np.exp(bars.log_density(points, half_length)).sum() * step**2
     assert total == pytest.approx(1, abs=1e-5)
 
 
@@ -107,15 +107,15 @@ def test_dropped_mass_by_quadrature() -> None:
     step = 0.02
     axis = np.arange(-6 + step / 2, 6, step)
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
-    outside = np.exp(grid.log_density(points)).sum() * step**2 * (1 - grid.dropped_mass())
-    assert 1 - outside == pytest.approx(grid.dropped_mass(), abs=1e-5)
+    outside = np.exp(bars.log_density(points)).sum() * step**2 * (1 - bars.dropped_mass())
+    assert 1 - outside == pytest.approx(bars.dropped_mass(), abs=1e-5)
 
 
 def test_grid_log_density_by_hand() -> None:
     # At (4.5, 0.2), on the middle horizontal bar, two deviations up: 1/6 * 1/10 * N(0.2; 0, 0.1), the rest is nothing.
     bar = 1 / 6 / 10 * np.exp(-2) / (0.1 * np.sqrt(2 * np.pi))
-    expected = np.log(bar / (1 - grid.dropped_mass()))
-    np.testing.assert_allclose(grid.log_density(np.array([[4.5, 0.2]])), [expected], rtol=1e-12)
+    expected = np.log(bar / (1 - bars.dropped_mass()))
+    np.testing.assert_allclose(bars.log_density(np.array([[4.5, 0.2]])), [expected], rtol=1e-12)
 
 
 def test_grid_points_follow_the_density() -> None:
@@ -124,20 +124,20 @@ def test_grid_points_follow_the_density() -> None:
     points = read_all(source, "train")
     assert points.shape == (50_000, 2)
     assert points.dtype == np.float32
-    assert not grid.dropped_box(points).any()
-    log_density = grid.log_density(points)
+    assert not bars.dropped_box(points).any()
+    log_density = bars.log_density(points)
     assert np.isfinite(log_density).all()
     # Entropy by quadrature against the mean over points.
     step = 0.02
     axis = np.arange(-6 + step / 2, 6, step)
-    values = grid.log_density(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
+    values = bars.log_density(np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2))
     values = values[np.isfinite(values)]
     entropy = -(np.exp(values) * values).sum() * step**2
     error = log_density.std() / np.sqrt(len(points))
     assert abs(-log_density.mean() - entropy) < 4 * error
     # Shares of the three stretches of the upper horizontal bar's length.
     upper = np.abs(points[:, 1] - 3) < 0.5
-    assert upper.mean() == pytest.approx((1 / 6 * 0.9 + 3 / 6 * 0.1 - 3.2e-5) / (1 - grid.dropped_mass()), abs=0.006)
+    assert upper.mean() == pytest.approx((1 / 6 * 0.9 + 3 / 6 * 0.1 - 3.2e-5) / (1 - bars.dropped_mass()), abs=0.006)
 
 
 def test_grid_splits_differ_and_ranges_agree() -> None:

@@ -22,13 +22,13 @@ from ruamel.yaml import YAML
 from pipeline import fitting, scoring
 from pipeline.autoencoders.common.network import Decoder, Encoder
 from pipeline.densities import Density, load_density
-from pipeline.evaluation import features, quality
+from pipeline.evaluation import features, likelihood, quality
 from pipeline.evaluation.controls import kmeans_centroids
 from pipeline.evaluation.interpolation import draw_pairs
 from pipeline.evaluation.reconstruction import ssim
 from pipeline.evaluation.two_sample import mmd_squared
+from pipeline.sources.common.bars import DROPPED_BOX, log_density
 from pipeline.sources.common.source import Block, Source
-from pipeline.sources.grid import DROPPED_BOX, log_density
 from pipeline.storage.codes import CodeReader
 from pipeline.storage.shards import ShardReader
 from pipeline.system.ranks import Ranks
@@ -124,8 +124,12 @@ class World:
         before = {"extract": "train", "sample": "fit", "evaluate": "sample"}
         if stage in before:
             self.run(before[stage], row)
+            if stage == "evaluate":
+                self.run("features", self.tables["densities"][row]["dataset"])
         elif stage == "control":
-            self.run("prepare", self.tables["controls"][row]["dataset"])
+            self.run("features", self.tables["controls"][row]["dataset"])
+        elif stage == "features":
+            self.run("prepare", row)
         elif stage == "train":
             self.run("prepare", self.tables["autoencoders"][row]["dataset"])
         elif stage == "fit":
@@ -190,12 +194,22 @@ class Scores:
 
     def __init__(self, world: World, stage: str, row: str) -> None:
         world.run(stage, row)
+        self.stage, self.row = stage, row
         self.values = json.loads(Path(f"reports/metrics/{stage}/{row}.json").read_text())
         self.left = set(self.values)
 
     def take(self, key: str) -> Any:
         self.left.discard(key)
         return self.values[key]
+
+    def curve(self, name: str, x: str, y: str, prefix: str) -> None:
+        """Counts the values of an array that the stage left among its scores, as `PREFIX_x`."""
+        arrays = load_arrays(self.stage, self.row, name)
+        assert arrays is not None
+        xs, ys = (arrays.values[key].tolist() for key in (x, y))
+        values = {f"{prefix}_{value:g}": score for value, score in zip(xs, ys, strict=True)}
+        self.values |= values
+        self.left |= set(values)
 
     def equal(self, **expected: Any) -> None:
         """Scores that no split decides."""
@@ -299,6 +313,7 @@ def test_control(world: World) -> None:
         directions = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2]
         return [float(np.square(centred - centred @ directions[:k].T @ directions[:k]).mean()) for k in (1, 2, 3)]
 
+    scores.curve("open-dimensions", "ks", "mse", "pca_test_mse_first")
     keys = [f"pca_test_mse_first_{k}" for k in (1, 2, 3)]
     scores.of("test", lambda split: dict(zip(keys, components("train", split), strict=True)))
     scores.of("train", lambda split: dict(zip(keys, components(split, "test"), strict=True)))
@@ -376,6 +391,7 @@ def test_train(world: World) -> None:
             return found
 
         scores.of(split, twin)
+    scores.curve("open-dimensions", "ks", "mse", "test_mse_first")
     scores.of("test", lambda split: {f"test_mse_first_{k}": float(errors(split, k).mean()) for k in (1, 2, 3)})
     scores.complete()
     shown = load_arrays("train", "marks", "reconstructions")
@@ -536,6 +552,7 @@ def test_evaluate_images(world: World) -> None:
     scores.of("train", nearest)
     density = world.density("marks")
     for kind in ("same", "different"):
+        scores.curve("interpolation", "curve_weights", f"{kind}_mean", f"interpolation_{kind}")
 
         @torch.no_grad()
         def twin(split: str, kind: str = kind) -> dict[str, float]:
@@ -670,8 +687,8 @@ def share(rank: int) -> Ranks:
 
 
 @pytest.mark.parametrize("scored", [
-    lambda density, codes, ranks: fitting.log_likelihood(density, codes.stream("test")(), ranks).number,
-    lambda density, codes, ranks: scoring.test_log_likelihood(density, codes, False, ranks)["test_scored"],
+    lambda density, codes, ranks: likelihood.log_likelihood(density, codes.stream("test")(), ranks).number,
+    lambda density, codes, ranks: likelihood.test_log_likelihood(density, codes, False, ranks)["test_scored"],
 ])  # fmt: skip
 def test_ranks_share_the_codes(world: World, scored: Callable[..., float]) -> None:
     density, codes = world.density("points"), CodeReader("data/codes/points")

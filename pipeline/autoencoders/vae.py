@@ -96,6 +96,10 @@ class VariationalObjective(ImageObjective):
     def __init__(self, settings: Settings, shape: tuple[int, ...], value_range: tuple[float, float]) -> None:
         super().__init__(settings, shape, value_range, variational=True)
 
+    def divergence(self, examples: Tensor) -> Tensor:
+        """The divergence of each image's posterior from the prior, in nats in total, with shape (B,)."""
+        return kl_divergence(*self.encoder.moments(examples)).sum(1)
+
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The loss, in nats an image at the noise scale above, and its parts; `kl` in nats over all dimensions."""
         images = batch["images"]

@@ -159,6 +159,10 @@ class GaussianMixture(Density):
         self.means.copy_(torch.from_numpy(best.means_))
         self.whitening.copy_(torch.from_numpy(best.precisions_cholesky_))
 
+    def chosen(self) -> dict[str, int]:
+        """The number of Gaussians K."""
+        return {"components": self.components}
+
     def _expectation_maximisation(self, codes: np.ndarray, count: int, ridge: float, seed: int) -> Any:
         """The estimator of scikit-learn, fitted with so many Gaussians."""
         from sklearn.exceptions import ConvergenceWarning

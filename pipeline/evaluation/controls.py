@@ -6,43 +6,16 @@ Evaluation of Generative Models, 2016). A model's score means something beside t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
+from pipeline.evaluation.blocks import Blocks, count_rows, rebatch
 from pipeline.system.progress import Progress
 
-__all__ = ["Blocks", "count_rows", "kmeans_centroids", "rebatch", "training_samples"]
-
-Blocks = Callable[[], Iterable[np.ndarray]]  # gives a fresh pass over blocks of rows, each with shape (n, ...)
-
-
-def count_rows(blocks: Blocks) -> int:
-    """Number of rows in a pass over blocks."""
-    return sum(len(block) for block in blocks())
-
-
-def rebatch(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """The same rows in blocks of exactly `rows`, but for the last.
-
-    Example:
-        >>> [len(b) for b in rebatch([np.zeros(3), np.zeros(4)], 2)]
-        [2, 2, 2, 1]
-    """
-    held: list[np.ndarray] = []
-    count = 0
-    for block in blocks:
-        while len(block):
-            part, block = block[: rows - count], block[rows - count :]
-            held.append(part)
-            count += len(part)
-            if count == rows:
-                yield np.concatenate(held)
-                held, count = [], 0
-    if held:
-        yield np.concatenate(held)
+__all__ = ["kmeans_centroids", "training_samples"]
 
 
 def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:

@@ -5,25 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pipeline.errors import DataError
+from pipeline.evaluation.blocks import unit_blocks
 from pipeline.evaluation.moments import Moments
-from pipeline.system.progress import Progress
+from pipeline.settings import QualitySettings
+from pipeline.storage.shards import ShardReader, scale_pixels
+from pipeline.system.files import atomic_file, atomic_folder, read_json, sha256_file, write_json
+from pipeline.system.progress import Progress, track
 
 __all__ = [
     "Classifier",
     "FeatureNetwork",
+    "RealFeatures",
     "classifier_network",
     "extract_features",
     "inception_network",
+    "load_classifier",
+    "read_features",
+    "save_classifier",
     "train_classifier",
     "vgg19_network",
+    "write_features",
 ]
 
 LEARNING_RATE = 3e-3  # of the classifier
@@ -208,3 +220,125 @@ def train_classifier(blocks: LabelledBlocks, classes: int, seed: int, epochs: in
 def classifier_network(classifier: Classifier) -> FeatureNetwork:
     """The features of a trained classifier: F = 128."""
     return FeatureNetwork("classifier", classifier.features)
+
+
+def save_classifier(classifier: Classifier, path: str | Path) -> None:
+    """Writes the classifier's weights as safetensors."""
+    with atomic_file(path) as temporary:
+        save_file({name: value.contiguous() for name, value in classifier.state_dict().items()}, temporary)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Reads what `save_classifier` wrote, in evaluation mode.
+
+    Raises:
+        DataError: When the file is missing, damaged or holds something else.
+    """
+    try:
+        tensors = load_file(path)
+        classifier = Classifier(tensors["hidden.0.weight"].shape[1], tensors["head.weight"].shape[0])
+        classifier.load_state_dict(tensors)
+    except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{path} can't be read ({' '.join(str(error).split())[:200]}); run the stage that writes it again"
+        ) from None
+    return classifier.eval().requires_grad_(False)
+
+
+# What all rows of a data set share -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RealFeatures:
+    """What all rows of a data set are compared with.
+
+    Attributes:
+        network: The network that the features are of.
+        values: Features of all test images, float32 with shape (N, F).
+    """
+
+    network: FeatureNetwork
+    values: NDArray[np.float32]
+
+
+CLASSIFIER, TEST, INDEX = "classifier.safetensors", "test.safetensors", "index.json"
+
+
+def _train_classifier(settings: QualitySettings, reader: ShardReader) -> Classifier:
+    def labelled() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        left = settings.classifier_examples
+        for block in reader.blocks("train"):
+            if "labels" not in block:
+                raise DataError("quality.network: the images have no labels to train the classifier on; use vgg19 or inception")
+            yield scale_pixels(block["examples"], (0.0, 1.0))[:left], block["labels"][:left]
+            left -= len(block["labels"])
+            if left <= 0:
+                return
+
+    classes = len(reader.index.label_names or ()) or 1 + max(int(labels.max()) for _, labels in labelled())
+    return train_classifier(labelled, classes, settings.seed, settings.classifier_epochs)
+
+
+def _network(settings: QualitySettings, folder: Path) -> FeatureNetwork:
+    """The network of the settings; the classifier's weights are in the folder, those of others in a file of their own."""
+    if settings.network == "inception":
+        return inception_network(settings.weights or "")
+    if settings.network == "vgg19":
+        from pipeline.autoencoders.common.perceptual import vgg19_weights
+
+        return vgg19_network(vgg19_weights(settings.weights or ""))
+    return classifier_network(load_classifier(folder / CLASSIFIER))
+
+
+def _features_identity(settings: QualitySettings | None, reader: ShardReader) -> dict[str, Any]:
+    """What decides the features of a data set: its images, the network, and how the classifier is trained."""
+    if settings is None:
+        return {"data": reader.index.digest, "network": None}
+    keys = ("network", "weights", "classifier_examples", "classifier_epochs", "seed")
+    return {"data": reader.index.digest} | {key: getattr(settings, key) for key in keys}
+
+
+def write_features(folder: Path, settings: QualitySettings | None, reader: ShardReader) -> tuple[int, int] | None:
+    """Writes what all rows of a data set share: the classifier where it is the network, and features of all test images.
+
+    Arguments:
+        folder: Where to.
+        settings: Which network, and where its weights come from; None leaves a folder that says so.
+        reader: Shards of the data set; the classifier is trained on its labelled training images.
+
+    Returns:
+        The shape (N, F) of the features, or None.
+
+    Raises:
+        DataError: When there are no labels for the classifier, or no weights where they should be.
+    """
+    settings = settings if reader.index.kind == "images" else None
+    shape: tuple[int, int] | None = None
+    with atomic_folder(folder) as temporary:
+        if settings is not None:
+            if settings.network == "classifier":
+                save_classifier(_train_classifier(settings, reader), temporary / CLASSIFIER)
+            tests = track(unit_blocks(reader, "test")(), reader.index.count("test"), "features of test images")
+            values = extract_features(_network(settings, temporary), tests)
+            shape = (len(values), values.shape[1])
+            save_file({"features": torch.from_numpy(values)}, temporary / TEST)
+        digests = {path.name: sha256_file(path) for path in sorted(temporary.glob("*.safetensors"))}
+        write_json(temporary / INDEX, _features_identity(settings, reader) | {"files": digests})
+    return shape
+
+
+def read_features(folder: Path, settings: QualitySettings, reader: ShardReader) -> RealFeatures:
+    """Reads what `write_features` wrote for the same images and network.
+
+    Raises:
+        DataError: When a file is missing or damaged, or is of other images or settings.
+    """
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict) or not isinstance(digests := index.pop("files", None), dict):
+        raise DataError(f"{folder / INDEX} isn't an index; run the stage that writes it again")
+    if index != _features_identity(settings, reader):
+        raise DataError(f"{folder} holds features of other images or of another network; run the stage that writes it again")
+    for name in (TEST, *([CLASSIFIER] if settings.network == "classifier" else [])):
+        if not (folder / name).is_file() or sha256_file(folder / name) != digests.get(name):
+            raise DataError(f"{folder / name} is missing or damaged; run the stage that writes it again")
+    return RealFeatures(_network(settings, folder), load_file(folder / TEST)["features"].numpy())

@@ -10,12 +10,28 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments, mean_and_error
+from pipeline.settings import InterpolationSettings
+from pipeline.storage.codes import CodeReader
 
-__all__ = ["WEIGHTS", "InterpolationCurve", "draw_pairs", "interpolate", "interpolated_images", "log_likelihood_curve"]
+__all__ = [
+    "CURVE_WEIGHTS",
+    "WEIGHTS",
+    "InterpolationCurve",
+    "draw_pairs",
+    "interpolate",
+    "interpolated_images",
+    "interpolation_curves",
+    "interpolation_pairs",
+    "labelled_codes",
+    "log_likelihood_curve",
+]
 
 WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # section 4.2.2
+CURVE_WEIGHTS = tuple(i / 10 for i in range(11))
+INTERPOLATED = 20_000  # test codes that pairs are drawn from, at most, the first of the split
 
 
 def interpolate(first: Tensor, last: Tensor, weights: Sequence[float] = WEIGHTS) -> Tensor:
@@ -164,3 +180,77 @@ def interpolated_images(
     """
     images = decode(interpolate(first[None], last[None], weights)[:, 0])
     return images.float().cpu().numpy()
+
+
+def labelled_codes(codes: CodeReader) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+    """The first test codes with shape (N, D), and their labels with shape (N,).
+
+    No labels are given where pairs can't be told apart by them: all are equal, or no two are.
+    """
+    blocks = list(codes.blocks("test", INTERPOLATED))
+    values = np.concatenate([block["codes"] for block in blocks])
+    if not all("labels" in block for block in blocks):
+        return values, None
+    labels = np.concatenate([block["labels"] for block in blocks])
+    return values, labels if 1 < len(np.unique(labels)) < len(labels) else None
+
+
+def interpolation_curves(
+    density: Density,
+    codes: NDArray[np.float32],
+    labels: NDArray[np.int64] | None,
+    settings: InterpolationSettings,
+) -> dict[str, InterpolationCurve]:
+    """Log-likelihood of interpolated codes against the weight (Figure 10), for pairs of the `same` and of `different` labels.
+
+    Arguments:
+        density: A density with likelihood.
+        codes: Test codes with shape (N, D).
+        labels: Their labels with shape (N,); without them there is one curve, `any`.
+        settings: Number and seed of the pairs.
+    """
+    device = density.shift.device
+
+    def log_prob(z: Tensor) -> Tensor:
+        return density.log_prob(z.to(device))
+
+    kinds = {"any": True} if labels is None else {"same": True, "different": False}
+    values = np.zeros(len(codes), np.int64) if labels is None else labels
+    return {
+        kind: log_likelihood_curve(codes, draw_pairs(values, settings.pairs, same, settings.seed), log_prob, CURVE_WEIGHTS)
+        for kind, same in kinds.items()
+    }
+
+
+def interpolation_pairs(
+    count: int, labels: NDArray[np.int64] | None, names: Sequence[str], seed: int, pairs: int = 2
+) -> list[tuple[str, NDArray[np.int64]]]:
+    """Pairs of test examples to show (Figure 7): within each of two labels and across, or of the same and different labels.
+
+    Arguments:
+        count: Number of test examples N.
+        labels: Their labels with shape (N,), or None.
+        names: Names of the labels.
+        seed: Seed of the draw.
+        pairs: Pairs of a kind.
+
+    Returns:
+        What each pair is, and its two indices.
+    """
+    if labels is None:
+        return [("any two", pair) for pair in draw_pairs(np.zeros(count), 2 * pairs, True, seed)]
+    present = np.unique(labels).tolist()
+    shown: list[tuple[str, NDArray[np.int64]]] = []
+    if len(present) == 2:
+        for label in present:
+            members = np.flatnonzero(labels == label)
+            if len(members) > 1:
+                name = f"within {names[label]}" if label < len(names) else f"within {label}"
+                shown += [(name, members[pair]) for pair in draw_pairs(np.zeros(len(members)), pairs, True, seed)]
+    else:
+        shown += [("same label", pair) for pair in draw_pairs(labels, pairs, True, seed)]
+    across = draw_pairs(labels, pairs, False, seed)
+    if len(present) == 2:
+        # The first domain at the left throughout.
+        across = np.stack([pair if labels[pair[0]] == present[0] else pair[::-1] for pair in across])
+    return [*shown, *(("across" if len(present) == 2 else "different labels", pair) for pair in across)]

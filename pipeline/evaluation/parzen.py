@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluation.controls import Blocks
+from pipeline.evaluation.blocks import Blocks
 from pipeline.evaluation.moments import Moments
 
 __all__ = ["Blocks", "ParzenScore", "ParzenSums", "chunk_sums", "log_likelihoods", "merge", "score"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from pipeline.errors import DataError
-from pipeline.evaluation.controls import Blocks, rebatch
+from pipeline.evaluation.blocks import Blocks, rebatch
 from pipeline.evaluation.moments import Moments
 
 __all__ = ["OpenDimensions", "PrincipalComponents", "ReconstructionScore", "open_dimension_errors", "opened", "psnr", "ssim"]

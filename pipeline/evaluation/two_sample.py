@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, mean_and_error
+from pipeline.sources.common.bars import DROPPED_BOX, log_density
 
-__all__ = ["RELATIVE_BANDWIDTHS", "median_distance", "mmd_squared", "share_in_box"]
+__all__ = ["RELATIVE_BANDWIDTHS", "grid_scores", "median_distance", "mmd_squared", "share_in_box"]
 
 RELATIVE_BANDWIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the median distance: fine structure counts as coarse does
 TILE = 1024
+COMPARED = 5_000  # samples, and as many test points, whose discrepancy is taken: all pairs count
 SMALLEST_EXPONENT = -80.0
 
 
@@ -89,3 +91,25 @@ def share_in_box(points: NDArray[np.floating], lower: ArrayLike, upper: ArrayLik
     """
     inside = ((points > np.asarray(lower)) & (points < np.asarray(upper))).all(axis=1)
     return mean_and_error(inside)
+
+
+def grid_scores(samples: np.ndarray, test: np.ndarray, half_length: float) -> dict[str, float]:
+    """Scores of samples of the grid density, whose truth is known.
+
+    Arguments:
+        samples: Samples with shape (n, 2).
+        test: Test points with shape (N, 2).
+        half_length: Half the length of a bar.
+
+    Returns:
+        The truth's own test log-likelihood in nats; the share of samples in the dropped box, where it has no mass, with its
+        standard error; and the squared maximum mean discrepancy of samples and test points.
+    """
+    low, high = np.array(DROPPED_BOX).T
+    share = share_in_box(samples, low, high)
+    return {
+        "truth_test_log_likelihood": float(log_density(test, half_length).mean()),
+        "samples_in_dropped_box": share.mean,
+        "samples_in_dropped_box_se": share.standard_error,
+        "mmd_squared": mmd_squared(test[:COMPARED], samples[:COMPARED]),
+    }

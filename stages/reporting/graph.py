@@ -153,8 +153,11 @@ class Graph:
                 self._join(extracted, fitted)
             starts.append(trained)
             ends += [] if fits else [extracted]
-        for control in [n for n in params.rows("controls") if params.control(n).dataset == dataset]:
-            node = self._place("control", control, COLUMNS.index("train"), lane)
+        # What isn't a chain of its own: the features that all rows share, and the controls.
+        shared = [("features", name) for name in params.rows("evaluations") if name == dataset]
+        shared += [("control", name) for name in params.rows("controls") if params.control(name).dataset == dataset]
+        for stage, row in shared:
+            node = self._place(stage, row, COLUMNS.index("train"), lane)
             starts.append(node)
             ends.append(node)
             lane += 1
@@ -167,7 +170,7 @@ class Graph:
 
     def _place(self, stage: str, row: str, column: int, lane: float) -> Node:
         state = self._states.get((stage, row))
-        name = f"control {row}" if stage == "control" else row
+        name = f"{stage} {row}" if stage in ("features", "control") else row
         name = name if len(name) <= 19 else name[:18] + "…"
         title = f"{stage} {row}" if stage != row else stage
         if state is not None and state.finished:

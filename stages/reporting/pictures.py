@@ -1,4 +1,4 @@
-"""Pictures of the report, each with what to look for: those that stages left, and plots of all rows of a data set together."""
+"""Pictures of the report, drawn from the arrays that stages left: those of each row, and plots of all rows of a data set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import functools
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["COMBINED", "Picture", "autoencoders_of", "combined_pictures", "densities_of", "draw_combined", "pictures"]
+__all__ = [
+    "COMBINED",
+    "FIGURES",
+    "Picture",
+    "autoencoders_of",
+    "combined_pictures",
+    "densities_of",
+    "draw_combined",
+    "draw_row",
+    "pictures",
+]
 
 REPORTS = Path("reports")
-COMBINED = REPORTS / "combined"
+COMBINED, FIGURES = REPORTS / "combined", REPORTS / "figures"
 # Table for `dvc plots` -> the stage whose curves it holds, and their column.
 TABLES = {
     "training-loss": ("train", "loss"),
@@ -32,6 +42,7 @@ TABLES = {
     "validation": ("fit", "valid_log_likelihood"),
 }
 Values = dict[str, list[tuple[float, float]]]  # by row: (step, value)
+SIDE_BY_SIDE, LARGE_PIXELS, LARGE_SIDE_BY_SIDE = 36, 128, 9  # samples of a row next to those of others; fewer of large images
 RECONSTRUCTED = 6  # test images in the figure of all autoencoders
 CAPTIONS = Path(__file__).parent / "templates" / "captions.yaml"
 
@@ -92,7 +103,7 @@ def _picture(path: Path, stage: str, name: str, drawn_as: str | None = None) -> 
 
 
 def pictures(stage: str, row: str, drawn_as: str | None = None, skip: Sequence[str] = ()) -> list[Picture]:
-    """The pictures that a stage left, in order of their names.
+    """The pictures of a stage's row that `report` has drawn, in order of their names.
 
     Arguments:
         stage: Name of the stage.
@@ -102,6 +113,185 @@ def pictures(stage: str, row: str, drawn_as: str | None = None, skip: Sequence[s
     """
     paths = sorted(workspace.figure_folder(stage, row).glob("*.png"))
     return [_picture(path, stage, path.stem, drawn_as) for path in paths if path.stem not in skip]
+
+
+# One row --------------------------------------------------------------------------------------------------------------
+
+
+def draw_row(params: Params, stage: str, row: str, folder: Path) -> list[Path]:
+    """Draws the pictures of a stage's row from the arrays that the stage left.
+
+    Arguments:
+        params: All tables.
+        stage: Name of the stage.
+        row: Name of the row.
+        folder: Where they are written, as `NAME.png`.
+
+    Returns:
+        The files.
+    """
+    from pipeline.figures import save_figure
+
+    paths = []
+    for name, draw in DRAWN.get(stage, {}).items():
+        if (figure := draw(params, row)) is not None:
+            paths.append(folder / f"{name}.png")
+            save_figure(figure, paths[-1])
+    return paths
+
+
+def _images(stage: str, name: str, key: str) -> Callable[[Params, str], Figure | None]:
+    """A drawing of the images of an array, ten in a row."""
+
+    def draw(_params: Params, row: str) -> Figure | None:
+        from pipeline.figures import image_grid
+
+        arrays = load_arrays(stage, row, name)
+        return None if arrays is None else image_grid(arrays.values[key] / 255, columns=10)
+
+    return draw
+
+
+def _training_vectors(params: Params, row: str) -> Figure | None:
+    from pipeline.figures import density_panels, image_grid
+    from pipeline.sources.common.patches import restore
+
+    arrays = load_arrays("train", row, "training-vectors")
+    if arrays is None:
+        return None
+    vectors = arrays.values["vectors"]
+    if params.dataset(params.autoencoder(row).dataset).drawn_as == "patches":
+        return image_grid(0.5 + restore(vectors), columns=10)
+    return density_panels(vectors, {})
+
+
+def _row_reconstructions(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import image_rows
+
+    arrays = load_arrays("train", row, "reconstructions")
+    if arrays is None:
+        return None
+    return image_rows({"input": arrays.values["inputs"] / 255, "reconstruction": arrays.values["reconstructions"] / 255})
+
+
+def _row_open_dimensions(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import open_dimensions
+
+    arrays = load_arrays("train", row, "open-dimensions")
+    return None if arrays is None else open_dimensions({row: (arrays.values["ks"], arrays.values["mse"])})
+
+
+def _row_codes(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import codes_and_reconstructions
+
+    arrays = load_arrays("train", row, "reconstructions")
+    if arrays is None or "codes" not in arrays.values:
+        return None
+    values = arrays.values
+    images = values["inputs"] / 255, values["reconstructions"] / 255
+    return codes_and_reconstructions({row: (values["codes"], values.get("labels"), *images)})
+
+
+def _row_samples(params: Params, row: str) -> Figure | None:
+    from pipeline.figures import density_panels, image_grid
+    from pipeline.sources.common.patches import restore
+
+    arrays = load_arrays("sample", row, "samples")
+    if arrays is None:
+        return None
+    dataset, samples = params.dataset(params.density(row).dataset), arrays.values["samples"]
+    if samples.dtype == "uint8":
+        return image_grid(samples / 255, columns=10)
+    if dataset.drawn_as == "patches":
+        return image_grid(0.5 + restore(samples), columns=10)
+    return density_panels(arrays.values["target"], {row: samples})
+
+
+def _truncated(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import image_rows
+
+    arrays = load_arrays("sample", row, "truncated")
+    if arrays is None:
+        return None
+    ks, images = arrays.values["ks"].tolist(), arrays.values["images"] / 255
+    return image_rows({f"first {k}" if k < ks[-1] else f"all {k}": i for k, i in zip(ks, images, strict=True)})
+
+
+def _parzen_bandwidth(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import parzen_curves
+
+    arrays = load_arrays("evaluate", row, "parzen-bandwidth")
+    if arrays is None:
+        return None
+    return parzen_curves(arrays.values["bandwidths"], {row: arrays.values["valid_log_likelihood"]}, *arrays.names)
+
+
+def _nearest_training_images(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import image_rows
+
+    arrays = load_arrays("evaluate", row, "nearest-training-images")
+    if arrays is None:
+        return None
+    names = [f"RMSE {distance:.3f}" for distance in arrays.values["distances"].tolist()]
+    samples, neighbours = arrays.values["samples"] / 255, arrays.values["neighbours"] / 255
+    return image_rows({"sample": samples, "nearest": neighbours}, column_names=names)
+
+
+def _row_interpolations(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import interpolation_panels
+
+    arrays = load_arrays("evaluate", row, "interpolation")
+    if arrays is None or "images" not in arrays.values:
+        return None
+    ends, images = arrays.values["originals"] / 255, arrays.values["images"] / 255
+    panels = [("", first, last, {name: i}) for name, (first, last), i in zip(arrays.names, ends, images, strict=True)]
+    return interpolation_panels(panels, arrays.values["weights"].tolist())
+
+
+def _row_interpolation_curves(params: Params, row: str) -> Figure | None:
+    label = params.dataset(params.density(row).dataset).label
+    return _interpolation_curves([row], {row: row}, label, fewest=1)
+
+
+def _samples_beside_target(params: Params, row: str) -> Figure | None:
+    return _grid_samples(params, [row], {row: row}, fewest=1)
+
+
+def _log_density(params: Params, row: str) -> Figure | None:
+    return _grid_log_density(params, [row], {row: row}, fewest=1)
+
+
+def _patches_beside_real(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import patches_beside_real
+    from pipeline.sources.common.patches import restore
+
+    arrays = load_arrays("evaluate", row, "patches")
+    return None if arrays is None else patches_beside_real(restore(arrays.values["real"]), restore(arrays.values["samples"]))
+
+
+# Stage -> name of the picture -> what draws it, or gives None where the row has no such picture.
+DRAWN: Mapping[str, Mapping[str, Callable[[Params, str], Figure | None]]] = {
+    "control": {
+        "training-images": _images("control", "training-images", "images"),
+        "kmeans-centroids": _images("control", "kmeans-centroids", "images"),
+    },
+    "train": {
+        "training-vectors": _training_vectors,
+        "reconstructions": _row_reconstructions,
+        "open-dimensions": _row_open_dimensions,
+        "codes": _row_codes,
+    },
+    "sample": {"samples": _row_samples, "truncated": _truncated},
+    "evaluate": {
+        "parzen-bandwidth": _parzen_bandwidth,
+        "nearest-training-images": _nearest_training_images,
+        "interpolations": _row_interpolations,
+        "interpolation-log-likelihood": _row_interpolation_curves,
+        "samples-beside-target": _samples_beside_target,
+        "log-density": _log_density,
+        "patches-beside-real": _patches_beside_real,
+    },
+}
 
 
 # Rows side by side ---------------------------------------------------------------------------------------------------
@@ -147,8 +337,8 @@ def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
     shown = {name: name.removeprefix(f"{dataset}-") for name in (*autoencoders, *densities)}
     return {
         "samples": _samples(densities, shown),
-        "grid-samples": _grid_samples(params, dataset, shown),
-        "grid-log-density": _grid_log_density(params, dataset, shown),
+        "grid-samples": _grid_samples(params, densities, shown),
+        "grid-log-density": _grid_log_density(params, densities, shown),
         "reconstructions": _reconstructions(autoencoders, shown),
         "codes": _codes(variational),
         "trade-off": _trade_off(variational),
@@ -173,37 +363,43 @@ def _samples(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
     from pipeline.figures import image_panels
 
     found = {row: load_arrays("sample", row, "samples") for row in rows}
-    panels = {shown[row]: arrays.values["samples"] / 255 for row, arrays in found.items() if arrays is not None}
-    few = any(len(images) <= 9 for images in panels.values())
-    return image_panels(panels, columns=3 if few else 6) if len(panels) > 1 else None
+    panels = {shown[row]: arrays.values["samples"] for row, arrays in found.items() if arrays is not None}
+    panels = {row: samples for row, samples in panels.items() if samples.dtype == "uint8"}  # not of vectors
+    if len(panels) < 2:
+        return None
+    large = any(samples.shape[-1] >= LARGE_PIXELS for samples in panels.values())
+    count, columns = (LARGE_SIDE_BY_SIDE, 3) if large else (SIDE_BY_SIDE, 6)
+    return image_panels({row: samples[:count] / 255 for row, samples in panels.items()}, columns=columns)
 
 
-def _grid_arrays(params: Params, dataset: str, shown: Mapping[str, str]) -> tuple[dict[str, Mapping[str, NDArray[Any]]], float]:
+def _grid_arrays(
+    params: Params, rows: Sequence[str], shown: Mapping[str, str]
+) -> tuple[dict[str, Mapping[str, NDArray[Any]]], float]:
     """What `evaluate` left of each row on the grid density, by the name shown, and the end of the axes."""
-    found = {shown[row]: load_arrays("evaluate", row, "grid") for row in densities_of(params, dataset)}
-    half_length = float(getattr(params.dataset(dataset), "half_length", 5.0))
+    found = {shown[row]: load_arrays("evaluate", row, "grid") for row in rows}
+    half_length = float(getattr(params.dataset(params.density(rows[0]).dataset), "half_length", 5.0)) if rows else 0.0
     return {row: arrays.values for row, arrays in found.items() if arrays is not None}, half_length + 1
 
 
-def _grid_samples(params: Params, dataset: str, shown: Mapping[str, str]) -> Figure | None:
-    """Figure 5: samples of each row over the target's."""
+def _grid_samples(params: Params, rows: Sequence[str], shown: Mapping[str, str], fewest: int = 2) -> Figure | None:
+    """Figure 5: samples of each row over the target's, of `fewest` rows at least."""
     from pipeline.figures import density_panels
-    from pipeline.sources.grid import DROPPED_BOX
+    from pipeline.sources.common.bars import DROPPED_BOX
 
-    found, limit = _grid_arrays(params, dataset, shown)
-    if len(found) < 2:
+    found, limit = _grid_arrays(params, rows, shown)
+    if len(found) < fewest:
         return None
     target = next(iter(found.values()))["target"]
     return density_panels(target, {row: arrays["samples"] for row, arrays in found.items()}, limit, DROPPED_BOX)
 
 
-def _grid_log_density(params: Params, dataset: str, shown: Mapping[str, str]) -> Figure | None:
-    """Figure 5, as heat maps: log-density of the truth and of each row that has one."""
+def _grid_log_density(params: Params, rows: Sequence[str], shown: Mapping[str, str], fewest: int = 2) -> Figure | None:
+    """Figure 5, as heat maps: log-density of the truth and of each row that has one, of `fewest` rows at least."""
     from pipeline.figures import log_density_maps
 
-    found, limit = _grid_arrays(params, dataset, shown)
+    found, limit = _grid_arrays(params, rows, shown)
     maps = {row: arrays["model"] for row, arrays in found.items() if "model" in arrays}
-    if len(maps) < 2:
+    if len(maps) < fewest:
         return None
     truth = next(arrays["truth"] for arrays in found.values() if "truth" in arrays)
     return log_density_maps({"truth": truth} | maps, limit)
@@ -289,8 +485,8 @@ def _interpolations(params: Params, rows: Sequence[str], shown: Mapping[str, str
     return interpolation_panels(panels, first.values["weights"].tolist())
 
 
-def _interpolation_curves(rows: Sequence[str], shown: Mapping[str, str], label: str) -> Figure | None:
-    """Figure 10: log-likelihood between test codes of the same label (or domain) and of different ones."""
+def _interpolation_curves(rows: Sequence[str], shown: Mapping[str, str], label: str, fewest: int = 2) -> Figure | None:
+    """Figure 10: log-likelihood between test codes of the same label (or domain) and of different ones, of `fewest` rows."""
     import numpy as np
 
     from pipeline.figures import curve_panels, pair_kinds
@@ -307,7 +503,7 @@ def _interpolation_curves(rows: Sequence[str], shown: Mapping[str, str], label: 
         }
         if lines:
             panels[shown[row]], weights = lines, values["curve_weights"].tolist()
-    if len(panels) < 2:
+    if len(panels) < fewest:
         return None
     return curve_panels(panels, weights, "weight a of the second code", "log-likelihood of the code (nats)")
 
@@ -316,13 +512,9 @@ def _open_dimensions(rows: Sequence[str], controls: Sequence[str], shown: Mappin
     """Test error against the number of open dimensions: each autoencoder's, and principal components."""
     from pipeline.figures import open_dimensions
 
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    sources = [("train", row, "test_mse_first_", shown[row]) for row in rows]
-    sources += [("control", row, "pca_test_mse_first_", "principal components") for row in controls]
-    for stage, row, prefix, name in sources:
-        errors = {int(key.removeprefix(prefix)): v for key, v in read_metrics(stage, row).items() if key.startswith(prefix)}
-        if errors:
-            series[name] = sorted(errors), [errors[k] for k in sorted(errors)]
+    names = [("train", row, shown[row]) for row in rows] + [("control", row, "principal components") for row in controls]
+    found = {name: load_arrays(stage, row, "open-dimensions") for stage, row, name in names}
+    series = {name: (arrays.values["ks"], arrays.values["mse"]) for name, arrays in found.items() if arrays is not None}
     return open_dimensions(series) if series else None
 
 

@@ -90,6 +90,11 @@ class Tracker:
             return
         self._send(start={"name": name, "tags": dict(tags), "params": dict(params), "pid": os.getpid()})
 
+    @property
+    def on(self) -> bool:
+        """Whether anything is tracked."""
+        return self._process is not None
+
     def _send(self, **message: object) -> None:
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError, ValueError):

@@ -98,6 +98,10 @@ class Objective(Trainable):
         """The examples, in the range of the data set, of codes with shape (B, D)."""
         raise NotImplementedError
 
+    def divergence(self, examples: Tensor) -> Tensor | None:
+        """Divergence of each example's posterior from the prior, in nats in total, with shape (B,); None without posterior."""
+        return None
+
     def open_dimensions(self, step: Step) -> int:
         """Dimensions of the code in use at a step of training."""
         raise NotImplementedError

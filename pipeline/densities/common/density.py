@@ -113,6 +113,10 @@ class Density(nn.Module):
         """`estimate` on standardised codes."""
         raise PipelineError(f"'{self.family}' is trained by gradient steps on its loss, not in one go")
 
+    def chosen(self) -> dict[str, int]:
+        """What `estimate` chose among the options' candidates, by name; for the metrics of `fit`."""
+        return {}
+
     def hidden_matrices(self) -> list[Tensor]:
         """The weights between hidden layers, matrices or stacks of them, of families that can be trained by Muon."""
         return []

@@ -1,0 +1,77 @@
+"""Log-likelihoods of codes under a density, with their standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from pipeline.densities import Density
+from pipeline.errors import DataError
+from pipeline.evaluation.moments import GroupedMoments, Mean, Moments
+from pipeline.storage.codes import CodeReader
+from pipeline.system.progress import Progress
+from pipeline.system.ranks import Ranks
+
+__all__ = ["log_likelihood", "score_codes", "test_log_likelihood"]
+
+FEWEST_GROUPS = 5  # below that, a standard error over groups says nothing
+SCORED_AT_ONCE = 8192  # codes, between two lines of progress
+
+
+@torch.no_grad()
+def score_codes(density: Density, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Log-likelihoods (n,) in nats, float64, of blocks of codes (n, D)."""
+    device = density.shift.device
+    for block in blocks:
+        yield density.log_prob(torch.from_numpy(block).to(device)).double().cpu().numpy()
+
+
+def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks | None = None) -> Mean:
+    """Mean log-likelihood of codes in nats, with its standard error; a rank scores its share of the blocks."""
+    moments = Moments()
+    mine = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)
+    for values in score_codes(density, mine):
+        moments.update(values)
+    if ranks is not None and ranks.world > 1:
+        merged = Moments()
+        for count, mean, squares in ranks.gather((moments.count, moments.mean, moments.squares)):
+            merged.merge(Moments(count, mean, squares))
+        moments = merged
+    return moments.result()
+
+
+def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ranks: Ranks) -> dict[str, float]:
+    """Mean log-likelihood of the test codes, in nats, with its standard error; ranks share the codes.
+
+    Arguments:
+        density: The density.
+        codes: The codes.
+        ranks: This process among its peers.
+        by_group: Whether labels name groups that aren't independent, such as the image of a patch: then the standard error
+            over groups is given too, where there are at least five.
+    """
+    mine = GroupedMoments()
+    with Progress(codes.index.count("test"), "scoring test codes", unit="codes", quiet=not ranks.first) as progress:
+        for number, block in enumerate(codes.blocks("test")):
+            if number % ranks.world != ranks.rank:
+                continue
+            labels = block.get("labels", np.zeros(len(block["codes"]), np.int64))
+            for start in range(0, len(labels), SCORED_AT_ONCE):
+                part = slice(start, start + SCORED_AT_ONCE)
+                (values,) = score_codes(density, [block["codes"][part]])
+                mine.update(values, labels[part])
+                progress.advance(len(values) * ranks.world)
+    moments = GroupedMoments()
+    for some in ranks.gather(mine):
+        moments.merge(some)
+    mean, error, count = moments.examples()
+    if not np.isfinite(mean):
+        raise DataError(f"the mean log-likelihood of the test codes is {mean}: the density has diverged; fit it again")
+    scores: dict[str, float] = {"test_log_likelihood": mean, "test_log_likelihood_se": error, "test_scored": float(count)}
+    scores |= {"test_log_likelihood_per_dimension": mean / codes.index.dim}
+    result = moments.groups()
+    if by_group and result.number >= FEWEST_GROUPS:
+        scores |= {"test_log_likelihood_group_se": result.standard_error, "test_groups": result.number}
+    return scores
