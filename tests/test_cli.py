@@ -218,8 +218,8 @@ EDITS = [
     ),
     (lambda d: d["stages"]["fit"]["do"]["deps"].append("stages/gone.py"), f"{PLACE}.fit.deps: stages/gone.py is missing"),
     (lambda d: d["stages"]["fit"]["do"].update(deps=3), f"{PLACE}.fit.deps: expected a list"),
-    (lambda d: d.update(stages=3), f"{STAGES}: expected a table of stages"),
-    (lambda d: [1], f"{STAGES}: expected a table of stages"),
+    (lambda d: d.update(stages=3), f"{PLACE}: expected a table of stages"),
+    (lambda d: [1], f"{PLACE}: expected a table of stages"),
 ]
 
 
