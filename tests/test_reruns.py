@@ -1,0 +1,101 @@
+"""What an edit reruns, by real DVC on a tiny copy of the project whose outputs are only placeholders."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import Project
+
+PARAMS = """\
+datasets:
+  grid: {source: grid, root: data/raw, train_count: 2000, valid_count: 500, test_count: 500}
+controls: {}
+autoencoders:
+  grid: {dataset: grid, objective: identity}
+densities:
+  grid-gaussian: {codes: grid, dataset: grid, family: gaussian}
+  grid-gmm: {codes: grid, dataset: grid, family: gmm, components: [1]}
+  grid-lde: {codes: grid, dataset: grid, family: lde, components: 3, epochs: 1}
+sampling: {count: 200}
+evaluations: {grid: {}}
+"""
+
+
+class Committed:
+    """A project that DVC takes for done."""
+
+    def __init__(self, folder: Path) -> None:
+        from dvc.repo import Repo
+
+        self.folder = folder
+        Project(folder, PARAMS)
+        (folder / "data/raw").mkdir(parents=True, exist_ok=True)
+        (folder / "data/raw/points").touch()
+        with contextlib.chdir(folder), Repo() as repo:
+            for stage in repo.index.stages:
+                for out in stage.outs:
+                    path = Path(out.fs_path)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(f"{stage.addressing}\n")
+            repo.commit(force=True)
+
+    def changed(self) -> set[str]:
+        """Stages that `dvc status` lists."""
+        from dvc.repo import Repo
+
+        with contextlib.chdir(self.folder), Repo() as repo:
+            return set(repo.status())
+
+    def append(self, path: str) -> None:
+        file = self.folder / path
+        file.write_text((file.read_text() if file.exists() else "") + "\n# changed\n")
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Committed:
+    folder = tmp_path_factory.mktemp("reruns") / "project"
+    folder.mkdir()
+    return Committed(folder)
+
+
+@pytest.fixture(autouse=True)
+def _undone(committed: Committed) -> Iterator[None]:
+    """Takes back what a test has changed."""
+    before = {path: path.read_bytes() for path in (committed.folder / "pipeline").rglob("*.py")}
+    yield
+    for path in (committed.folder / "pipeline").rglob("*.py"):
+        if path not in before:
+            path.unlink()
+        elif path.read_bytes() != before[path]:
+            path.write_bytes(before[path])
+
+
+def rows(*names: str) -> set[str]:
+    return {f"{stage}@{name}" for name in names for stage in ("fit", "sample", "evaluate")}
+
+
+def test_a_new_choice_reruns_nothing(committed: Committed) -> None:
+    assert committed.changed() == set()
+    for path in ("sources/stripes.py", "autoencoders/sparse.py", "densities/independent.py"):
+        committed.append(f"pipeline/{path}")
+    assert committed.changed() == set()
+
+
+@pytest.mark.parametrize(
+    ("edited", "listed"),
+    [
+        ("pipeline/densities/gmm.py", rows("grid-gmm")),
+        ("pipeline/figures.py", {"report"}),
+        ("pipeline/sources/celeba.py", set()),
+        ("pipeline/autoencoders/identity.py", {"train@grid"}),
+        ("pipeline/evaluation/likelihood.py", rows("grid-gaussian", "grid-gmm", "grid-lde") - {
+            f"sample@grid-{name}" for name in ("gaussian", "gmm", "lde")
+        }),
+    ],
+)  # fmt: skip
+def test_an_edit_reruns_what_it_decides(committed: Committed, edited: str, listed: set[str]) -> None:
+    committed.append(edited)
+    assert committed.changed() == listed
