@@ -2,7 +2,7 @@
 
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
 2. Mixtures of K Gaussians behind each map: full, tied or diagonal covariances. K and the ridge grow until held-out codes
-   become less likely. The lane with the best score so far goes on first, and half of the time is for them.
+   become less likely for several K. The lane with the best score so far goes on first, and half of the time is for them.
 3. Latent density estimators behind the best maps, in random orders of the dimensions, a small network and a larger one.
 
 Up to 5,000 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
@@ -44,7 +44,7 @@ TRANSFORMS = ("none", "power", "quantile", "asinh")
 COVARIANCES = ("full", "tied", "diagonal")
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200)
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1)
-FRUITLESS = 2  # numbers of components without a gain after which a lane ends
+FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
 NETWORK_CODES = 1_000  # training codes from which networks take part
 NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
@@ -88,11 +88,16 @@ class _Lane:
 
     transform: str
     covariance: str
-    score: float
+    best: Contestant
     components: int = 0  # place in COMPONENTS of the next
     ridge: int = 0  # place in RIDGES of the best so far
     fruitless: int = 0
     seconds: float = 0.0  # of the last fit
+
+    @property
+    def score(self) -> float:
+        """That of the best so far."""
+        return self.best.score.mean
 
 
 @dataclass
@@ -160,8 +165,8 @@ class _Judge:
         """Share of the time that is over."""
         return (time.monotonic() - self.started) / self.limit
 
-    def _enter(self, name: str, family: str, **values: Any) -> float:
-        """Fits a contestant to all folds, and gives its score; -inf for one that can't be fitted."""
+    def _enter(self, name: str, family: str, **values: Any) -> Contestant | None:
+        """Fits a contestant to all folds; none where that can't be done."""
         started = time.monotonic()
         row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
         densities, scores = list[Density](), list[np.ndarray]()
@@ -172,14 +177,14 @@ class _Judge:
                 density = self.fit(rows, fold, f"{self.label}: {name}")
             except (DataError, TrainingError) as error:
                 self.failure = str(error)
-                return -math.inf
+                return None
             densities.append(density)
             with torch.no_grad():
                 scores.append(density.log_prob(torch.from_numpy(codes).to(density.shift.device)).double().cpu().numpy())
         contestant = Contestant(name, densities, np.concatenate(scores), time.monotonic() - started)
         score = contestant.score.mean
         if not math.isfinite(score):
-            return -math.inf
+            return None
         self.contest.contestants.append(contestant)
         if score > self.best:
             self.best = score
@@ -187,34 +192,40 @@ class _Judge:
                 print(
                     f"{self.label}: {name}: {score:.5g} nats held out, {contestant.seconds:.1f} s", file=sys.stderr, flush=True
                 )
-        return score
+        return contestant
 
     def _gaussians(self) -> list[_Lane]:
         """The Gaussian behind each map, and what mixtures go on from."""
         lanes = []
         for transform in TRANSFORMS:
-            score = self._enter(f"{transform}, Gaussian", "gaussian", transform=transform, ridge=1e-6)
-            lanes += [_Lane(transform, covariance, score) for covariance in COVARIANCES]
+            gaussian = self._enter(f"{transform}, Gaussian", "gaussian", transform=transform, ridge=1e-6)
+            if gaussian is not None:
+                lanes += [_Lane(transform, covariance, gaussian) for covariance in COVARIANCES]
         return lanes
 
     def _mixtures(self, lanes: list[_Lane]) -> None:
         while lanes and self._spent() < MIXTURE_SHARE:
             lane = max(lanes, key=lambda lane: (lane.fruitless == 0, lane.score))
-            count, best = COMPONENTS[lane.components], -math.inf
+            best: Contestant | None = None
             for number in range(lane.ridge, len(RIDGES)):
-                score = self._enter_mixture(lane, count, RIDGES[number])
-                if score <= best or self._spent() >= MIXTURE_SHARE:
+                contestant = self._enter_mixture(lane, COMPONENTS[lane.components], RIDGES[number])
+                if contestant is None or (best is not None and contestant.score.mean <= best.score.mean):
                     break
-                best, lane.ridge = score, number
-            lane.fruitless = 0 if best > lane.score else lane.fruitless + 1
-            lane.score = max(lane.score, best)
+                best, lane.ridge = contestant, number
+                if self._spent() >= MIXTURE_SHARE:
+                    break
+            gain = mean_and_error(best.held_out - lane.best.held_out) if best is not None else Mean(-math.inf, 0.0, 0)
+            if best is not None and gain.mean > 0:
+                lane.best, lane.fruitless = best, 0
+            else:
+                lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
             lane.components += 1
             if lane.fruitless >= FRUITLESS or lane.components == len(COMPONENTS) or not self._affordable(lane):
                 lanes.remove(lane)
 
-    def _enter_mixture(self, lane: _Lane, count: int, ridge: float) -> float:
+    def _enter_mixture(self, lane: _Lane, count: int, ridge: float) -> Contestant | None:
         started = time.monotonic()
-        score = self._enter(
+        contestant = self._enter(
             f"{lane.transform}, {count} Gaussian{'s' * (count > 1)}, {lane.covariance}, ridge {ridge:g}",
             "gmm",
             transform=lane.transform,
@@ -224,7 +235,7 @@ class _Judge:
             max_examples=MIXTURE_CODES,
         )
         lane.seconds = time.monotonic() - started
-        return score
+        return contestant
 
     def _affordable(self, lane: _Lane) -> bool:
         """Whether there is time for the next number of Gaussians of a lane."""

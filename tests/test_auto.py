@@ -87,7 +87,7 @@ def test_it_finds_clusters_and_heavy_tails_and_says_so(few: None, capsys: pytest
     torch.testing.assert_close(quartiles, torch.tensor([-1.0, 0.0, 1.0]), atol=0.5, rtol=0)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("fitting: none, Gaussian: ")
-    assert " nats, " in lines[-1]
+    assert " nats held out, " in lines[-1]
 
 
 def test_large_sets_have_one_fold_and_networks(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
