@@ -180,6 +180,18 @@ def test_the_optimizer_is_the_one_that_is_asked_for() -> None:
     assert (group["betas"], group["weight_decay"], len(group["params"])) == ((0.8, 0.9), 0.3, 6)
 
 
+def test_muon_is_set_as_it_is_asked_for() -> None:
+    class ByMuon(Toy):
+        muon_rate = 3.0
+
+        def muon_parameters(self, phase: str) -> list[Tensor]:
+            return [self.net[0].weight]
+
+    _, muon = training._optimizers(ByMuon(), "model", dataclasses.replace(SETTINGS, weight_decay=0.3))
+    (group,) = muon.param_groups
+    assert (group["relative"], group["weight_decay"], len(group["params"])) == (3.0, 0.3, 1)
+
+
 def test_the_best_epoch_is_kept() -> None:
     settings = dataclasses.replace(SETTINGS, learning_rate=3.0, ema_decay=0.0, schedule="constant", gradient_clip=0.0)
     model, record = run(settings=settings)
