@@ -1,4 +1,4 @@
-"""Small arrays that a stage leaves, of which `report` draws the page's pictures."""
+"""Small files that a stage leaves for `report`: arrays, of which it draws the page's pictures, and the record of its run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import PipelineError
-from pipeline.system.files import atomic_file
+from pipeline.system.files import atomic_file, read_json, sha256_file
 from stages import workspace
 
-__all__ = ["Arrays", "as_bytes", "load_arrays", "save_arrays"]
+__all__ = ["Arrays", "as_bytes", "check_output", "load_arrays", "read_run", "save_arrays"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,53 @@ def save_arrays(stage: str, row: str, name: str, values: Mapping[str, NDArray[An
     return path
 
 
+def read_run(stage: str, row: str) -> dict[str, Any]:
+    """Seconds, memory, tracked run of a stage, and the digests of its small files; empty when they weren't kept.
+
+    Raises:
+        PipelineError: Naming the stage to run, when the file is damaged.
+    """
+    path = workspace.run_file(stage, row)
+    if not path.exists():
+        return {}
+    try:
+        run = read_json(path) if path.is_file() else None
+    except PipelineError:
+        run = None
+    numbers = ("seconds", "peak_memory_mib", "parameters")
+    sound = isinstance(run, dict) and isinstance(run.get("outputs", {}), dict)
+    if not sound or any(not isinstance(run.get(key, 0), (int, float)) for key in numbers):
+        raise PipelineError(f"{path} is damaged; {workspace.rerun(stage, row)}")
+    return dict(run)
+
+
+def check_output(stage: str, row: str, path: Path) -> None:
+    """Compares a small file with the digest that the stage's run kept of it.
+
+    Raises:
+        PipelineError: Naming the stage to run, when the file isn't what the stage wrote.
+    """
+    digest = read_run(stage, row).get("outputs", {}).get(path.as_posix())
+    if not path.is_file() or (digest is not None and digest != sha256_file(path)):
+        raise PipelineError(f"{path} isn't what {stage} {row} wrote; {workspace.rerun(stage, row)}")
+
+
 def load_arrays(stage: str, row: str, name: str) -> Arrays | None:
     """What `save_arrays` wrote; None where the stage left nothing of that name.
 
     Raises:
-        PipelineError: When the file can't be read.
+        PipelineError: When the file can't be read, or isn't what the stage wrote.
     """
     from safetensors import SafetensorError, safe_open
 
     path = workspace.arrays_folder(stage, row) / f"{name}.safetensors"
-    if not path.is_file():
+    if not path.exists():
         return None
+    check_output(stage, row, path)
     try:
         with safe_open(path, "numpy") as file:
             values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             return Arrays(values, json.loads((file.metadata() or {}).get("names", "[]")))
     except (SafetensorError, OSError, ValueError) as error:
-        raise PipelineError(f"{path} can't be read ({error}); run `dvc repro -f {stage}@{row}`") from None
+        problem = " ".join(str(error).split())[:200]
+        raise PipelineError(f"{path} can't be read ({problem}); {workspace.rerun(stage, row)}") from None

@@ -48,6 +48,7 @@ def report(params_file: str, dry_run: bool, show: bool) -> None:
 
 
 def _report(params: Params) -> None:
+    from stages.arrays import check_output, read_run
     from stages.reporting.graph import repro_started, stage_states
     from stages.reporting.page import page_head, render
     from stages.reporting.pictures import COMBINED, FIGURES, draw_combined, draw_row
@@ -55,6 +56,9 @@ def _report(params: Params) -> None:
     from stages.tracking.client import Tracker
 
     board = build_scoreboard(params)  # also checks that no metrics are missing, before anything is written
+    for stage, row in stages_and_rows(params):
+        for path in read_run(stage, row).get("outputs", {}):
+            check_output(stage, row, Path(path))
     names = {"dvc.stage": os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
     tags = {"stage": "report", **{key: value for key, value in names.items() if value}}
     counts = {table: len(params.rows(table)) for table in ("datasets", "controls", "autoencoders", "densities")}

@@ -21,7 +21,7 @@ import click
 
 from pipeline.errors import PipelineError, printable
 from pipeline.settings import Params, flatten, read_params
-from pipeline.system.files import write_json, write_text
+from pipeline.system.files import sha256_file, write_json, write_text
 from stages import workspace
 from stages.launching.local import PEER_LOST, launched
 from stages.tracking.client import Tracker
@@ -33,6 +33,9 @@ __all__ = ["Run", "one_line_errors", "stage"]
 
 Settings = TypeVar("Settings")
 
+# Folder below data/ -> the stage that writes it.
+WRITER_OF = {"shards": "prepare", "features": "features", "autoencoders": "train", "codes": "extract", "densities": "fit"}
+WRITER_OF["samples"] = "sample"
 OUT_OF_MEMORY = "out of memory: lower batch_size, shuffle_examples or shard_examples"
 FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "a file is too large"}
 
@@ -57,6 +60,7 @@ class Run:
         self.first = os.environ.get("RANK", "0") == "0"
         self.scores: dict[str, float] = {}
         self._details: dict[str, Any] = {}
+        self._outputs: list[Path] = []  # small files that `report` reads, with their digests
         self._when_finished: list[Callable[[], None]] = []
         self._started = time.monotonic()
         tags = {
@@ -87,7 +91,9 @@ class Run:
             return
         columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
         lines = ["\t".join(columns)] + ["\t".join(_cell(row.get(c)) for c in columns) for row in rows]
-        write_text(workspace.curve_file(self.stage, self.row), "\n".join(lines) + "\n")
+        path = workspace.curve_file(self.stage, self.row)
+        write_text(path, "\n".join(lines) + "\n")
+        self._outputs.append(path)
         self.tracker.curve(rows)
 
     def arrays(self, name: str, values: Mapping[str, NDArray[Any]], names: Sequence[str] = ()) -> None:
@@ -101,7 +107,7 @@ class Run:
         from stages.arrays import save_arrays
 
         if self.first:
-            save_arrays(self.stage, self.row, name, values, names)
+            self._outputs.append(save_arrays(self.stage, self.row, name, values, names))
 
     def read(self, name: str, digest: str, path: Path, context: str) -> None:
         """Notes that the run reads a data set, for the lineage."""
@@ -118,6 +124,7 @@ class Run:
             return
         path = workspace.metrics_file(self.stage, self.row)
         write_json(path, self.scores)
+        self._outputs.append(path)
         self.tracker.metrics({k: v for k, v in self.scores.items() if isinstance(v, (int, float))})
         self.tracker.artifact(path, "metrics")
         self._details |= {
@@ -130,7 +137,8 @@ class Run:
         # Under a heading of their own in the UI, below the scores.
         self.tracker.metrics({f"run/{k}": v for k, v in self._details.items() if isinstance(v, (int, float))})
         run_id = self._finish_tracking() if self.tracker.on else None
-        write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, **self._details})
+        digests = {path.as_posix(): sha256_file(path) for path in self._outputs}
+        write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, "outputs": digests, **self._details})
         for action in self._when_finished:
             action()
         print(f"{self.stage} {self.row}: {self._details['seconds']:.1f} s" + _headline(self.scores), flush=True)
@@ -186,13 +194,26 @@ def _peak_memory_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def _with_command(message: str) -> str:
+    """The message with the command that writes a damaged file again, also where DVC's cache holds it so, for "run .. again".
+
+    Example:
+        >>> _with_command("data/codes/grid/index.json isn't an index; run extract again")
+        "data/codes/grid/index.json isn't an index; run `dvc repro -f -s extract@grid`"
+    """
+    place = re.search(rf"\bdata/({'|'.join(WRITER_OF)})/([a-z0-9-]+)", message)
+    if place is None:
+        return message
+    return re.sub(r"run (the stage that writes it|[a-z]+) again", workspace.rerun(WRITER_OF[place[1]], place[2]), message)
+
+
 @contextlib.contextmanager
 def one_line_errors(name: str) -> Any:
     """Turns errors that the user can mend into one line and exit status 1."""
     try:
         yield
     except PipelineError as error:
-        message = str(error)
+        message = _with_command(str(error))
     except OSError as error:
         named = f" ({error.filename})" if error.filename else ""
         if error.errno in FULL:

@@ -19,6 +19,7 @@ __all__ = [
     "git_state",
     "main_checkout",
     "metrics_file",
+    "rerun",
     "run_file",
     "samples_folder",
     "shards_folder",
@@ -90,6 +91,11 @@ def arrays_folder(stage: str, row: str) -> Path:
 def run_file(stage: str, row: str) -> Path:
     """What differs from run to run: seconds, memory, MLflow run."""
     return Path("reports/runs") / stage / f"{row}.json"
+
+
+def rerun(stage: str, row: str) -> str:
+    """The command that writes the files of a stage's row again, also where DVC's cache holds damaged ones."""
+    return f"run `dvc repro -f -s {stage}@{row}`"
 
 
 def checkpoint_folder(stage: str, row: str) -> Path:

@@ -295,7 +295,7 @@ HOSTILE_SHARDS: dict[str, bytes] = {
 @pytest.mark.parametrize("name", HOSTILE_SHARDS)
 def test_hostile_shard(workspace: Path, name: str) -> None:
     forge(SHARDS, "train", padded(HOSTILE_SHARDS[name]))
-    assert "run the stage that writes it again" in refused("extract", "blobs-ae", mention="train-000000.tar")
+    assert "run `dvc repro -f -s prepare@blobs`" in refused("extract", "blobs-ae", mention="train-000000.tar")
 
 
 def test_archive_in_an_archive(workspace: Path) -> None:
@@ -501,7 +501,7 @@ HOSTILE_CODES: dict[str, bytes] = {
 @pytest.mark.parametrize("name", HOSTILE_CODES)
 def test_hostile_codes(workspace: Path, name: str) -> None:
     forge(CODES, "train", padded(HOSTILE_CODES[name], 480) if "tail" not in name else HOSTILE_CODES[name])
-    assert "run extract again" in refused("fit", "blobs-lde", mention="train-000000.safetensors")
+    assert "run `dvc repro -f -s extract@blobs-ae`" in refused("fit", "blobs-lde", mention="train-000000.safetensors")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -652,3 +652,45 @@ def test_other_words_of_the_system(workspace: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("pipeline.system.files.os.replace", replace)
     refused(*stage)
+
+
+# What the report reads ------------------------------------------------------------------------------------------------
+
+REPORTED = (
+    ("evaluate@blobs-lde", Path("reports/metrics/evaluate/blobs-lde.json")),
+    ("fit@points-lde", Path("reports/metrics/fit/points-lde.json")),
+    ("prepare@blobs", Path("reports/metrics/prepare/blobs.json")),
+    ("evaluate@blobs-lde", Path("reports/runs/evaluate/blobs-lde.json")),
+    ("fit@blobs-lde", Path("reports/curves/fit/blobs-lde.tsv")),
+    ("train@blobs-ae", Path("reports/arrays/train/blobs-ae/reconstructions.safetensors")),
+    ("sample@points-lde", Path("reports/arrays/sample/points-lde/samples.safetensors")),
+)
+
+
+def one_digit(data: bytes) -> bytes:
+    place = next(i for i in range(len(data) - 1, -1, -1) if data[i] in b"12345678")
+    return data[:place] + bytes([data[place] + 1]) + data[place + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "list": lambda data: b"[1, 2]",
+    "words": lambda data: b'{"seconds": "many", "outputs": 3, "samples": "x"}',
+    "zeros": lambda data: bytes(len(data)),
+    "digit": one_digit,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("stage", "path"), REPORTED, ids=lambda value: str(value).rpartition("/")[2])
+def test_damaged_reports(workspace: Path, stage: str, path: Path, damage: str) -> None:
+    if damage == "digit" and path.parts[1] == "runs":
+        pytest.skip("a run's seconds are its own record")
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    done = small.run("report")
+    assert done.exit_code == 1, done.output
+    assert done.output.count("\n") == 1
+    assert str(path) in done.output
+    assert f"dvc repro -f -s {stage}" in done.output
+    assert not Path("reports/index.html").exists()

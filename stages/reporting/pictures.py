@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import PipelineError
 from pipeline.settings import Params
 from pipeline.system.files import write_text
 from stages import workspace
-from stages.arrays import Arrays, load_arrays
+from stages.arrays import Arrays, check_output, load_arrays
 from stages.reporting.scoreboard import read_metrics
 
 if TYPE_CHECKING:
@@ -538,9 +539,16 @@ def _read_curves(stage: str, rows: Sequence[str], column: str) -> Values:
     found: Values = {}
     for row in rows:
         path = workspace.curve_file(stage, row)
-        table = pd.read_csv(path, sep="\t") if path.exists() else pd.DataFrame()
+        if not path.exists():
+            continue
+        check_output(stage, row, path)
+        try:
+            table = pd.read_csv(path, sep="\t")
+            table = table[[key for key in ("step", column) if key in table]].apply(pd.to_numeric).dropna()
+        except (OSError, ValueError, TypeError) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+            problem = " ".join(str(error).split())[:200]
+            raise PipelineError(f"{path} can't be read ({problem}); {workspace.rerun(stage, row)}") from None
         if {"step", column} <= set(table.columns):
-            table = table[["step", column]].dropna()
             found[row] = list(zip(table["step"].tolist(), table[column].tolist(), strict=True))
     return found
 

@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.settings import Params
 from pipeline.system.files import read_json
 from stages import workspace
+from stages.arrays import check_output, read_run
 from stages.reporting.published import BENCHMARKS, benchmark_of, best_published, paper_value
 from stages.workspace import TABLE_OF_STAGE
 
@@ -107,25 +108,38 @@ def stages_and_rows(params: Params) -> Iterator[tuple[str, str]]:
             yield stage, row
 
 
-def read_metrics(stage: str, row: str) -> dict[str, Any]:
+class Metrics(dict[str, Any]):
+    """The metrics of a stage, which says what to run when one is missing."""
+
+    def __init__(self, values: Mapping[str, Any], problem: str) -> None:
+        super().__init__(values)
+        self.problem = problem
+
+    def __missing__(self, key: str) -> Any:
+        raise PipelineError(f"{key} is missing: {self.problem}")
+
+
+def read_metrics(stage: str, row: str) -> Metrics:
     """The scores of a stage.
 
     Raises:
-        PipelineError: Naming the stage to run, when they are missing or can't be read.
+        PipelineError: Naming the stage to run, when they are missing, can't be read or aren't what the stage wrote.
     """
     path = workspace.metrics_file(stage, row)
     if not path.exists():
         raise PipelineError(f"{path} is missing; run `dvc repro {stage}@{row}`, or `dvc repro` for all")
-    metrics = read_json(path)
+    check_output(stage, row, path)
+    problem = f"{path} is damaged; {workspace.rerun(stage, row)}"
+    try:
+        metrics = read_json(path)
+    except PipelineError:
+        raise PipelineError(problem) from None
     if not isinstance(metrics, dict):
-        raise PipelineError(f"{path} holds no table of metrics; run `dvc repro -f {stage}@{row}`")
-    return metrics
-
-
-def read_run(stage: str, row: str) -> dict[str, Any]:
-    """Seconds, memory and tracked run of a stage; empty when they weren't kept."""
-    path = workspace.run_file(stage, row)
-    return dict(read_json(path)) if path.exists() else {}
+        raise PipelineError(problem)
+    for key, value in metrics.items():
+        if not (value is None or (isinstance(value, (int, float)) and math.isfinite(value)) or key.endswith("protocol")):
+            raise PipelineError(f"{key}: {problem}")
+    return Metrics(metrics, problem)
 
 
 def build_scoreboard(params: Params) -> pd.DataFrame:
