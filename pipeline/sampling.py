@@ -23,7 +23,7 @@ from pipeline.system.ranks import Ranks, shared_folder
 __all__ = ["draw", "range_remark", "write_samples"]
 
 DECODED = 250  # codes decoded at a time
-OVERFLOW_SHARE = 0.01  # of the codes of a shard that may overflow float32 and be drawn anew
+OVERFLOW_SHARE = 0.01  # of the codes of a shard that may overflow float32 and be drawn again
 OVERFLOW_ROUNDS = 10
 COMPARED = 100_000  # training codes whose range that of samples is compared with, the first of the split
 FAR = 10  # times that range outside of it
@@ -54,12 +54,12 @@ def draw(density: Density, decoder: Decoder | None, count: int, seed: int, numbe
 
 def _finite_codes(density: Density, count: int, generator: torch.Generator) -> Tensor:
     # Far from its data a mixture may have a standard deviation so large that what is drawn overflows float32. Such a code has
-    # no place in a file; a few are drawn anew, and said so. Where there are many, the density has diverged: the caller refuses.
+    # no place in a file; a few are drawn again, and said so. Where there are many, the density has diverged: the caller refuses.
     codes = density.sample(count, generator).float()
     bad = ~torch.isfinite(codes).all(dim=1)
     overflowed = int(bad.sum())
     if 0 < overflowed <= OVERFLOW_SHARE * count:
-        print(f"{overflowed} of {count} codes overflowed float32 and were drawn anew", file=sys.stderr)
+        print(f"{overflowed} of {count} codes overflowed float32 and were drawn again", file=sys.stderr)
         for _ in range(OVERFLOW_ROUNDS):
             codes[bad] = density.sample(int(bad.sum()), generator).float()
             bad = ~torch.isfinite(codes).all(dim=1)

@@ -308,7 +308,7 @@ def test_shapes_that_fit(changes, shape):
             r"^filter_side: .*filter_side \* 2\^\(blocks \+ 1\) = 56 pixels.* 28x28",
         ),
         ({"blocks": 3}, (1, 28, 28), r"^blocks: with 3 blocks .* multiple of 2\^4 = 16 pixels.*'digits' are 28x28"),
-        ({}, (3, 28, 32), "^dataset: images have to be square, and these are 28x32"),
+        ({}, (3, 28, 32), "^dataset: images must be square, and these are 28x32"),
         ({}, (63,), "^dataset: 'digits' holds vectors.*'identity'"),
         ({}, (0,), "^dataset: 'digits' holds vectors"),
         ({"batch_size": 1}, (1, 4, 4), "^batch_size: .* single value .* larger batch_size"),
@@ -334,7 +334,7 @@ def test_shapes_that_do_not_fit(changes, shape, message):
         ({"incremental": {"mode": "linear"}}, r"autoencoders.a.incremental.warm_up_epochs: missing"),
         (
             {"incremental": {"mode": "linear", "warm_up_epochs": 0}},
-            r"autoencoders.a.incremental.warm_up_epochs: has to be positive",
+            r"autoencoders.a.incremental.warm_up_epochs: must be positive",
         ),
         (
             {"incremental": {"mode": "nested_dropout", "warm_up_epochs": 3}},

@@ -224,7 +224,7 @@ def test_report_gives_quality_in_the_table():
         ({"network": "vgg19"}, "quality.weights: missing; vgg19 needs a file"),
         ({"network": "classifier", "weights": "x"}, "quality.weights: the classifier is trained here"),
         ({"network": "resnet"}, "quality.network: expected one of classifier, vgg19, inception"),
-        ({"network": "classifier", "samples": 3}, "quality.samples: has to be at least 20"),
+        ({"network": "classifier", "samples": 3}, "quality.samples: must be at least 20"),
     ],
 )
 def test_bad_quality_is_refused(quality, message):

@@ -63,7 +63,7 @@ def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def refused(*stage: str, mention: str = "") -> str:
-    """Runs a stage that has to refuse; gives its line."""
+    """Runs a stage that must refuse; gives its line."""
     before = small.files(Path("."))
     result = small.run(*stage)
     lines = result.stderr.strip().splitlines()

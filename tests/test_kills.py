@@ -79,7 +79,7 @@ def workspace(folder: Path, epochs: int) -> Path:
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Digests of what has to be the same: data, scores and curves, not seconds."""
+    """Digests of what must be the same: data, scores and curves, not seconds."""
     found = small.files(folder)
     return {k: v for k, v in found.items() if k.startswith(("data/", "reports/")) and not k.startswith("reports/runs/")}
 

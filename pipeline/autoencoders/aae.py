@@ -32,8 +32,8 @@ class Settings(ImageAutoencoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.discriminator_width >= 1, "discriminator_width", "has to be at least 1")
-        check_that(self.discriminator_layers >= 1, "discriminator_layers", "has to be at least 1")
+        check_that(self.discriminator_width >= 1, "discriminator_width", "must be at least 1")
+        check_that(self.discriminator_layers >= 1, "discriminator_layers", "must be at least 1")
 
 
 class AdversarialObjective(ImageObjective):

@@ -32,8 +32,8 @@ class Settings(ImageAutoencoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.code_weight >= 0, "code_weight", "has to be 0 or more")
-        check_that(self.decoder_weight >= 0, "decoder_weight", "has to be 0 or more")
+        check_that(self.code_weight >= 0, "code_weight", "must be 0 or more")
+        check_that(self.decoder_weight >= 0, "decoder_weight", "must be 0 or more")
 
 
 class RegularisedObjective(ImageObjective):

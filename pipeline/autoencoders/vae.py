@@ -30,7 +30,7 @@ class Settings(ImageAutoencoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.kl_weight >= 0, "kl_weight", "has to be 0 or more")
+        check_that(self.kl_weight >= 0, "kl_weight", "must be 0 or more")
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

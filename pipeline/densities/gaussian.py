@@ -29,7 +29,7 @@ class Options(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.ridge >= 0, "ridge", "has to be 0 or more")
+        check_that(self.ridge >= 0, "ridge", "must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

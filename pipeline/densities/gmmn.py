@@ -39,9 +39,9 @@ class Options(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.noise_dim >= 1, "noise_dim", "has to be at least 1")
-        check_that(all(h >= 1 for h in self.hidden), "hidden", "have to be at least 1")
-        check_that(len(self.bandwidths) > 0 and min(self.bandwidths) > 0, "bandwidths", "have to be positive numbers")
+        check_that(self.noise_dim >= 1, "noise_dim", "must be at least 1")
+        check_that(all(h >= 1 for h in self.hidden), "hidden", "must be at least 1")
+        check_that(len(self.bandwidths) > 0 and min(self.bandwidths) > 0, "bandwidths", "must be positive numbers")
 
 
 @dataclass(frozen=True, kw_only=True)

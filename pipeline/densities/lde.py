@@ -120,7 +120,7 @@ class LatentDensityEstimator(Density):
     the values and a mask that is 1 on values and 0 on the padding before them. It is exact: no floor inside the logarithm.
 
     A deep network may be told which dimension it is at by a learned vector for each, added to what the first layer gives there;
-    else it has to count from the padding.
+    else it must count from the padding.
 
     On padding a layer computes the same vector at every position. It is computed once, which leaves out more than a quarter
     of the work. Drawing keeps what the convolutions have seen, so that all D dimensions cost about as much as one `log_prob`.

@@ -32,7 +32,7 @@ class Options(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.components >= 1, "components", "has to be at least 1")
+        check_that(self.components >= 1, "components", "must be at least 1")
         check_that(len(self.hidden) > 0 and min(self.hidden) >= 1, "hidden", "must list numbers of at least 1")
 
 

@@ -30,8 +30,8 @@ class Options(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.components >= 1, "components", "has to be at least 1")
-        check_that(self.hidden >= 1, "hidden", "has to be at least 1")
+        check_that(self.components >= 1, "components", "must be at least 1")
+        check_that(self.hidden >= 1, "hidden", "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def rebatch(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
 
 
 def unit_blocks(reader: ShardReader, split: str, limit: int = 0) -> Callable[[], Iterator[np.ndarray]]:
-    """A function that gives the examples of a split anew each time, float32, up to `limit` in all (0 for no limit).
+    """A function that gives a new pass over the examples of a split, float32, up to `limit` in all (0 for no limit).
 
     Images are scaled to 0..1, vectors are as they are.
     """

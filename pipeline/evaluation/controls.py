@@ -39,7 +39,7 @@ def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:
         [[1, 2, 3], [8]]
     """
     if count < 1:
-        raise ValueError(f"count has to be at least 1: {count}")
+        raise ValueError(f"count must be at least 1: {count}")
     generator = np.random.default_rng(seed)
     smallest = np.empty(0)
     for block in blocks():

@@ -170,7 +170,7 @@ def chunk_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], dev
     """
     bandwidths = tuple(float(h) for h in bandwidths)
     if not bandwidths or min(bandwidths) <= 0:
-        raise ValueError(f"bandwidths have to be positive: {bandwidths}")
+        raise ValueError(f"bandwidths must be positive: {bandwidths}")
     dimensions = 0
     first_count: int | None = None
     centre: Tensor | None = None

@@ -160,7 +160,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for name, spec in known.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and name not in arguments:
-            raise SettingsError(f"{where}.{name}: missing; it has to be {_describe(hints[name])}")
+            raise SettingsError(f"{where}.{name}: missing; it must be {_describe(hints[name])}")
     try:
         return cls(**arguments)
     except SettingsError as error:

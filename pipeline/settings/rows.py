@@ -47,8 +47,8 @@ class DatasetSettings(Checked):
         check_that(bool(self.root.strip()), "root", "is empty; write the path of the raw files")
         check_that(not self.root.startswith("~"), "root", "DVC doesn't expand '~'; write the whole path of your home folder")
         check_that("\0" not in self.root, "root", "no path holds a null character")
-        check_that(self.shard_examples >= 1, "shard_examples", "has to be at least 1")
-        check_that(self.split_seed >= 0, "split_seed", "has to be 0 or more")
+        check_that(self.shard_examples >= 1, "shard_examples", "must be at least 1")
+        check_that(self.split_seed >= 0, "split_seed", "must be 0 or more")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,17 +97,17 @@ class TrainingSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.epochs >= 1, "epochs", "has to be at least 1")
-        check_that(self.batch_size >= 1, "batch_size", "has to be at least 1")
-        check_that(self.learning_rate > 0, "learning_rate", "has to be positive")
-        check_that(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "have to be two numbers in [0, 1)")
-        check_that(self.weight_decay >= 0, "weight_decay", "has to be 0 or more")
-        check_that(0 <= self.warm_up < 1, "warm_up", "has to lie in [0, 1)")
-        check_that(self.gradient_clip >= 0, "gradient_clip", "has to be 0 or more")
-        check_that(0 <= self.ema_decay < 1, "ema_decay", "has to lie in [0, 1)")
-        check_that(self.checkpoint_minutes > 0, "checkpoint_minutes", "has to be positive")
-        check_that(self.shuffle_examples >= 1, "shuffle_examples", "has to be at least 1")
-        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+        check_that(self.epochs >= 1, "epochs", "must be at least 1")
+        check_that(self.batch_size >= 1, "batch_size", "must be at least 1")
+        check_that(self.learning_rate > 0, "learning_rate", "must be positive")
+        check_that(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
+        check_that(self.weight_decay >= 0, "weight_decay", "must be 0 or more")
+        check_that(0 <= self.warm_up < 1, "warm_up", "must lie in [0, 1)")
+        check_that(self.gradient_clip >= 0, "gradient_clip", "must be 0 or more")
+        check_that(0 <= self.ema_decay < 1, "ema_decay", "must lie in [0, 1)")
+        check_that(self.checkpoint_minutes > 0, "checkpoint_minutes", "must be positive")
+        check_that(self.shuffle_examples >= 1, "shuffle_examples", "must be at least 1")
+        check_that(self.seed >= 0, "seed", "must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,13 +176,13 @@ class DensitySettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.optimizer in ("adamw", "muon"), "optimizer", f"has to be one of adamw, muon, not {self.optimizer!r}")
+        check_that(self.optimizer in ("adamw", "muon"), "optimizer", f"must be one of adamw, muon, not {self.optimizer!r}")
         check_that(self.optimizer == "adamw" or self.family == "lde", "optimizer", "can be muon for the family lde only")
-        check_that(self.muon_rate > 0, "muon_rate", "has to be positive")
+        check_that(self.muon_rate > 0, "muon_rate", "must be positive")
         check_that(self.patience >= 0, "patience", "must be 0 or more")
         check_that(not self.shrinkage or self.standardise == "cholesky", "shrinkage", "is for standardise: cholesky")
-        check_that(self.validate_steps >= 0, "validate_steps", "has to be 0 or more")
-        check_that(self.max_minutes >= 0, "max_minutes", "has to be 0 or more")
+        check_that(self.validate_steps >= 0, "validate_steps", "must be 0 or more")
+        check_that(self.max_minutes >= 0, "max_minutes", "must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +203,9 @@ class SamplingSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.count >= 1, "count", "has to be at least 1")
-        check_that(self.seed >= 0, "seed", "has to be 0 or more")
-        check_that(self.shard_examples >= 1, "shard_examples", "has to be at least 1")
+        check_that(self.count >= 1, "count", "must be at least 1")
+        check_that(self.seed >= 0, "seed", "must be 0 or more")
+        check_that(self.shard_examples >= 1, "shard_examples", "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,12 +230,12 @@ class ParzenSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(1 <= self.bandwidth_count <= 1000, "bandwidth_count", "has to lie in 1..1000")
+        check_that(1 <= self.bandwidth_count <= 1000, "bandwidth_count", "must lie in 1..1000")
         check_that(1e-6 <= self.bandwidth_start <= 1e6, "bandwidth_start", "must be between 1e-6 and 1e6")
         check_that(
             self.bandwidth_start <= self.bandwidth_stop <= 1e6, "bandwidth_stop", "must be between bandwidth_start and 1e6"
         )
-        check_that(self.validation_count >= 0, "validation_count", "has to be 0 or more")
+        check_that(self.validation_count >= 0, "validation_count", "must be 0 or more")
 
     @property
     def bandwidths(self) -> tuple[float, ...]:
@@ -282,11 +282,11 @@ class QualitySettings(Checked):
             if self.network == "classifier"
             else f"missing; {self.network} needs a file with its weights" + (", or 'imagenet'" * (self.network == "vgg19")),
         )
-        check_that(self.samples >= 20, "samples", "has to be at least 20")
-        check_that(1 <= self.neighbours <= 100, "neighbours", "has to lie in 1..100")
-        check_that(self.classifier_examples >= 1, "classifier_examples", "has to be at least 1")
-        check_that(self.classifier_epochs >= 1, "classifier_epochs", "has to be at least 1")
-        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+        check_that(self.samples >= 20, "samples", "must be at least 20")
+        check_that(1 <= self.neighbours <= 100, "neighbours", "must lie in 1..100")
+        check_that(self.classifier_examples >= 1, "classifier_examples", "must be at least 1")
+        check_that(self.classifier_epochs >= 1, "classifier_epochs", "must be at least 1")
+        check_that(self.seed >= 0, "seed", "must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,8 +303,8 @@ class InterpolationSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(2 <= self.pairs <= 1_000_000, "pairs", "has to lie in 2..1000000")
-        check_that(self.seed >= 0, "seed", "has to be 0 or more")
+        check_that(2 <= self.pairs <= 1_000_000, "pairs", "must lie in 2..1000000")
+        check_that(self.seed >= 0, "seed", "must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,8 +347,8 @@ class ControlSettings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.seed >= 0, "seed", "has to be 0 or more")
-        check_that(self.kmeans_centroids >= 0, "kmeans_centroids", "has to be 0 or more")
-        check_that(self.kmeans_batch_size >= 1, "kmeans_batch_size", "has to be at least 1")
-        check_that(self.kmeans_epochs >= 1, "kmeans_epochs", "has to be at least 1")
-        check_that(0 <= self.pca_components <= 4096, "pca_components", "has to lie in 0..4096")
+        check_that(self.seed >= 0, "seed", "must be 0 or more")
+        check_that(self.kmeans_centroids >= 0, "kmeans_centroids", "must be 0 or more")
+        check_that(self.kmeans_batch_size >= 1, "kmeans_batch_size", "must be at least 1")
+        check_that(self.kmeans_epochs >= 1, "kmeans_epochs", "must be at least 1")
+        check_that(0 <= self.pca_components <= 4096, "pca_components", "must lie in 0..4096")

@@ -57,10 +57,10 @@ class Settings(DatasetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.train_count >= 1, "train_count", "has to be at least 1")
-        check_that(self.valid_count >= 1, "valid_count", "has to be at least 1")
-        check_that(self.test_count >= 1, "test_count", "has to be at least 1")
-        check_that(self.valid_images >= 1, "valid_images", "has to be at least 1")
+        check_that(self.train_count >= 1, "train_count", "must be at least 1")
+        check_that(self.valid_count >= 1, "valid_count", "must be at least 1")
+        check_that(self.test_count >= 1, "test_count", "must be at least 1")
+        check_that(self.valid_images >= 1, "valid_images", "must be at least 1")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ def _pool(path: Path, stamp: tuple[int, int], names: tuple[str, ...]) -> PatchPo
         try:
             images.append(to_grey(np.asarray(decode(files.read(name)).convert("RGB"))))
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path}: {name} can't be read ({' '.join(str(error).split())}); get the data set anew") from None
+            raise DataError(f"{path}: {name} can't be read ({' '.join(str(error).split())}); get the data set again") from None
     return PatchPool(images, [f"{path}: {name}" for name in names])
 
 
@@ -159,13 +159,13 @@ def _open_tables(path: Path, stamp: tuple[int, int], process: int) -> dict[str, 
     except DataError:
         raise
     except Exception as error:  # h5py raises whatever it came across in a broken file
-        raise DataError(f"{path} isn't a whole hdf5 file ({' '.join(str(error).split())}); get it anew") from None
+        raise DataError(f"{path} isn't a whole hdf5 file ({' '.join(str(error).split())}); get it again") from None
     return tables
 
 
 def _check_table(table: Any, where: str) -> None:
     if table.is_virtual or table.external:
-        raise DataError(f"{where} keeps its data in another file; get it anew")
+        raise DataError(f"{where} keeps its data in another file; get it again")
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] != DIM or table.dtype.kind != "f":
         raise DataError(f"{where} has shape {table.shape} and type {table.dtype}; expected float32 with {DIM} columns")
     if table.nbytes > MAX_DEFLATE * table.id.get_storage_size():
@@ -207,10 +207,10 @@ class PreparedPatches(Source):
         except DataError:
             raise
         except Exception as error:  # h5py raises whatever it came across in a broken file
-            raise DataError(f"{self.path}: '{name}' can't be read ({' '.join(str(error).split())}); get it anew") from None
+            raise DataError(f"{self.path}: '{name}' can't be read ({' '.join(str(error).split())}); get it again") from None
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if wrong.size:
-            raise DataError(f"{self.path}: row {start + wrong[0]} of '{name}' isn't finite; get it anew")
+            raise DataError(f"{self.path}: row {start + wrong[0]} of '{name}' isn't finite; get it again")
         return Block(examples=vectors)
 
 

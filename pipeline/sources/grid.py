@@ -34,10 +34,10 @@ class Settings(DatasetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.half_length >= 4, "half_length", "has to be at least 4, so that the bars cross")
-        check_that(self.train_count >= 1, "train_count", "has to be at least 1")
-        check_that(self.valid_count >= 1, "valid_count", "has to be at least 1")
-        check_that(self.test_count >= 1, "test_count", "has to be at least 1")
+        check_that(self.half_length >= 4, "half_length", "must be at least 4, so that the bars cross")
+        check_that(self.train_count >= 1, "train_count", "must be at least 1")
+        check_that(self.valid_count >= 1, "valid_count", "must be at least 1")
+        check_that(self.test_count >= 1, "test_count", "must be at least 1")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -37,8 +37,8 @@ class Settings(ImageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.valid_count >= 1, "valid_count", "has to be at least 1")
-        check_that(self.test_count >= 1, "test_count", "has to be at least 1")
+        check_that(self.valid_count >= 1, "valid_count", "must be at least 1")
+        check_that(self.test_count >= 1, "test_count", "must be at least 1")
 
 
 def _categories(names: tuple[str, ...], folders: tuple[str, ...], path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -58,7 +58,7 @@ def _categories(names: tuple[str, ...], folders: tuple[str, ...], path: Path) ->
     labels = sorted({f[depth] for f in folders_of_files})
     for folder in folders:
         if _is_below(folder, shared, depth) and folder.split("/")[depth] not in labels:
-            raise DataError(f"{path}: category '{folder}' holds no image; take it out, or get the archive anew")
+            raise DataError(f"{path}: category '{folder}' holds no image; take it out, or get the archive again")
     number = {label: i for i, label in enumerate(labels)}
     return np.array([number[f[depth]] for f in folders_of_files]), tuple(labels)
 

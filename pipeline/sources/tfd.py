@@ -38,7 +38,7 @@ class Settings(DatasetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(0 <= self.fold <= 4, "fold", "has to lie in 0..4")
+        check_that(0 <= self.fold <= 4, "fold", "must lie in 0..4")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,9 +67,9 @@ def _read_mat(path: Path, stamp: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
     except NotImplementedError:
         raise DataError(f"{path} has MATLAB's format 7.3; save it again with -v7") from None
     except Exception as error:  # scipy raises whatever it came across in a broken file
-        raise DataError(f"{path} is damaged ({' '.join(str(error).split())}); get it anew") from None
+        raise DataError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from None
     if images.shape != shape or folds.shape != (shape[0], 5) or not np.isin(folds, range(4)).all():
-        raise DataError(f"{path} is damaged: 'folds' has to hold 0, 1, 2 and 3; get it anew")
+        raise DataError(f"{path} is damaged: 'folds' must hold 0, 1, 2 and 3; get it again")
     return np.ascontiguousarray(images), folds
 
 

@@ -46,11 +46,11 @@ class Settings(ImageSettings):
         super().__post_init__()
         for name in self.sources:
             check_that(name in _modules(), "sources", f"'{name}' is none of {', '.join(_modules())}")
-        check_that(len(self.sources) >= 2, "sources", "have to be two at least")
-        check_that(len(self.roots) == len(self.sources), "roots", "has to name one for each of sources")
+        check_that(len(self.sources) >= 2, "sources", "must be two at least")
+        check_that(len(self.roots) == len(self.sources), "roots", "must name one for each of sources")
         check_that(all(root.strip() and root[0] not in "/~" for root in self.roots), "roots", "must be paths below root")
         names = self.domains or self.sources
-        check_that(len(set(names)) == len(self.sources), "domains", "has to give each of sources a name of its own")
+        check_that(len(set(names)) == len(self.sources), "domains", "must give each of sources its own name")
 
 
 class Union(Source):

@@ -29,7 +29,7 @@ CACHE_MIB = 512  # parts are kept in memory up to this much in all, so that smal
 class Batches:
     """Shuffled batches of equal length, one epoch after another.
 
-    Each rank reads its share of the parts, in an order drawn anew each epoch; parts are gathered into a window of at least
+    Each rank reads its share of the parts, in an order drawn for each epoch; parts are gathered into a window of at least
     `window` examples, which is shuffled as a whole. All ranks take the same number of steps: where the parts don't divide
     evenly, a rank that runs out starts again from its first part of the epoch.
 

@@ -182,7 +182,7 @@ class CodeReader(PartReader[CodeIndex]):
             yield arrays
 
     def stream(self, split: str) -> Callable[[], Iterator[np.ndarray]]:
-        """A function that gives the codes of a split anew each time, file by file."""
+        """A function that gives a new pass over the codes of a split, file by file."""
         return lambda: (block["codes"] for block in self.blocks(split))
 
 

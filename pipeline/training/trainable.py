@@ -18,7 +18,7 @@ class Step:
     Attributes:
         index: Steps done before this one.
         epoch: Fractional epoch, index / steps an epoch.
-        generator: Source of all randomness of the step. It is seeded anew from (seed, index, rank) at every step, so a resumed
+        generator: Source of all randomness of the step. It is seeded again from (seed, index, rank) at every step, so a resumed
             run draws the same numbers with no state to keep. It lives on the CPU.
     """
 

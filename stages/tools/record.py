@@ -145,7 +145,7 @@ class Line:
 @click.command("record", epilog=f"EXPERIMENT is one of {', '.join(EXPERIMENTS)}.")
 @click.argument("experiment", required=False, metavar="EXPERIMENT", type=click.Choice(list(EXPERIMENTS)))
 @click.argument("names", nargs=-1, metavar="NAME...")
-@click.option("--tables", "only_tables", is_flag=True, help="Only make the tables of README.md anew from results.csv.")
+@click.option("--tables", "only_tables", is_flag=True, help="Only make the tables of README.md again from results.csv.")
 @click.option(
     "--into", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Where to keep them."
 )

@@ -34,7 +34,7 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.perceptual_weight >= 0, "perceptual_weight", "has to be 0 or more")
+        check_that(self.perceptual_weight >= 0, "perceptual_weight", "must be 0 or more")
         check_that(
             self.perceptual_weight == 0 or self.perceptual_weights is not None,
             "perceptual_weights",
@@ -56,13 +56,13 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
             f"'{self.dataset}' holds vectors, and the objective '{self.objective}' needs images; use the objective 'identity'",
         )
         channels, height, width = shape
-        check_that(channels >= 1 and height == width, "dataset", f"images have to be square, and these are {height}x{width}")
+        check_that(channels >= 1 and height == width, "dataset", f"images must be square, and these are {height}x{width}")
         if self.filter_side is None:
             unit = image_side(self.blocks, 1)
             check_that(
                 filter_side(self.blocks, height) is not None,
                 "blocks",
-                f"with {self.blocks} blocks the side has to be a multiple of 2^{self.blocks + 1} = {unit} pixels, and the "
+                f"with {self.blocks} blocks the side must be a multiple of 2^{self.blocks + 1} = {unit} pixels, and the "
                 f"images of '{self.dataset}' are {height}x{width}",
             )
         else:
@@ -70,7 +70,7 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
             check_that(
                 side == height,
                 "filter_side",
-                f"the side has to be filter_side * 2^(blocks + 1) = {side} pixels, and the images of '{self.dataset}' are "
+                f"the side must be filter_side * 2^(blocks + 1) = {side} pixels, and the images of '{self.dataset}' are "
                 f"{height}x{width}",
             )
         normalised = self.blocks > 0 or self.input_normalisation

@@ -20,7 +20,7 @@ class IncrementalSettings:
 
     Attributes:
         mode: `linear`: one dimension after the other, the paper's; `stepwise`: in `steps` equal parts; `nested_dropout`: each
-            example keeps the first k dimensions, k drawn anew at every step.
+            example keeps the first k dimensions, k drawn at every step.
         warm_up_epochs: Epochs until all are open, for `linear` and `stepwise`. In the paper 96 for MNIST, 120 for TFD.
         steps: Parts in which `stepwise` opens the code.
         cut_off: Distribution of k for `nested_dropout`: `uniform` over 1..D, or `geometric`.
@@ -38,9 +38,9 @@ class IncrementalSettings:
             check_that(self.warm_up_epochs is None, "warm_up_epochs", "nested_dropout has no warm-up; leave it out")
         else:
             check_that(self.warm_up_epochs is not None, "warm_up_epochs", f"missing; '{self.mode}' needs a number of epochs")
-        check_that(self.warm_up_epochs is None or self.warm_up_epochs > 0, "warm_up_epochs", "has to be positive")
-        check_that(self.steps >= 1, "steps", "has to be at least 1")
-        check_that(0 < self.geometric_rate < 1, "geometric_rate", "has to lie between 0 and 1")
+        check_that(self.warm_up_epochs is None or self.warm_up_epochs > 0, "warm_up_epochs", "must be positive")
+        check_that(self.steps >= 1, "steps", "must be at least 1")
+        check_that(0 < self.geometric_rate < 1, "geometric_rate", "must lie between 0 and 1")
 
     def open_dimensions(self, epoch: float, latent_dim: int) -> int:
         """Dimensions open at a fractional epoch; all of them for `nested_dropout`, where each example has its own number."""

@@ -34,7 +34,7 @@ __all__ = [
 
 Proceed = Callable[[str, float], bool]  # name and validation log-likelihood of a candidate -> whether to try another
 
-METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed order, and equal models have to be equal files
+METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed order, and equal models must be equal files
 
 
 class Density(nn.Module):

@@ -26,7 +26,7 @@ class Activation(NamedTuple):
         apply: From inputs to outputs, in place.
         backward: From the gradient of the outputs, and the outputs, to the gradient of the inputs.
         gain: Standard deviation of initial weights, times the square root of the number of inputs.
-        fused: What oneDNN calls it, and its arguments; none when it has to be applied by itself.
+        fused: What oneDNN calls it, and its arguments; none when it must be applied by itself.
     """
 
     apply: Callable[[Tensor], Tensor]

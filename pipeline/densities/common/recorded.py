@@ -17,7 +17,7 @@ class Recorded:
     """Calls a function of a batch and of weights that stay in their places, as a CUDA graph.
 
     Kernels of a small step take less time than their launches. All but the values of batch and weights is as it was when the
-    graph was recorded. It is recorded anew when the shape of the batch, mixed precision, or the place of a weight changes, or
+    graph was recorded. It is recorded again when the shape of the batch, mixed precision, or the place of a weight changes, or
     which of them are trained. The function must neither wait for the GPU nor draw random numbers.
     """
 

@@ -161,18 +161,20 @@ class ZipFiles(Files):
         try:
             self._zip = zipfile.ZipFile(path)
         except Exception as error:  # zipfile raises whatever it came across
-            raise DataError(f"{path} isn't a whole zip ({_words(error)}); get it anew") from None
+            raise DataError(f"{path} isn't a whole zip ({_words(error)}); get it again") from None
         self._members: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
         members = self._zip.infolist()
         for member, written in zip(members, _zip_names(members), strict=True):
             name = _checked(written, path)
             if stat.S_ISLNK(member.external_attr >> 16):
-                raise DataError(f"{path}: member '{name[:100]}' is a symbolic link, which isn't followed; get the archive anew")
+                raise DataError(
+                    f"{path}: member '{name[:100]}' is a symbolic link, which isn't followed; get the archive again"
+                )
             if written.endswith("/"):
                 folders.add(name)
             elif name in self._members:
-                raise DataError(f"{path} holds '{name[:100]}' twice; get the archive anew")
+                raise DataError(f"{path} holds '{name[:100]}' twice; get the archive again")
             else:
                 self._members[name] = member
         self.names = tuple(sorted(name for name in self._members if not _hidden(name)))
@@ -225,7 +227,7 @@ class TarFiles(Files):
                         continue  # links among them: they aren't followed
                     total += member.size
                     if total > MAX_TAR_BYTES:
-                        raise DataError(f"{path} unpacks to more than {MAX_TAR_BYTES} bytes; get the archive anew")
+                        raise DataError(f"{path} unpacks to more than {MAX_TAR_BYTES} bytes; get the archive again")
                     file = tar.extractfile(member)
                     self._files[name] = file.read() if file is not None else b""
                 # To the end, where the checksum of all stands: a broken header would end the list of members unnoticed.
@@ -234,7 +236,7 @@ class TarFiles(Files):
         except DataError:
             raise
         except Exception as error:  # tarfile and gzip raise whatever they came across
-            raise DataError(f"{path} isn't a whole .tgz ({_words(error)}); get it anew") from None
+            raise DataError(f"{path} isn't a whole .tgz ({_words(error)}); get it again") from None
         self.names = tuple(sorted(self._files))
         self.folders = _with_parents({str(PurePosixPath(name).parent) for name in self.names})
 

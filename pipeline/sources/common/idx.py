@@ -41,10 +41,10 @@ class IdxSettings(DatasetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.train_count >= 1, "train_count", "has to be at least 1")
-        check_that(self.valid_count >= 1, "valid_count", "has to be at least 1")
+        check_that(self.train_count >= 1, "train_count", "must be at least 1")
+        check_that(self.valid_count >= 1, "valid_count", "must be at least 1")
         check_that(
-            self.train_count + self.valid_count <= 60_000, "valid_count", "and train_count have to be 60000 together at most"
+            self.train_count + self.valid_count <= 60_000, "valid_count", "and train_count must be 60000 together at most"
         )
 
     @property
@@ -73,16 +73,16 @@ def _read_idx(path: Path, dims: int, stamp: tuple[int, int]) -> np.ndarray:
         with open(path, "rb") as raw, gzip.open(raw, "rb") if path.suffix == ".gz" else raw as file:
             return _parse(cast(IO[bytes], file), path, dims)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); download it anew") from None
+        raise DataError(f"{path} is damaged ({error}); download it again") from None
 
 
 def _parse(file: IO[bytes], path: Path, dims: int) -> np.ndarray:
     header = file.read(4 + 4 * dims)
     if len(header) < 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
-        raise DataError(f"{path} isn't an IDX file of bytes with {dims} dimensions; download it anew")
+        raise DataError(f"{path} isn't an IDX file of bytes with {dims} dimensions; download it again")
     shape = struct.unpack(f">{dims}I", header[4:])
     if shape[0] > MAX_IMAGES or (dims == 3 and shape[1:] != (28, 28)):
-        raise DataError(f"{path} declares shape {shape}; expected {'(N, 28, 28)' if dims == 3 else '(N,)'}; download it anew")
+        raise DataError(f"{path} declares shape {shape}; expected {'(N, 28, 28)' if dims == 3 else '(N,)'}; download it again")
     # In chunks, so that memory follows what the file holds and not what it declares.
     data = bytearray()
     length = int(np.prod(shape))
@@ -90,7 +90,7 @@ def _parse(file: IO[bytes], path: Path, dims: int) -> np.ndarray:
         data += chunk
     if len(data) != length:
         what = "fewer" if len(data) < length else "more"
-        raise DataError(f"{path} holds {what} bytes than the {length} of its shape {shape}; download it anew")
+        raise DataError(f"{path} holds {what} bytes than the {length} of its shape {shape}; download it again")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 

@@ -86,13 +86,13 @@ class ImageSettings(DatasetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(1 <= self.image_px <= 4096, "image_px", "has to lie between 1 and 4096")
-        check_that(self.channels in (1, 3), "channels", "has to be 1 or 3")
-        check_that(self.pixel_range in ((0, 1), (-1, 1)), "pixel_range", "has to be [0, 1] or [-1, 1]")
+        check_that(1 <= self.image_px <= 4096, "image_px", "must lie between 1 and 4096")
+        check_that(self.channels in (1, 3), "channels", "must be 1 or 3")
+        check_that(self.pixel_range in ((0, 1), (-1, 1)), "pixel_range", "must be [0, 1] or [-1, 1]")
         for key in ("train_limit", "valid_limit", "test_limit"):
-            check_that(getattr(self, key) >= 0, key, "has to be 0 or more")
+            check_that(getattr(self, key) >= 0, key, "must be 0 or more")
         check_that(1 <= self.white_level <= WHITE, "white_level", f"must be between 1 and {WHITE}")
-        check_that(0 <= self.unreadable_share <= 1, "unreadable_share", "has to lie in 0..1")
+        check_that(0 <= self.unreadable_share <= 1, "unreadable_share", "must lie in 0..1")
 
     @property
     def shape(self) -> tuple[int, ...]:
