@@ -69,8 +69,11 @@ def read_run(stage: str, row: str) -> dict[str, Any]:
     except PipelineError:
         run = None
     numbers = ("seconds", "peak_memory_mib", "parameters")
-    sound = isinstance(run, dict) and isinstance(run.get("outputs", {}), dict)
-    if not sound or any(not isinstance(run.get(key, 0), (int, float)) for key in numbers):
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("outputs", {}), dict)
+        or any(not isinstance(run.get(key, 0), (int, float)) for key in numbers)
+    ):
         raise PipelineError(f"{path} is damaged; {workspace.rerun(stage, row)}")
     return dict(run)
 

@@ -317,6 +317,7 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
     from ruamel.yaml import YAML
 
     from stages import workspace
+    from stages.arrays import load_arrays
     from stages.reporting.scoreboard import read_metrics, read_run
 
     tables: dict[str, Any] = {"datasets": [], "controls": [], "autoencoders": [], "densities": [], "evaluations": []}
@@ -340,6 +341,9 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
         YAML().dump(chosen, text)
         (folder / "params.yaml").write_text(text.getvalue(), encoding="utf-8")
         scores = {f"{stage} {row}": read_metrics(stage, row) | {"run": _machine(read_run(stage, row))} for stage, row in stages}
+        for stage, row in stages:
+            if (arrays := load_arrays(stage, row, "open-dimensions")) is not None:
+                scores[f"{stage} {row}"]["open_dimensions"] = {key: value.tolist() for key, value in arrays.values.items()}
         write_json(folder / "metrics.json", scores)
         for stage, row in stages:
             if (curve := workspace.curve_file(stage, row)).exists():
