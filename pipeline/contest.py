@@ -7,7 +7,7 @@
 
 Up to 5,000 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
 these fits. Its score is the mean log-likelihood of all codes, each under the fit that hasn't seen it. Of more codes validation
-codes are held out, and there is one fit.
+codes are held out, and there is one fit: of networks to all training codes, of Gaussians and mixtures to 30,000 of them.
 
 The result is the mixture of contestants that makes held-out codes most likely (stacking), if it beats the best single one by
 more than a standard error of paired differences; else the contestant with the fewest parameters within one such error of the
@@ -28,6 +28,7 @@ import torch
 
 from pipeline.densities import Density
 from pipeline.densities.auto import Mixture, Settings, stacked_weights
+from pipeline.densities.common.density import random_subset
 from pipeline.errors import DataError, TrainingError
 from pipeline.evaluation.moments import Mean, mean_and_error
 from pipeline.settings import DensitySettings, build, implementation
@@ -42,11 +43,13 @@ HELD_OUT = 10_000  # validation codes of larger sets that contestants are scored
 MIXTURE_CODES = 30_000  # training codes of larger sets that mixtures of Gaussians are fitted to, at most
 TRANSFORMS = ("none", "power", "quantile", "asinh")
 COVARIANCES = ("full", "tied", "diagonal")
+FULL_DIM = 256  # dimensions up to which mixtures with full covariances take part: all contestants are in memory
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200)
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1)
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
 NETWORK_CODES = 1_000  # training codes from which networks take part
+NETWORK_SHARE = 0.85  # of a network's time, for its training
 NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
 SEPARATE_DIM = 16  # dimensions up to which each has a network of its own
 PARTS = 5  # of held-out codes, each scored by weights that were chosen on the others
@@ -156,7 +159,8 @@ class _Judge:
         self.started, self.limit = time.monotonic(), settings.max_minutes * 60
         self.dim = codes.index.dim
         self.folds = _folds(codes, settings.folds, settings.seed)
-        self.held_out = [np.concatenate([block["codes"] for block in fold.blocks("valid", HELD_OUT)]) for fold in self.folds]
+        self.network_folds = self.folds if len(self.folds) > 1 else [codes]  # networks read all training codes
+        self.held_out = [fold.load("valid", 0)["codes"] for fold in self.folds]
         self.contest = Contest()
         self.best = -math.inf
         self.failure = ""
@@ -170,7 +174,8 @@ class _Judge:
         started = time.monotonic()
         row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
         densities, scores = list[Density](), list[np.ndarray]()
-        for number, (fold, codes) in enumerate(zip(self.folds, self.held_out, strict=True)):
+        folds = self.network_folds if family == "lde" else self.folds
+        for number, (fold, codes) in enumerate(zip(folds, self.held_out, strict=True)):
             own = {"order": 1 + self.settings.seed + number} if family == "lde" and self.dim > 1 else {}
             rows = build(implementation("pipeline.densities", family, "family").Settings, row | values | own, name)
             try:
@@ -200,7 +205,8 @@ class _Judge:
         for transform in TRANSFORMS:
             gaussian = self._enter(f"{transform}, Gaussian", "gaussian", transform=transform, ridge=1e-6)
             if gaussian is not None:
-                lanes += [_Lane(transform, covariance, gaussian) for covariance in COVARIANCES]
+                covariances = COVARIANCES if self.dim <= FULL_DIM else COVARIANCES[1:]
+                lanes += [_Lane(transform, covariance, gaussian) for covariance in covariances]
         return lanes
 
     def _mixtures(self, lanes: list[_Lane]) -> None:
@@ -232,7 +238,6 @@ class _Judge:
             covariance=lane.covariance,
             components=[count],
             ridge=[ridge],
-            max_examples=MIXTURE_CODES,
         )
         lane.seconds = time.monotonic() - started
         return contestant
@@ -246,12 +251,12 @@ class _Judge:
     def _networks(self) -> None:
         for number, (name, values) in enumerate(rows := list(self._network_rows())):
             left = (1 - self._spent()) * self.limit / (len(rows) - number)
-            if left > 0.02 * self.limit:
-                self._enter(name, "lde", max_minutes=left / len(self.folds) / 60, **values)
+            if left > 0.02 * self.limit:  # the rest of it is for maps, factors and scores
+                self._enter(name, "lde", max_minutes=NETWORK_SHARE * left / len(self.folds) / 60, **values)
 
     def _network_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """A small and a larger network for the map that suited best; none for few codes, where none has been worth its time."""
-        count = self.folds[0].index.count("train")
+        count = self.network_folds[0].index.count("train")
         if count < NETWORK_CODES or not self.contest.contestants:
             return
         transform = max(self.contest.contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
@@ -328,10 +333,11 @@ def _log_mixture(each: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _folds(codes: CodeReader, count: int, seed: int) -> list[CodeReader]:
-    """The codes with each fold held out in turn; large sets as they are."""
+    """The codes with each fold held out in turn; of large sets a random subset of training codes, validation codes held out."""
     total = codes.index.count("train") + codes.index.count("valid")
     if total > FOLDED_CODES:
-        return [codes]
+        train = random_subset(map(torch.from_numpy, codes.stream("train")()), MIXTURE_CODES, seed).numpy()
+        return [ArrayCodes(train, np.concatenate([block["codes"] for block in codes.blocks("valid", HELD_OUT)]))]
     pool = np.concatenate([block["codes"] for split in ("train", "valid") for block in codes.blocks(split)])
     count = min(count, len(pool))
     fold = np.random.default_rng(seed).permutation(len(pool)) % count

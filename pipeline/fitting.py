@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.likelihood import log_likelihood
 from pipeline.settings import DensitySettings
 from pipeline.storage.batches import Batches
-from pipeline.storage.codes import CodeReader, VectorMoments
+from pipeline.storage.codes import CodeReader
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
 from pipeline.training.checkpoint import Checkpoint
@@ -106,7 +106,7 @@ def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor, std: Tensor | No
 def fit_transform(
     kind: str, blocks: Callable[[], Iterable[np.ndarray]], dim: int, seed: int
 ) -> tuple[Transform, Tensor, Tensor]:
-    """A monotone map of each column, fitted to a random subset of codes, and the moments of the mapped codes.
+    """A monotone map of each column, and the moments of mapped codes, from a random subset of codes.
 
     Arguments:
         kind: Its name, as the setting `transform` has it.
@@ -115,17 +115,16 @@ def fit_transform(
         seed: Seed of the subset.
 
     Returns:
-        The map, and mean and standard deviation of all mapped codes, float64 with shape (D,).
+        The map, and mean and standard deviation of the mapped codes, float64 with shape (D,).
 
     Raises:
         DataError: When the map isn't defined for some of the codes.
     """
     transform = build_transform(kind, dim)
-    transform.fit(random_subset(map(torch.from_numpy, blocks()), FITTED_CODES, seed).double())
-    moments = VectorMoments(dim)
-    for block in transformed(transform, blocks)():
-        moments.update(block)
-    return transform, torch.from_numpy(moments.mean), torch.from_numpy(moments.std)
+    codes = random_subset(map(torch.from_numpy, blocks()), FITTED_CODES, seed)
+    transform.fit(codes.double())
+    mapped = transform(codes).double()
+    return transform, mapped.mean(dim=0), mapped.std(dim=0, correction=0)
 
 
 def transformed(transform: Transform, blocks: Callable[[], Iterable[np.ndarray]]) -> Callable[[], Iterable[np.ndarray]]:
