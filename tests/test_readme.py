@@ -111,7 +111,7 @@ def test_a_data_set_an_objective_and_a_density_take_a_file_each(tmp_path: Path) 
     done = subprocess.run([sys.executable, "-c", ALL_STAGES], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "penalty" in (tmp_path / "reports/curves/train/stripes-sparse.tsv").read_text().splitlines()[0]
-    assert (tmp_path / "reports/figures/sample/stripes-independent/samples.png").exists()
+    assert (tmp_path / "reports/arrays/sample/stripes-independent/samples.safetensors").exists()
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\| .* \| `([a-z0-9-]+)` \| (.*) \| .* \|$", TEXT, flags=re.MULTILINE))
