@@ -22,6 +22,7 @@ from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
+from pipeline.system.streams import stream_seed
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import train
 from pipeline.training.trainable import Step, Trainable, Training
@@ -53,7 +54,7 @@ class _Fit(Trainable):
 def discrepancy(density: Density, blocks: Iterable[np.ndarray], seed: int) -> float:
     """How far as many samples, drawn from the seed, are from blocks of codes (n, D): a squared maximum mean discrepancy."""
     codes = torch.from_numpy(np.concatenate(list(blocks))).to(density.shift.device)
-    return float(density.discrepancy(codes, torch.Generator().manual_seed(seed)))
+    return float(density.discrepancy(codes, torch.Generator().manual_seed(stream_seed("validation samples", seed))))
 
 
 def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor, std: Tensor | None = None) -> Tensor:
@@ -121,7 +122,7 @@ def fit_transform(
         DataError: When the map isn't defined for some of the codes.
     """
     transform = build_transform(kind, dim)
-    codes = random_subset(map(torch.from_numpy, blocks()), FITTED_CODES, seed)
+    codes = random_subset(map(torch.from_numpy, blocks()), FITTED_CODES, stream_seed("subset for a transform", seed))
     transform.fit(codes.double())
     mapped = transform(codes).double()
     return transform, mapped.mean(dim=0), mapped.std(dim=0, correction=0)
@@ -160,7 +161,7 @@ def fit_density(
     """
     if isinstance(settings, auto.Settings):
         return _fit_by_contest(settings, codes, ranks, label, quiet)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(stream_seed("density weights", settings.seed))
     density = build_density(settings, codes.index.dim)
     mean, std = torch.tensor(codes.index.mean, dtype=torch.float64), torch.tensor(codes.index.std, dtype=torch.float64)
     blocks: Callable[[], Iterable[np.ndarray]] = codes.stream("train")

@@ -19,6 +19,7 @@ from pipeline.storage.parts import Part, write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, to_unit
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder
+from pipeline.system.streams import stream_seed
 
 __all__ = ["draw", "range_remark", "write_samples"]
 
@@ -44,8 +45,8 @@ def draw(density: Density, decoder: Decoder | None, count: int, seed: int, numbe
         Samples, images (n, C, H, W) in 0..1 or the codes themselves, and the codes (n, D), both float32.
     """
     device = density.shift.device
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
-    codes = _finite_codes(density, count, torch.Generator().manual_seed(state))
+    generator = torch.Generator().manual_seed(stream_seed("samples", seed, number))
+    codes = _finite_codes(density, count, generator)
     if decoder is None:
         return codes.cpu().numpy(), codes.cpu().numpy()
     images = [to_unit(decoder(part.to(device)), decoder.value_range).cpu().numpy() for part in codes.split(DECODED)]

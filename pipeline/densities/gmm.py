@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from pipeline.densities.common.density import Density, Proceed, random_subset, standard_normal, uniform
 from pipeline.errors import DataError
 from pipeline.settings import Checked, DensitySettings, check_that
+from pipeline.system.streams import stream_seed
 
 __all__ = ["GaussianMixture", "Options", "Settings"]
 
@@ -132,7 +133,8 @@ class GaussianMixture(Density):
         return self.components * (1 + self.dim) - 1 + covariances
 
     def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
-        codes = random_subset(blocks(), self.options.max_examples, seed).double().cpu().numpy()
+        subset = random_subset(blocks(), self.options.max_examples, stream_seed("subset for a mixture", seed))
+        codes = subset.double().cpu().numpy()
         held_out = valid.double().cpu().numpy()
         log_det = float(self.scale.double().log().sum())
         several = len(self.options.ridge) > 1
@@ -175,7 +177,7 @@ class GaussianMixture(Density):
             reg_covar=ridge,
             max_iter=self.options.iterations,
             n_init=self.options.starts,
-            random_state=seed,
+            random_state=stream_seed("mixture components", seed, bits=32),
         )
         with warnings.catch_warnings():
             # The number of iterations is a setting, and repeated codes may leave k-means with fewer clusters.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.evaluation.blocks import Blocks, count_rows, rebatch
 from pipeline.system.progress import Progress
+from pipeline.system.streams import stream, stream_seed
 
 __all__ = ["kmeans_centroids", "training_samples"]
 
@@ -40,7 +41,7 @@ def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:
     """
     if count < 1:
         raise ValueError(f"count must be at least 1: {count}")
-    generator = np.random.default_rng(seed)
+    generator = stream("control images", seed)
     smallest = np.empty(0)
     for block in blocks():
         smallest = np.concatenate([smallest, generator.random(len(block))])
@@ -51,7 +52,7 @@ def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:
     threshold = float(smallest.max())
 
     def chosen() -> Iterator[np.ndarray]:
-        generator = np.random.default_rng(seed)
+        generator = stream("control images", seed)
         for block in blocks():
             rows = block[generator.random(len(block)) <= threshold]
             if len(rows):
@@ -85,7 +86,8 @@ def kmeans_centroids(blocks: Blocks, count: int, seed: int, batch_size: int = 40
 
     from sklearn.cluster import MiniBatchKMeans  # takes over a second to import
 
-    means = MiniBatchKMeans(count, init=start.reshape(count, -1), n_init=1, random_state=seed, compute_labels=False)
+    state = stream_seed("control centroids", seed, bits=32)
+    means = MiniBatchKMeans(count, init=start.reshape(count, -1), n_init=1, random_state=state, compute_labels=False)
     batch_size = max(batch_size, count)  # which scikit-learn asks of the first batch
     with Progress(epochs * rows, "k-means", unit="images") as progress:
         for _ in range(epochs):

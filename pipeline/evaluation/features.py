@@ -22,6 +22,7 @@ from pipeline.settings import QualitySettings
 from pipeline.storage.shards import ShardReader, scale_pixels
 from pipeline.system.files import atomic_file, atomic_folder, read_json, sha256_file, write_json
 from pipeline.system.progress import Progress, track
+from pipeline.system.streams import stream_seed
 
 __all__ = [
     "Classifier",
@@ -195,9 +196,9 @@ def train_classifier(blocks: LabelledBlocks, classes: int, seed: int, epochs: in
     if not steps:
         raise DataError("there are no labelled images to train the classifier on")
     with torch.random.fork_rng(devices=[]):  # initial weights come from the global generator: leave it as it was
-        torch.manual_seed(seed)
+        torch.manual_seed(stream_seed("classifier weights", seed))
         network = Classifier(channels, classes)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream_seed("classifier batches", seed))
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=epochs * steps)
     with Progress(epochs * steps, "training the classifier of features", unit="steps") as progress:

@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, Moments, mean_and_error
 from pipeline.settings import InterpolationSettings
 from pipeline.storage.codes import CodeReader
+from pipeline.system.streams import stream
 
 __all__ = [
     "CURVE_WEIGHTS",
@@ -86,7 +87,7 @@ def draw_pairs(labels: ArrayLike, count: int, same: bool, seed: int) -> NDArray[
     candidates = np.flatnonzero(enough[group])
     if not len(candidates):
         raise DataError(f"no two examples have {'the same label' if same else 'different labels'}: pairs can't be drawn")
-    generator = np.random.default_rng(seed)
+    generator = stream("pairs of one label" if same else "pairs of two labels", seed)
     first = generator.choice(candidates, size=count)
     start, length = starts[group[first]], counts[group[first]]
     place = np.empty(len(values), dtype=np.int64)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, mean_and_error
+from pipeline.system.streams import stream
 
 __all__ = ["Manifolds", "QualityScore", "fid", "kid", "manifolds", "nearest", "score"]
 
@@ -47,7 +48,7 @@ def kid(real: Features, samples: Features, subsets: int = 10, subset_examples: i
         raise DataError(f"KID: {len(real)} real images and {len(samples)} samples are too few for {subsets} subsets")
     from torchmetrics.image.kid import poly_mmd  # seconds to import
 
-    generator = np.random.default_rng(seed)
+    generator = stream("subsets of KID", seed)
     orders = [generator.permutation(len(f))[: subsets * examples].reshape(subsets, examples) for f in (real, samples)]
     x, y = (torch.from_numpy(np.asarray(f, dtype=np.float64)) for f in (real, samples))
     return mean_and_error([float(poly_mmd(x[i], y[j])) for i, j in zip(*map(torch.from_numpy, orders), strict=True)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, mean_and_error
 from pipeline.sources.common.bars import DROPPED_BOX, log_density
+from pipeline.system.streams import stream
 
 __all__ = ["RELATIVE_BANDWIDTHS", "grid_scores", "median_distance", "mmd_squared", "share_in_box"]
 
@@ -23,7 +24,7 @@ SMALLEST_EXPONENT = -80.0
 
 def median_distance(points: NDArray[np.floating], seed: int = 0, count: int = 2000) -> float:
     """Median distance between points, from `count` of them drawn at random."""
-    chosen = np.random.default_rng(seed).permutation(len(points))[:count]
+    chosen = stream("median distance", seed).permutation(len(points))[:count]
     return float(torch.pdist(torch.from_numpy(np.asarray(points[chosen], dtype=np.float64))).median())
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.errors import PipelineError, SettingsError
 from pipeline.storage.parts import Arrays
 from pipeline.system.processes import die_with_parent
+from pipeline.system.streams import stream
 from pipeline.system.watchdog import stall_seconds, stalled
 
 __all__ = ["Batches"]
@@ -86,9 +87,9 @@ class Batches:
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Arrays]:
         """The batches of an epoch, without the first `skip`."""
-        generator = np.random.default_rng([self.seed, epoch, self.rank])
+        generator = stream("order of examples", self.seed, epoch, self.rank)
         # Every rank draws the same order and takes its own share. With fewer parts than ranks, ranks share parts by rows.
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+        order = stream("order of parts", self.seed, epoch).permutation(len(self.counts))
         by_rows = len(order) < self.world
         order = order if by_rows else order[self.rank :: self.world]
         wanted = self.steps_per_epoch * self.rank_batch

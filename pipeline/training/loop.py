@@ -24,6 +24,7 @@ from pipeline.storage.batches import Batches
 from pipeline.system.devices import has_bfloat16
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, synchronise_batch_norm
+from pipeline.system.streams import stream_seed
 from pipeline.system.watchdog import worked
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.muon import Muon
@@ -284,7 +285,7 @@ class _Run:
 
     def next_step(self) -> Step:
         """The next step, with generators seeded by its number."""
-        seed = _step_seed(self.settings.seed, self.index, self.ranks.rank)
+        seed = stream_seed("step", self.settings.seed, self.index, self.ranks.rank)
         self.generator.manual_seed(seed)
         _seed_global_generators(seed, self.ranks.device)  # dropout draws from them
         return Step(self.index, self.index / self.steps_per_epoch, self.generator)
@@ -459,10 +460,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _seed_global_generators(seed: int, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from pipeline.autoencoders.common.network import ONE_VALUE, Autoencoder, Decoder
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, file_setting
+from pipeline.system.streams import stream_seed
 from pipeline.training.trainable import Step, Trainable
 
 __all__ = ["ImageAutoencoderSettings", "ImageObjective", "Objective"]
@@ -136,7 +137,7 @@ class ImageObjective(Objective):
         settings.check_shape(shape)
         self.settings = settings
         self.latent_dim = settings.latent_dim
-        self.initial = torch.Generator().manual_seed(settings.seed)
+        self.initial = torch.Generator().manual_seed(stream_seed("autoencoder weights", settings.seed))
         network = Autoencoder(settings, shape, value_range, variational=variational, generator=self.initial)
         self.encoder, self.decoder = network.encoder, network.decoder
         # In a tuple PyTorch doesn't see it: VGG19 is no part of the weights that are trained, averaged or saved.
