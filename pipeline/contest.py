@@ -33,6 +33,7 @@ from pipeline.errors import DataError, TrainingError
 from pipeline.evaluation.moments import Mean, mean_and_error
 from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import ArrayCodes, CodeReader
+from pipeline.system.streams import stream
 
 __all__ = ["Contest", "Contestant", "hold_contest"]
 
@@ -299,7 +300,7 @@ class _Judge:
         if not contestants:
             raise DataError(f"no family can be fitted to these codes: {self.failure}")
         held_out = np.stack([contestant.held_out for contestant in contestants], axis=1)  # (N, C)
-        parts = np.random.default_rng(self.settings.seed).permutation(len(held_out)) % PARTS
+        parts = stream("parts of held-out codes", self.settings.seed).permutation(len(held_out)) % PARTS
         stacked = np.empty(len(held_out))
         for part in range(PARTS) if len(held_out) >= PARTS else ():
             weights = self._weights(held_out[parts != part])
@@ -340,5 +341,5 @@ def _folds(codes: CodeReader, count: int, seed: int) -> list[CodeReader]:
         return [ArrayCodes(train, np.concatenate([block["codes"] for block in codes.blocks("valid", HELD_OUT)]))]
     pool = np.concatenate([block["codes"] for split in ("train", "valid") for block in codes.blocks(split)])
     count = min(count, len(pool))
-    fold = np.random.default_rng(seed).permutation(len(pool)) % count
+    fold = stream("folds", seed).permutation(len(pool)) % count
     return [ArrayCodes(pool[fold != number], pool[fold == number]) for number in range(count)]

@@ -19,6 +19,7 @@ from pipeline.fitting import fit_density
 from pipeline.settings import build, implementation
 from pipeline.storage.codes import ArrayCodes
 from pipeline.system.ranks import Ranks
+from pipeline.system.streams import stream, stream_seed
 
 __all__ = ["CodeDensity"]
 
@@ -91,7 +92,7 @@ class CodeDensity(DensityMixin, BaseEstimator):
             raise ValueError(
                 f"columns {', '.join(map(str, constant))} (counted from 0) don't vary, so there is no density; drop them"
             )
-        codes = ((rows - mean) / std).astype(np.float32)[np.random.default_rng(self.seed).permutation(len(rows))]
+        codes = ((rows - mean) / std).astype(np.float32)[stream("validation rows", self.seed).permutation(len(rows))]
         held_out = max(1, round(VALID_SHARE * len(codes)))
         ranks = Ranks(0, 1, torch.device("cpu"))
         try:
@@ -132,7 +133,7 @@ class CodeDensity(DensityMixin, BaseEstimator):
             seed: Seed of the draw; by default the estimator's.
         """
         check_is_fitted(self, "density_")
-        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
+        generator = torch.Generator().manual_seed(stream_seed("samples", self.seed if seed is None else seed))
         return self.density_.sample(n, generator).numpy()
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -29,6 +29,9 @@ Purpose = Literal[
     "pairs of two labels",
     "subsets of KID",
     "median distance",
+    "folds",
+    "parts of held-out codes",
+    "validation rows",
 ]
 
 
