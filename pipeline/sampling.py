@@ -55,11 +55,7 @@ def draw(density: Density, decoder: Decoder | None, count: int, seed: int, numbe
 
 def _finite_codes(density: Density, count: int, generator: torch.Generator) -> Tensor:
     # Far from its data a mixture may have a standard deviation so large that what is drawn overflows float32. Such a code has
-<<<<<<< HEAD
-    # no place in a file; a few are drawn again, and said so. If there are many, the density has diverged: the caller refuses.
-=======
     # no place in a file; a few are drawn again, with a message. If there are many, the density has diverged and is refused.
->>>>>>> f3e858e (Streams: contests and the estimator draw from tagged streams; dvc.yaml names the module)
     codes = density.sample(count, generator).float()
     bad = ~torch.isfinite(codes).all(dim=1)
     overflowed = int(bad.sum())
