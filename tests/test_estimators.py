@@ -29,7 +29,7 @@ def test_the_checks_of_scikit_learn(estimator: CodeDensity, check: Any) -> None:
 def test_a_gaussian_in_float64_is_the_closed_form_and_is_saved_whole(tmp_path: Path) -> None:
     # The second column is 1e6 +- 1e-3, which float32 can't tell from a constant.
     density = CodeDensity(family="gaussian").fit(ROWS)
-    train = ROWS[np.random.default_rng(0).permutation(300)][30:]
+    train = ROWS[stream("validation rows", 0).permutation(300)][30:]
     expected = stats.multivariate_normal(train.mean(axis=0), np.cov(train.T, ddof=0)).logpdf(ROWS)
     np.testing.assert_allclose(density.score_samples(ROWS), expected, atol=1e-3)
     assert density.score(ROWS) == pytest.approx(expected.mean(), abs=1e-3)
