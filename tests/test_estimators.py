@@ -17,6 +17,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from pipeline.densities import load_density
 from pipeline.errors import DataError, SettingsError
 from pipeline.estimators import CodeDensity
+from pipeline.system.streams import stream
 
 ROWS = np.random.default_rng(0).normal(size=(300, 2)) @ [[2.0, 0.0], [1.0, 1.0]] * [1.0, 1e-3] + [0.0, 1e6]
 
