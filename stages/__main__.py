@@ -1,4 +1,4 @@
-"""The one door: `python -m stages STAGE NAME`."""
+"""The command line: `python -m stages STAGE NAME`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOLS = ("record", "export", "check", "preset", "doctor")
 
 
 class LazyGroup(click.Group):
-    """Loads a command's module only when it's asked for, so that `--help` answers at once."""
+    """Loads a command's module only when the command is used, which keeps `--help` fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All commands, in the order in which the pipeline runs them."""
@@ -32,20 +32,20 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     invoke_without_command=True,
-    epilog="The environment says where things run and never changes a result: DEVICE (auto, cpu, cuda), PROCESSES, "
+    epilog="Environment variables set where things run, and never change a result: DEVICE (auto, cpu, cuda), PROCESSES, "
     "LOADER_WORKERS, CACHE_MIB, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKING (on, off).",
 )
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Generative models from autoencoders, one stage after another.
 
-    Each stage takes the NAME of a row of params.yaml. Without a command, lists stages and rows and their state. `dvc repro`
-    runs all that is out of date.
+    Each stage takes the NAME of a row of params.yaml. Without a command, lists the stages and rows with their
+    state. `dvc repro` runs everything that is out of date.
     """
     if context.invoked_subcommand is None:
         from stages.tools.overview import print_overview
 
-        click.echo("Stages and commands: python -m stages COMMAND --help says more\n")
+        click.echo("Stages and commands (python -m stages COMMAND --help for details)\n")
         for name in cli.list_commands(context):
             command = cli.get_command(context, name)
             click.echo(f"  {name:9} {command.get_short_help_str(100) if command is not None else ''}")

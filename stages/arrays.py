@@ -1,4 +1,4 @@
-"""Small files that a stage leaves for `report`: arrays, of which it draws the page's pictures, and the record of its run."""
+"""Small files that a stage writes for `report`: arrays, from which it draws the pictures, and the record of the run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Arrays", "as_bytes", "check_output", "load_arrays", "read_run", "sav
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays by name, and lines of text that belong to them.
+    """Arrays by name, with lines of text that belong to them.
 
     Attributes:
         values: The arrays.
-        names: Names of what lies along the first axis of some array, such as pairs of images.
+        names: Names of the entries along the first axis of one of the arrays, such as pairs of images.
     """
 
     values: Mapping[str, NDArray[Any]]
@@ -32,7 +32,7 @@ class Arrays:
 
 
 def as_bytes(images: ArrayLike) -> NDArray[np.uint8]:
-    """Images in 0..1 as 8 bits a value, to be kept small.
+    """Images in 0..1 as 8-bit values, to keep files small.
 
     Example:
         >>> as_bytes([0.0, 0.5, 1.0]).tolist()
@@ -56,10 +56,10 @@ def save_arrays(stage: str, row: str, name: str, values: Mapping[str, NDArray[An
 
 
 def read_run(stage: str, row: str) -> dict[str, Any]:
-    """Seconds, memory, tracked run of a stage, and the digests of its small files; empty when they weren't kept.
+    """Seconds, memory and tracked run of a stage, and the digests of its small files; empty if there is no record.
 
     Raises:
-        PipelineError: Naming the stage to run, when the file is damaged.
+        PipelineError: When the file is damaged; the message names the stage to run.
     """
     path = workspace.run_file(stage, row)
     if not path.exists():
@@ -79,10 +79,10 @@ def read_run(stage: str, row: str) -> dict[str, Any]:
 
 
 def check_output(stage: str, row: str, path: Path) -> None:
-    """Compares a small file with the digest that the stage's run kept of it.
+    """Compares a small file with the digest that the stage's run recorded.
 
     Raises:
-        PipelineError: Naming the stage to run, when the file isn't what the stage wrote.
+        PipelineError: When the file isn't what the stage wrote; the message names the stage to run.
     """
     digest = read_run(stage, row).get("outputs", {}).get(path.as_posix())
     if not path.is_file() or (digest is not None and digest != sha256_file(path)):
@@ -90,7 +90,7 @@ def check_output(stage: str, row: str, path: Path) -> None:
 
 
 def load_arrays(stage: str, row: str, name: str) -> Arrays | None:
-    """What `save_arrays` wrote; None where the stage left nothing of that name.
+    """What `save_arrays` wrote; None if the stage wrote no file of that name.
 
     Raises:
         PipelineError: When the file can't be read, or isn't what the stage wrote.

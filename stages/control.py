@@ -41,9 +41,10 @@ def _settings(params: Params, row: str) -> Settings:
 def control(run: Run, settings: Settings) -> None:
     """Score training images and k-means centroids as if they were samples.
 
-    NAME is a row of `controls`. The Parzen score is gameable (Theis et al. 2016): centroids beat true samples. So both stand
-    beside the models, under the same protocol and with as many samples. Where the settings say so, training images are also
-    scored in the feature space, and principal components of the images stand beside the autoencoders' open dimensions.
+    NAME is a row of `controls`. The Parzen score is gameable (Theis et al. 2016): centroids beat true samples. So both are
+    listed with the models, under the same protocol and with the same number of samples. If the settings say so, training
+    images are also scored in the feature space, and the images' principal components are compared with the autoencoders' open
+    dimensions.
     """
     from pipeline.evaluation.blocks import rebatch, unit_blocks
     from pipeline.evaluation.controls import kmeans_centroids, training_samples
@@ -79,7 +80,7 @@ def control(run: Run, settings: Settings) -> None:
 
 
 def _quality(run: Run, settings: Settings, reader: ShardReader) -> None:
-    """Training images against test images in the feature space: what samples that can't be told from real ones would score."""
+    """Training images against test images in the feature space: the scores of samples that can't be told from real ones."""
     from pipeline.evaluation.blocks import unit_blocks
     from pipeline.evaluation.controls import training_samples
     from pipeline.evaluation.features import read_features

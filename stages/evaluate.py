@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.shards import ShardReader
 
-SHOWN = 10  # samples beside their nearest training images
+SHOWN = 10  # samples with their nearest training images
 SHOWN_POINTS = 5000  # of the grid density, in a panel
 SHOWN_PATCHES = 50
 
@@ -63,9 +63,9 @@ def _settings(params: Params, row: str) -> Settings:
 def evaluate(run: Run, settings: Settings) -> None:
     """Score samples and density under the protocol of their data set.
 
-    NAME is a row of `densities`. Images: Parzen-window log-likelihood; where the settings say so, quality in a feature space
-    and interpolated codes. Vectors: test log-likelihood, and where the settings say so a Parzen-window one of the samples; for
-    the grid density also the gap to the truth, the share of samples that fall into the dropped box, and the discrepancy (MMD).
+    NAME is a row of `densities`. Images: Parzen-window log-likelihood; if the settings say so, quality in a feature space
+    and interpolated codes. Vectors: test log-likelihood; if the settings say so, the Parzen-window log-likelihood of the
+    samples. The grid density adds the gap to the truth, the share of samples in the dropped box, and the discrepancy (MMD).
     """
     import numpy as np
 
@@ -187,14 +187,14 @@ def _interpolation(run: Run, settings: InterpolationSettings, density: Density, 
         names = [name for name, _ in pairs]
         between = torch.from_numpy(np.stack([values[pair] for _, pair in pairs]))  # (P, 2, D)
         images = [interpolated_images(first, last, decode) for first, last in between]
-        wanted = {int(i): np.empty(0) for _, pair in pairs for i in pair}
+        originals = {int(i): np.empty(0) for _, pair in pairs for i in pair}
         start = 0
         for block in reader.blocks("test"):
-            for i in wanted:
+            for i in originals:
                 if start <= i < start + len(block["examples"]):
-                    wanted[i] = scale_pixels(block["examples"][i - start], (0.0, 1.0))
+                    originals[i] = scale_pixels(block["examples"][i - start], (0.0, 1.0))
             start += len(block["examples"])
-        ends = [np.stack([wanted[int(i)] for i in pair]) for _, pair in pairs]
+        ends = [np.stack([originals[int(i)] for i in pair]) for _, pair in pairs]
         arrays |= {"weights": np.array(WEIGHTS), "images": as_bytes(np.stack(images)), "originals": as_bytes(np.stack(ends))}
     run.arrays("interpolation", arrays, names)
 

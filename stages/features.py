@@ -1,4 +1,4 @@
-"""shards -> the feature network and the features of test images, once for all rows of a data set."""
+"""shards -> the feature network and the features of test images, once per data set."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stages.run import Run, stage
     writes=lambda settings, row: [workspace.features_folder(row)],
 )
 def features(run: Run, settings: EvaluationSettings) -> None:
-    """Train the classifier whose features images are compared in, and take the features of all test images.
+    """Train the classifier in whose features images are compared, and compute the features of all test images.
 
     NAME is a row of `evaluations`, named like its data set. The controls and all densities of the data set use them. Without
-    `quality` there is nothing to do.
+    `quality` this stage does nothing.
     """
     from pipeline.evaluation.features import write_features
     from pipeline.storage.shards import ShardReader

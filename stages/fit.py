@@ -11,7 +11,7 @@ from stages.run import Run, stage
 if TYPE_CHECKING:
     from pipeline.training.trainable import Training
 
-SCORED = 20_000  # codes of a split that are scored here, at most, the first; evaluate scores every test code
+SCORED = 20_000  # at most so many codes of a split are scored here, the first ones; evaluate scores every test code
 
 
 @stage(
@@ -23,8 +23,8 @@ SCORED = 20_000  # codes of a split that are scored here, at most, the first; ev
 def fit(run: Run, settings: DensitySettings) -> None:
     """Fit a density on cached codes: the latent density estimator (LDE) or one of its rivals.
 
-    NAME is a row of `densities`. The epoch with the best validation likelihood is kept; of a family without likelihood, the one
-    whose samples are closest to validation codes. A killed run goes on from its last checkpoint.
+    NAME is a row of `densities`. The epoch with the best validation likelihood is kept; for a family without likelihood, the
+    epoch whose samples are closest to validation codes. A killed run resumes from its last checkpoint.
     """
     from pipeline.evaluation.likelihood import log_likelihood
     from pipeline.fitting import fit_density
@@ -46,13 +46,13 @@ def fit(run: Run, settings: DensitySettings) -> None:
         for split in ("train", "valid", "test"):
             blocks = (block["codes"] for block in codes.blocks(split, SCORED))
             number = min(codes.index.count(split), SCORED)
-            shown = track(blocks, number, f"scoring {split} codes of {run.row}", "codes", quiet=not ranks.first)
-            mean, error, count = log_likelihood(density, shown, ranks)
+            tracked = track(blocks, number, f"scoring {split} codes of {run.row}", "codes", quiet=not ranks.first)
+            mean, error, count = log_likelihood(density, tracked, ranks)
             run.metrics({f"{split}_log_likelihood": mean, f"{split}_log_likelihood_se": error})
             run.metrics({f"{split}_log_likelihood_per_dimension": mean / codes.index.dim})
             run.metrics({f"{split}_log_likelihood_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
     if training.contest:
-        # The contest has fitted densities to validation codes too, each to those that it didn't score.
+        # The contest also fits densities to validation codes. Each is scored on codes that it wasn't fitted to.
         mean, error = training.best["valid_log_likelihood"], training.best["valid_log_likelihood_se"]
         run.metrics({"valid_log_likelihood": mean, "valid_log_likelihood_se": error})
         run.metrics({"valid_log_likelihood_per_dimension": mean / codes.index.dim})
@@ -67,7 +67,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
             run.metrics({key: value for key, value in training.best.items() if key.startswith("valid_")})
     validations = {int(row["step"]): row for row in training.validations}
     rows = {int(row["step"]): row for row in training.curve}
-    # One table by step: losses and validations that fall on the same step share a row.
+    # One table by step: a loss and a validation at the same step share a row.
     merged = [rows.get(step, {"step": step}) | validations.get(step, {}) for step in sorted({*rows, *validations})]
     run.curve(merged)
     run.details(
@@ -88,7 +88,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
 
 
 def _learning_curve(training: Training) -> list[dict[str, float]]:
-    """Examples seen, minutes, and scores of each validation."""
+    """Examples seen, minutes and scores of each validation."""
     batch = training.examples // max(training.steps, 1)
     return [
         {"examples": int(row["step"]) * batch, "minutes": round(seconds / 60, 3), **row}

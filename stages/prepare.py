@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     settings=Params.dataset,
     reads=lambda settings, row: [],
     writes=lambda settings, row: [workspace.shards_folder(row)],
-    flags={"download": "Fetch the raw files first, where torchvision can. Nothing is fetched without this."},
+    flags={"download": "Download the raw files first, if torchvision can. Nothing is downloaded without this option."},
 )
 def prepare(run: Run, settings: DatasetSettings) -> None:
     """Read raw files, split them, and write WebDataset shards.

@@ -1,4 +1,4 @@
-"""metrics of all rows -> scoreboard, page, and the MLflow run of the pipeline as it stands."""
+"""metrics of all rows -> scoreboard, page, and the MLflow run of the pipeline's current state."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TEMPLATE_OF = {PAGE: "report.html", MARKDOWN: "report.md"}
 
 @click.command("report")
 @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
-@click.option("--dry-run", is_flag=True, help="Print what would be read and written.")
+@click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
 @click.option("--show", is_flag=True, help="Print the scoreboard of the last report and build nothing.")
 def report(params_file: str, dry_run: bool, show: bool) -> None:
-    """Set the scores of all rows side by side: table, page, and the MLflow run of the pipeline as it stands.
+    """Compare the scores of all rows in a table, a page, and the MLflow run of the pipeline's current state.
 
-    Only rows that the settings name are shown. Open reports/index.html in a browser.
+    Only rows of params.yaml are shown. Open reports/index.html in a browser.
     """
     with one_line_errors("report"):
         if show:
@@ -55,7 +55,7 @@ def _report(params: Params) -> None:
     from stages.reporting.scoreboard import as_text, build_scoreboard, headline, stages_and_rows
     from stages.tracking.client import Tracker
 
-    board = build_scoreboard(params)  # also checks that no metrics are missing, before anything is written
+    board = build_scoreboard(params)  # fails on missing metrics before anything is written
     for stage, row in stages_and_rows(params):
         for path in read_run(stage, row).get("outputs", {}):
             check_output(stage, row, Path(path))
@@ -75,7 +75,7 @@ def _report(params: Params) -> None:
             write_text(path, text)
         with atomic_file(SCOREBOARD) as temporary:
             board.to_csv(temporary, index=False, lineterminator="\n")
-        # A file for each row gives it a line in `dvc metrics show`; one file for all would be one line of many columns.
+        # One file per row gives one line per row in `dvc metrics show`. One file for all would give one very wide line.
         with atomic_folder(HEADLINE) as folder:
             for row, scores in headline(board).items():
                 write_json(folder / f"{row}.json", scores)

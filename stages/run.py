@@ -1,4 +1,4 @@
-"""What every stage has in common: settings checked first, outputs written whole, scores tracked, errors in one line."""
+"""What all stages share: settings are checked first, outputs written whole, scores tracked, errors printed in one line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Run:
         params: All tables.
         settings: The row's settings, for the record.
         flags: Options of the command that were given.
-        summary: What the stage does, in a sentence.
+        summary: One sentence on what the stage does.
     """
 
     def __init__(
@@ -69,24 +69,24 @@ class Run:
             "dvc.stage": os.environ.get("DVC_STAGE", ""),
             "dvc.experiment": os.environ.get("DVC_EXP_NAME", ""),
         }
-        self._details |= workspace.git_state()  # of the code that runs, which may have changed when the run ends
-        # The row's name has no place in the keys, so that two rows of a table can be compared side by side.
+        self._details |= workspace.git_state()  # taken now: the code may change before the run ends
+        # Keys don't contain the row's name. That lets the UI compare two rows of a table.
         flat = flatten(asdict(settings)) if settings is not None else {}  # type: ignore[call-overload]
         self.tracker = Tracker(f"{stage} {row}", {k: v for k, v in tags.items() if v}, flat, off=not self.first)
 
     def metrics(self, values: Mapping[str, float | int | str | None]) -> None:
-        """Adds scores; written to `reports/metrics` at the end. No times or rates: they belong to `details`.
+        """Adds scores; they are written to `reports/metrics` at the end. Times and rates belong to `details`.
 
-        What isn't finite, such as the standard error of one value, becomes null.
+        A value that isn't finite, such as the standard error of one value, becomes null.
         """
         self.scores |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # type: ignore[misc]
 
     def details(self, **values: object) -> None:
-        """Adds what differs from run to run, such as seconds; written to `reports/runs` at the end."""
+        """Adds values that differ between runs, such as seconds; they are written to `reports/runs` at the end."""
         self._details |= values
 
     def curve(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Writes a curve, each row with its "step", as tab-separated values, and tracks it; no rows leave a header."""
+        """Writes a curve as tab-separated values and tracks it. Each row has its "step"; no rows give a header alone."""
         if not self.first:
             return
         columns = list(dict.fromkeys(["step", *(key for row in rows for key in row)]))
@@ -97,12 +97,12 @@ class Run:
         self.tracker.curve(rows)
 
     def arrays(self, name: str, values: Mapping[str, NDArray[Any]], names: Sequence[str] = ()) -> None:
-        """Writes small arrays to `reports/arrays`: pictures are drawn from them, here for MLflow and in `report` for the page.
+        """Writes small arrays to `reports/arrays`. Pictures are drawn from them, here for MLflow and in `report` for the page.
 
         Arguments:
             name: Name of the file.
             values: The arrays by name.
-            names: Names of what lies along the first axis of some array.
+            names: Names of the entries along the first axis of one of the arrays.
         """
         from stages.arrays import save_arrays
 
@@ -110,12 +110,12 @@ class Run:
             self._outputs.append(save_arrays(self.stage, self.row, name, values, names))
 
     def read(self, name: str, digest: str, path: Path, context: str) -> None:
-        """Notes that the run reads a data set, for the lineage."""
+        """Records that the run reads a data set, for the lineage."""
         self._details.setdefault("inputs", {})[str(path)] = digest
         self.tracker.dataset(name, digest, str(path), context)
 
     def when_finished(self, action: Callable[[], None]) -> None:
-        """Has something done once all is written, such as the removal of a checkpoint."""
+        """Registers a callback to run once everything is written, such as the removal of a checkpoint."""
         self._when_finished.append(action)
 
     def finish(self) -> None:
@@ -134,7 +134,7 @@ class Run:
         self._details |= {"cores": _cores(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         if gpu := _gpu():
             self._details["gpu"] = gpu
-        # Under a heading of their own in the UI, below the scores.
+        # These get their own heading in the UI, below the scores.
         self.tracker.metrics({f"run/{k}": v for k, v in self._details.items() if isinstance(v, (int, float))})
         run_id = self._finish_tracking() if self.tracker.on else None
         digests = {path.as_posix(): sha256_file(path) for path in self._outputs}
@@ -144,7 +144,7 @@ class Run:
         print(f"{self.stage} {self.row}: {self._details['seconds']:.1f} s" + _headline(self.scores), flush=True)
 
     def _finish_tracking(self) -> str | None:
-        """Draws the run's pictures for its page in MLflow, describes it, and gives its id."""
+        """Draws pictures for the run's page in MLflow, describes the run, and returns its id."""
         from stages.reporting.pictures import draw_row
 
         with tempfile.TemporaryDirectory() as folder:
@@ -152,10 +152,10 @@ class Run:
             for path in pictures:
                 self.tracker.artifact(path, "figures")
             self.tracker.describe(self._description([path.stem for path in pictures]))
-            return self.tracker.finish()  # it waits until all is logged
+            return self.tracker.finish()  # waits until everything is logged
 
     def _description(self, pictures: Sequence[str]) -> str:
-        """What the run's page in MLflow says of it, in Markdown."""
+        """The description on the run's page in MLflow, in Markdown."""
         links = ", ".join(f"[{name}](ARTIFACTS/figures/{name}.png)" for name in pictures)
         text = f"{self.summary}\n\n    python -m stages {self.stage} {self.row}\n\n"
         return (
@@ -172,18 +172,19 @@ def _cell(value: float | int | None) -> str:
 
 
 def _headline(scores: Mapping[str, Any]) -> str:
-    shown = [f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float) and "test" in k and not k.endswith("_se")][:3]
-    return ": " + ", ".join(shown) if shown else ""
+    tested = ((k, v) for k, v in scores.items() if isinstance(v, float) and "test" in k and not k.endswith("_se"))
+    headline = [f"{k} {v:.4g}" for k, v in tested][:3]
+    return ": " + ", ".join(headline) if headline else ""
 
 
 def _gpu() -> str:
-    """Name of the GPU that was used; empty for none."""
+    """Name of the GPU in use; empty if none is."""
     torch = sys.modules.get("torch")
     return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_initialized() else ""
 
 
 def _cores() -> int:
-    """Cores that this process may use, which a job scheduler or taskset can have cut."""
+    """Number of cores that this process may use; a job scheduler or taskset may limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -195,7 +196,7 @@ def _peak_memory_mib() -> float:
 
 
 def _with_command(message: str) -> str:
-    """The message with the command that writes a damaged file again, also where DVC's cache holds it so, for "run .. again".
+    """Replaces "run .. again" in a message by the command that rewrites the file, even if DVC's cache holds the damaged one.
 
     Example:
         >>> _with_command("data/codes/grid/index.json isn't an index; run extract again")
@@ -209,7 +210,7 @@ def _with_command(message: str) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(name: str) -> Any:
-    """Turns errors that the user can mend into one line and exit status 1."""
+    """Turns errors that the user can fix into one line and exit status 1."""
     try:
         yield
     except PipelineError as error:
@@ -217,18 +218,18 @@ def one_line_errors(name: str) -> Any:
     except OSError as error:
         named = f" ({error.filename})" if error.filename else ""
         if error.errno in FULL:
-            message = f"{FULL[error.errno]}{named}: free some and run the command again; what stood before is intact"
+            message = f"{FULL[error.errno]}{named}: free some and run the command again; existing files are intact"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message = f"no permission{named}: {error.strerror}"
         else:
             message = f"the system says: {error.strerror or error}{named}"
     except KeyboardInterrupt:
-        message = "interrupted; nothing was half-written: run the same command again"
+        message = "interrupted; no file was left half-written: run the same command again"
     except MemoryError:
         message = OUT_OF_MEMORY
     except RuntimeError as error:
         if re.search(r"gloo|NCCL", str(error)) and os.environ.get("WORLD_SIZE", "1") != "1":
-            sys.exit(PEER_LOST)  # another process has ended; it says why
+            sys.exit(PEER_LOST)  # another process has ended and prints why
         if not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
         message = OUT_OF_MEMORY
@@ -240,7 +241,7 @@ def one_line_errors(name: str) -> Any:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that what is half done is cleared away."""
+    """Treats SIGTERM like Ctrl-C: unfinished output is deleted."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -271,7 +272,7 @@ def stage(
         writes: What it writes besides metrics and the run's file.
         settings: The typed settings of a row.
         ranks: Whether several processes may share the work (PROCESSES, torchrun).
-        flags: More options of the command, by name, with their help; those given stand in `Run.flags`.
+        flags: Further options of the command: name -> help. `Run.flags` holds the ones that were passed.
     """
 
     def decorate(function: Callable[[Run, Settings], None]) -> click.Command:
@@ -281,7 +282,7 @@ def stage(
         @click.argument("row", metavar="NAME", shell_complete=_complete_rows(name))
         @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
         @click.option("--dry-run", is_flag=True, help="Print the resolved settings and what would be read and written.")
-        def command(row: str, params_file: str, dry_run: bool, **given: bool) -> None:
+        def command(row: str, params_file: str, dry_run: bool, **options: bool) -> None:
             with one_line_errors(f"{name} {row}"), _terminable():
                 params = read_params(params_file)
                 chosen = settings(params, row)
@@ -295,7 +296,7 @@ def stage(
                 if ranks and launched():
                     return
                 summary = (function.__doc__ or "").partition("\n")[0]
-                run = Run(name, row, params, chosen, {flag for flag, on in given.items() if on}, summary)
+                run = Run(name, row, params, chosen, {flag for flag, on in options.items() if on}, summary)
                 try:
                     function(run, chosen)
                     run.finish()

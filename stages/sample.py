@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pipeline.autoencoders.common.network import Decoder
 
 SHOWN = 100  # samples for the page, the first in the order drawn
-LARGE_PIXELS, SHOWN_LARGE = 128, 36  # images from this side on: fewer of them
-TARGET_POINTS = 4096  # training points behind samples that are points
-TRUNCATED = 10  # samples decoded from their first numbers alone
+LARGE_PIXELS, SHOWN_LARGE = 128, 36  # from this side length on, fewer images are shown
+TARGET_POINTS = 4096  # training points drawn behind samples of points
+TRUNCATED = 10  # samples that are also decoded from only their first numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
     """Draw codes from a density and decode them.
 
     NAME is a row of `densities`. The number of samples is `sampling.count`; the page shows the first 100 in the order drawn.
-    A warning says so where samples lie far outside the range of the training codes.
+    A warning is printed if samples lie far outside the range of the training codes.
     """
     from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import load_density
@@ -68,8 +68,8 @@ def sample(run: Run, settings: SampleSettings) -> None:
         drawn = samples.first("samples", SHOWN)
         if index.kind == "images":
             assert decoder is not None
-            shown = SHOWN if index.shape[1] < LARGE_PIXELS else SHOWN_LARGE
-            run.arrays("samples", {"samples": as_bytes(drawn["examples"][:shown])})
+            count = SHOWN if index.shape[1] < LARGE_PIXELS else SHOWN_LARGE
+            run.arrays("samples", {"samples": as_bytes(drawn["examples"][:count])})
             if density.dim > 1:
                 run.arrays("truncated", _truncated(drawn["codes"][:TRUNCATED], decoder))
         elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
@@ -81,7 +81,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
 
 
 def _truncated(codes: np.ndarray, decoder: Decoder) -> dict[str, np.ndarray]:
-    """The first samples decoded from the first k numbers of their codes, the others being zero, for some k.
+    """The first samples decoded from the first k numbers of their codes, for some k; the other numbers are zero.
 
     Arguments:
         codes: Codes with shape (n, D).
@@ -100,8 +100,8 @@ def _truncated(codes: np.ndarray, decoder: Decoder) -> dict[str, np.ndarray]:
     ks = list(range(1, dim + 1)) if dim <= 10 else sorted({round(float(k)) for k in np.geomspace(1, dim, 8)})
     images = []
     for k in ks:
-        kept = torch.from_numpy(np.where(np.arange(dim) < k, codes, 0).astype(np.float32))
+        truncated = torch.from_numpy(np.where(np.arange(dim) < k, codes, 0).astype(np.float32))
         with torch.no_grad():
-            decoded = to_unit(decoder(kept.to(next(decoder.parameters()).device)), decoder.value_range)
+            decoded = to_unit(decoder(truncated.to(next(decoder.parameters()).device)), decoder.value_range)
         images.append(as_bytes(decoded.cpu().numpy()))
     return {"ks": np.array(ks), "images": np.stack(images)}

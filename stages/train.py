@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pipeline.system.ranks import Ranks
 
 SHOWN = 10  # test images with their reconstructions
-SCATTERED = 5000  # test codes of two numbers, or training points, that are left for a picture
-PATCHES = 100  # training patches, likewise
+SCATTERED = 5000  # test codes of two numbers, or training points, saved for a picture
+PATCHES = 100  # training patches saved for a picture
 
 
 @stage(
@@ -34,7 +34,7 @@ PATCHES = 100  # training patches, likewise
 def train(run: Run, settings: AutoencoderSettings) -> None:
     """Train an autoencoder, with or without incremental learning of its latent vector.
 
-    NAME is a row of `autoencoders`. A killed run goes on from its last checkpoint. Vectors (objective `identity`) need no
+    NAME is a row of `autoencoders`. A killed run resumes from its last checkpoint. Vectors (objective `identity`) need no
     training.
     """
     import torch
@@ -112,9 +112,9 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
 
 
 def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
-    """MSE, PSNR and SSIM on every split, the MSE against the number of open dimensions, a VAE's divergence.
+    """MSE, PSNR and SSIM on every split; the MSE against the number of open dimensions; a VAE's divergence.
 
-    Ranks share the shards; the first also leaves arrays for pictures.
+    Ranks share the shards; the first also saves arrays for pictures.
     """
     import numpy as np
     import torch
@@ -140,43 +140,43 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         values = objective.divergence(from_unit(images, value_range).to(ranks.device))
         return None if values is None else values.cpu()
 
-    def mine(split: str, label: str) -> Iterator[dict[str, np.ndarray]]:
+    def rank_blocks(split: str, label: str) -> Iterator[dict[str, np.ndarray]]:
         total = reader.index.count(split)
         with Progress(total, f"{label} of {run.row}", unit="images", quiet=not ranks.first) as progress:
             for block in reader.blocks(split, ranks.share(len(reader.index.parts(split)))):
                 yield block
                 progress.advance(len(block["examples"]) * ranks.world)
 
-    shown: tuple[Any, Any] | None = None
+    pictured: tuple[Any, Any] | None = None
     for split in ("train", "valid", "test"):
         score, kl = ReconstructionScore(), Moments()
-        for block in mine(split, f"reconstructions ({split})"):
+        for block in rank_blocks(split, f"reconstructions ({split})"):
             images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))
             reconstructions = decode(encode(images))
             score.update(images.numpy(), reconstructions.numpy())
             if (values := divergence(images)) is not None:
                 kl.update(values.numpy())
             if split == "test":
-                shown = shown or (images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy())
-        score, *others = ranks.gather(score)
-        for other in others:
-            score.merge(other)
-        kl, *divergences = ranks.gather(kl)
-        for part in divergences:
-            kl.merge(part)
+                pictured = pictured or (images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy())
+        score, *rank_scores = ranks.gather(score)
+        for rank_score in rank_scores:
+            score.merge(rank_score)
+        kl, *rank_divergences = ranks.gather(kl)
+        for divergences in rank_divergences:
+            kl.merge(divergences)
         run.metrics(score.metrics(split))
         if kl.count:
             run.metrics({f"{split}_kl": kl.mean, f"{split}_kl_se": kl.result().standard_error})
     ks = opened(objective.latent_dim or 0)
-    unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in mine("test", "open dimensions"))
-    errors, *rest = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
-    for more in rest:
-        errors.merge(more)
+    unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in rank_blocks("test", "open dimensions"))
+    errors, *rank_errors = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
+    for part in rank_errors:
+        errors.merge(part)
     if not ranks.first:
         return
     run.arrays("open-dimensions", {"ks": np.array(ks), "mse": errors.mse})
-    assert shown is not None
-    arrays = {"inputs": as_bytes(shown[0]), "reconstructions": as_bytes(shown[1])}
+    assert pictured is not None
+    arrays = {"inputs": as_bytes(pictured[0]), "reconstructions": as_bytes(pictured[1])}
     if objective.latent_dim == 2:
         codes: list[np.ndarray] = []
         labels: list[np.ndarray] = []

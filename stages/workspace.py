@@ -1,4 +1,4 @@
-"""Where everything lies: the paths of the workspace, relative to the folder that holds params.yaml."""
+"""The paths of the workspace, relative to the folder that holds params.yaml."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 __all__ = [
+    "CHAIN",
     "TABLE_OF_STAGE",
     "arrays_folder",
     "autoencoder_folder",
@@ -36,6 +37,7 @@ TABLE_OF_STAGE = {
     "sample": "densities",
     "evaluate": "densities",
 }
+CHAIN = ("train", "extract", "fit", "sample", "evaluate")  # stages behind a density's scores
 
 
 def shards_folder(dataset: str) -> Path:
@@ -64,12 +66,12 @@ def density_file(density: str) -> Path:
 
 
 def samples_folder(density: str) -> Path:
-    """Shards of samples: codes and, where there is a decoder, images."""
+    """Shards of samples: codes, and images if there is a decoder."""
     return Path("data/samples") / density
 
 
 def metrics_file(stage: str, row: str) -> Path:
-    """Scores of a stage: the same seed gives the same bytes."""
+    """Scores of a stage; the same seed gives the same bytes."""
     return Path("reports/metrics") / stage / f"{row}.json"
 
 
@@ -84,32 +86,32 @@ def figure_folder(stage: str, row: str) -> Path:
 
 
 def arrays_folder(stage: str, row: str) -> Path:
-    """Small arrays of a stage, for `report`. Not among the pictures: DVC would try to plot them."""
+    """Small arrays of a stage, for `report`. They are kept apart from the pictures, which DVC plots."""
     return Path("reports/arrays") / stage / row
 
 
 def run_file(stage: str, row: str) -> Path:
-    """What differs from run to run: seconds, memory, MLflow run."""
+    """Values that differ between runs: seconds, memory, MLflow run."""
     return Path("reports/runs") / stage / f"{row}.json"
 
 
 def rerun(stage: str, row: str) -> str:
-    """The command that writes the files of a stage's row again, also where DVC's cache holds damaged ones."""
+    """The command that rewrites the files of a stage's row, even if DVC's cache holds damaged ones."""
     return f"run `dvc repro -f -s {stage}@{row}`"
 
 
 def checkpoint_folder(stage: str, row: str) -> Path:
-    """Resume state, outside of what DVC deletes before a run."""
+    """State to resume from, outside the folders that DVC deletes before a run."""
     return main_checkout() / ".checkpoints" / stage / row
 
 
 def main_checkout() -> Path:
-    """The user's checkout: DVC names it also where an experiment runs in a copy of it (`dvc exp run --temp`)."""
+    """The user's checkout. DVC names it even if an experiment runs in a copy of it (`dvc exp run --temp`)."""
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 def git_state() -> dict[str, str]:
-    """The commit of the working tree and whether it has uncommitted changes (dvc.lock aside, which each run may write)."""
+    """The commit of the working tree and whether it has uncommitted changes, ignoring dvc.lock, which runs write."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
         changes = subprocess.run(

@@ -481,7 +481,7 @@ def test_doctor_asks_the_tracking_server(healthy, monkeypatch):
         assert "secret" not in out
         server.shutdown()
     code, out, _ = run("doctor")
-    assert code == 0  # stages go on without
+    assert code == 0  # stages run without it
     assert f"http://{address}: can't be reached" in out
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}")
@@ -534,7 +534,7 @@ def test_doctor_opens_the_tracking_file_as_a_stage_does(healthy, monkeypatch):
 def test_doctor_looks_into_the_tracking_file(healthy, monkeypatch):
     monkeypatch.setenv("TRACKING", "on")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert "to be made by the first stage" in run("doctor")[1]
+    assert "the first stage creates it" in run("doctor")[1]
     (healthy / "mlflow.db").write_text("this is no database, whatever its name says" * 100)
     assert words(run("doctor")[1])["tracking"] == "warn"
     for uri in ("sqlite:////no/such/folder/x.db", "http://", "http://host:port", "mysql://localhost:1/x", "databricks", "::"):

@@ -638,7 +638,7 @@ def test_a_file_that_cant_grow(workspace: Path, stage: tuple[str, str], limit: i
     lines = [line for line in result.stderr.splitlines() if not line.startswith(others)]
     assert len(lines) == 1, result.stderr
     assert "a file is too large" in lines[0]
-    assert "what stood before is intact" in lines[0]
+    assert "existing files are intact" in lines[0]
     assert small.files(Path("data")) == before
     assert not list(Path(".").rglob("*.partial"))
     assert small.run(*stage).exit_code == 0

@@ -306,7 +306,7 @@ def test_a_row_with_other_settings_is_named_and_nothing_is_written(project):
     code, out, err = run("add", "one")
     assert (code, out) == (1, "")
     assert err.startswith(
-        "error: preset add one: params.yaml has these rows with other settings; rename them, take them out, or say --replace: "
+        "error: preset add one: params.yaml has these rows with other settings; rename them, delete them, or pass --replace: "
     )
     assert "datasets.mine (root: x there, pipeline/sources/grid.py in the preset)" in err
     assert err.count("\n") == 1
@@ -332,7 +332,7 @@ def test_what_would_not_pass_the_check_is_not_written(project):
     (project / "presets" / "one.yaml").write_text(PRESET.replace("family: lde", "family: ldf"))
     code, out, err = run("add", "one")
     assert (code, out) == (1, "")
-    assert "nothing was added, since params.yaml would not pass `check`: densities.mine-lde.family: unknown 'ldf'" in err
+    assert "nothing was added, because params.yaml would not pass `check`: densities.mine-lde.family: unknown 'ldf'" in err
     assert (project / "params.yaml").read_text() == TINY
 
 
@@ -371,7 +371,7 @@ BAD_PRESETS = {
     "rows in one line": "description: x\ntables:\n  datasets: {a: {}}\n",
     "row without settings": "description: x\ntables:\n  datasets:\n    a: 3\n",
     "bad name": "description: x\ntables:\n  datasets:\n    A_b: {}\n",
-    "quick fits no row": PRESET.replace("datasets.mine.", "datasets.nobody."),
+    "quick matches no row": PRESET.replace("datasets.mine.", "datasets.nobody."),
     "quick without a key": PRESET.replace("densities.*.epochs", "densities.*"),
     "quick without a table": PRESET.replace("densities.*.epochs", "densities.*.no.epochs"),
     "quick of another type": PRESET.replace("quick:\n", "quick: 3\nq:\n"),

@@ -78,7 +78,7 @@ NOT_WHOLE = [
 
 @pytest.mark.parametrize("pairs", NOT_WHOLE)
 def test_impossible_requests_are_refused(generator: tuple[Path, Path], pairs: list[tuple[object, object]]) -> None:
-    with pytest.raises(MlflowException, match="count must be a whole number from 1 on") as refused:
+    with pytest.raises(MlflowException, match="count must be a whole number, at least 1") as refused:
         generate(load_density(generator[0]), None, requests(*pairs))
     assert refused.value.get_http_status_code() == 400
 

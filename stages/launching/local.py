@@ -20,16 +20,14 @@ from pipeline.system.processes import die_with_parent
 
 __all__ = ["PEER_LOST", "launched"]
 
-PEER_LOST = 3  # exit status of a process that couldn't go on for want of another
-PATIENCE_SECONDS = 10.0  # how long the other processes may take to end once one has failed
+PEER_LOST = 3  # exit status of a process that stopped because another was lost
+PATIENCE_SECONDS = 10.0  # time that the other processes have to end after one has failed
 
 
 def launched() -> bool:
-    """Starts PROCESSES processes that share the work, as torchrun would, unless this is one of them, and waits for them.
+    """Starts PROCESSES processes that share the work, as torchrun would, and waits for them. Does nothing in one of them.
 
-    Gives whether it did: then the work is done.
-
-    Unlike torchrun it starts at once, and leaves an error at the one line that says what is wrong.
+    Returns whether it did; then the work is done. Unlike torchrun it starts at once, and an error stays one line.
     """
     processes = os.environ.get("PROCESSES", "1")
     if "RANK" in os.environ or processes == "1":
@@ -43,40 +41,40 @@ def launched() -> bool:
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(processes), 1)))
     command = [sys.executable, "-m", "stages", *sys.argv[1:]]
     with contextlib.ExitStack() as stack:
-        # The first speaks for all; what the others say is shown when one of them is the cause of a failure.
-        words = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(int(processes) - 1))]
+        # Only the first prints. The output of another is shown if it caused a failure.
+        outputs = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(int(processes) - 1))]
         peers: list[subprocess.Popen[bytes]] = []
         die = functools.partial(die_with_parent, os.getpid())
         with _forwarded(peers) as received:
-            for rank, word in enumerate(words):
+            for rank, output in enumerate(outputs):
                 ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                # In sessions of their own: a signal reaches them once, from here.
-                peer = subprocess.Popen(command, env=ranked, stderr=word, start_new_session=True, preexec_fn=die)
+                # Each in a new session: a signal reaches it once, from here.
+                peer = subprocess.Popen(command, env=ranked, stderr=output, start_new_session=True, preexec_fn=die)
                 peers.append(peer)
             failed, killed = _wait_for(peers, received)
-        if peers[0].returncode in (1, 2):  # it has said why
+        if peers[0].returncode in (1, 2):  # it has printed why
             sys.exit(peers[0].returncode)
         if received and killed:
             raise PipelineError(
                 f"stopped by {signal.Signals(received[0]).name}; killed what didn't end within {PATIENCE_SECONDS:.0f} s "
-                f"(process {', '.join(map(str, killed))}): run the same command again, training goes on"
+                f"(process {', '.join(map(str, killed))}): run the same command again to resume training"
             )
         if failed is None:
             return True
-        code, word = peers[failed].returncode, words[failed]
-        said = ""
-        if word is not None:
-            word.seek(0)
-            lines = [line for line in word.read().splitlines() if line.strip()]
-            said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        code, output = peers[failed].returncode, outputs[failed]
+        reason = ""
+        if output is not None:
+            output.seek(0)
+            lines = [line for line in output.read().splitlines() if line.strip()]
+            reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
         if code < 0:
-            said = f"process {failed} was killed by {signal.Signals(-code).name}"
-        raise PipelineError(re.sub(r"^error: \S+ \S+: ", "", said) or f"process {failed} failed")
+            reason = f"process {failed} was killed by {signal.Signals(-code).name}"
+        raise PipelineError(re.sub(r"^error: \S+ \S+: ", "", reason) or f"process {failed} failed")
 
 
 @contextlib.contextmanager
 def _forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Hands SIGINT and SIGTERM on, to stopped processes too, and gives those received."""
+    """Forwards SIGINT and SIGTERM, also to stopped processes, and yields the signals received."""
     received: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
@@ -95,13 +93,13 @@ def _forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
 
 
 def _wait_for(peers: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> tuple[int | None, list[int]]:
-    """Waits for all; after a signal, or once one has failed, ends the others when they have had time to do so themselves.
+    """Waits for all. After a signal or a failure, the others have PATIENCE_SECONDS to end and are then killed.
 
-    Gives the rank of the one that was the cause, and the ranks that were ended here.
+    Returns the rank of the process that caused the failure, and the ranks that were killed.
     """
     failed: dict[int, int] = {}
     deadline = math.inf
-    while None in [peer.poll() for peer in peers] and time.monotonic() < deadline:  # asks all, also those after a living one
+    while None in [peer.poll() for peer in peers] and time.monotonic() < deadline:  # polls all, also those after a running one
         failed = {rank: peer.returncode for rank, peer in enumerate(peers) if peer.returncode}
         if failed or received:
             deadline = min(deadline, time.monotonic() + PATIENCE_SECONDS)

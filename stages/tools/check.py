@@ -1,4 +1,4 @@
-"""What is wrong in params.yaml and dvc.yaml, row and key named, before anything runs."""
+"""Errors in params.yaml and dvc.yaml, found before anything runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PIPELINE = Path("dvc.yaml")
 @click.command("check")
 @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
 def check(params_file: str) -> None:
-    """Say what is wrong in params.yaml and dvc.yaml, and which raw data are missing.
+    """Find errors in params.yaml and dvc.yaml, and missing raw data.
 
-    One line for each problem, with row, key and remedy. Exit status 1 when there is one.
+    Prints one line per problem, with row, key and remedy. Exit status 1 if there is any.
     """
     with one_line_errors("check"):
         params = read_params(params_file)
@@ -46,20 +46,20 @@ def row_count(params: Params) -> int:
 
 
 def missing_data(params: Params) -> Iterator[str]:
-    """A line for each data set whose raw files are missing, saying what to put where."""
+    """One line per data set whose raw files are missing, with what to put where."""
     for name in params.rows("datasets"):
         try:
             settings = params.dataset(name)
         except PipelineError:
-            continue  # said by Params.problems
+            continue  # reported by Params.problems
         root = Path(settings.root)
         roots = [root, *(root / below for below in getattr(settings, "roots", ()))]
-        lacking = [path for path in roots if not _holds_something(path)]
-        if not lacking:
+        missing = [path for path in roots if not _holds_something(path)]
+        if not missing:
             continue
-        remedy = f"{lacking[0]} is {'empty' if lacking[0].exists() else 'missing'}; data/raw/README.md says what to put there"
+        remedy = f"{missing[0]} is {'empty' if missing[0].exists() else 'missing'}; data/raw/README.md says what to put there"
         try:
-            # The source says best what it reads. With nothing there, it looks no further.
+            # The source's own message is the most precise. It stops at the missing files.
             implementation("pipeline.sources", settings.source, f"datasets.{name}.source").open_source(settings, root)
         except PipelineError as error:
             remedy = str(error)
@@ -69,12 +69,12 @@ def missing_data(params: Params) -> Iterator[str]:
 
 
 def unreadable_names(params: Params) -> Iterator[str]:
-    """A line for each data set with a file name that isn't UTF-8, over which DVC fails without naming it."""
+    """One line per data set with a file name that isn't UTF-8. DVC fails on such a name without printing it."""
     for name in params.rows("datasets"):
         try:
             root = params.dataset(name).root
         except PipelineError:
-            continue  # said by Params.problems
+            continue  # reported by Params.problems
         for folder, folders, files in os.walk(root):
             for entry in [*folders, *files]:
                 try:
@@ -92,7 +92,7 @@ def _holds_something(path: Path) -> bool:
 
 
 def pipeline_problems(params: Params) -> Iterator[str]:
-    """A line for each point in which dvc.yaml and the tables of params.yaml disagree."""
+    """One line per disagreement between dvc.yaml and the tables of params.yaml."""
     try:
         stages = _read_pipeline().get("stages")
     except PipelineError as error:
@@ -109,7 +109,7 @@ def pipeline_problems(params: Params) -> Iterator[str]:
         if entry.get("foreach") != f"${{{table}}}":
             yield f"{PIPELINE}: stages.{stage}.foreach: expected ${{{table}}}, got {entry.get('foreach')!r}"
     for table in params.absent:
-        yield f"{table}: missing, and dvc.yaml reads it; write '{table}: {{}}' where there is nothing to say"
+        yield f"{table}: missing, and dvc.yaml reads it; write '{table}: {{}}' if it has no rows"
     for stage, entry in stages.items():
         body = entry.get("do", entry) if isinstance(entry, Mapping) else {}
         command = str(body.get("cmd", "") if isinstance(body, Mapping) else "")
@@ -121,7 +121,7 @@ def pipeline_problems(params: Params) -> Iterator[str]:
             yield f"{PIPELINE}: stages.{stage}.deps: expected a list"
             continue
         for dependency in map(str, dependencies):
-            # Code is there or it isn't; what a stage writes may still be to come.
+            # Only code must exist by now: a stage's outputs may not be written yet.
             if dependency.endswith(".py") and "$" not in dependency and not Path(dependency).exists():
                 yield f"{PIPELINE}: stages.{stage}.deps: {dependency} is missing"
 

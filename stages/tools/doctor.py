@@ -1,4 +1,4 @@
-"""What the machine has: versions, device, memory, disk, data, tracking server, DVC and git."""
+"""A check of the machine: versions, device, memory, disk, data, tracking server, DVC and git."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ LOW_MEMORY_GIB = 2.0
 
 
 class Finding(NamedTuple):
-    """One line of the doctor's.
+    """One line of the doctor's output.
 
     Attributes:
-        what: What was looked at.
-        word: `ok`; `warn` and `missing`, which stop nothing; `fault`, which does.
-        detail: What was found, and what to do.
+        what: What was checked.
+        word: `ok`; `warn` or `missing`, with which the pipeline still runs; `fault`, with which it doesn't.
+        detail: The state, and what to do.
     """
 
     what: str
@@ -54,20 +54,20 @@ class Finding(NamedTuple):
 
 
 @click.command("doctor")
-@click.option("--cache", is_flag=True, help="Also read DVC's cache and compare its files with their digests.")
+@click.option("--cache", is_flag=True, help="Also compare the files of DVC's cache with their digests.")
 def doctor(cache: bool) -> None:
     """Check versions, device, memory, disk space, data, tracking server, DVC and git.
 
-    Exit status 1 when something is found that stops the pipeline, marked `fault`.
+    Exit status 1 if something stops the pipeline; it is marked `fault`.
     """
     with one_line_errors("doctor"):
         faults = 0
-        looks = [("Software", _software), ("Machine", _machine), ("Workspace", _workspace), ("Data", _data)]
+        checks = [("Software", _software), ("Machine", _machine), ("Workspace", _workspace), ("Data", _data)]
         if cache:
-            looks.append(("Cache", _cache))
-        for title, look in looks:
+            checks.append(("Cache", _cache))
+        for title, findings in checks:
             click.echo(title)
-            listed = list(look())
+            listed = list(findings())
             width = max(len(finding.what) for finding in listed)
             for finding in listed:
                 click.echo(f"  {finding.what:{width}}  {finding.word:7}  {finding.detail}")
@@ -82,15 +82,15 @@ def _software() -> Iterator[Finding]:
     locked = _locked_versions()
     for package in PACKAGES:
         try:
-            found = metadata.version(package)
+            version = metadata.version(package)
         except metadata.PackageNotFoundError:
-            yield Finding(package, "fault", "isn't installed; `make install` installs all that is needed")
+            yield Finding(package, "fault", "isn't installed; `make install` installs all packages")
             continue
         # 2.14.1+cpu is another build of 2.14.1.
-        if locked.get(package, found) not in (found, found.partition("+")[0]):
-            yield Finding(package, "warn", f"{found}; {LOCK} says {locked[package]}")
+        if locked.get(package, version) not in (version, version.partition("+")[0]):
+            yield Finding(package, "warn", f"{version}; {LOCK} says {locked[package]}")
         else:
-            yield Finding(package, "ok", found)
+            yield Finding(package, "ok", version)
 
 
 def _locked_versions() -> dict[str, str]:
@@ -105,17 +105,17 @@ def _machine() -> Iterator[Finding]:
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     threads = os.environ.get("OMP_NUM_THREADS")
-    shown = f"{usable} of {cores}" + (f", OMP_NUM_THREADS={threads}" if threads else "")
+    count = f"{usable} of {cores}" + (f", OMP_NUM_THREADS={threads}" if threads else "")
     load = os.getloadavg()[0]
     if load > usable:
-        yield Finding("cores", "warn", f"{shown}; other programs keep them busy (load {load:.1f}): all takes longer")
+        yield Finding("cores", "warn", f"{count}; other programs keep them busy (load {load:.1f}): stages take longer")
     else:
-        yield Finding("cores", "ok", shown)
+        yield Finding("cores", "ok", count)
     if _asks_for_bfloat16():
         yield _bfloat16()
     processes = os.environ.get("PROCESSES", "1")
     if not processes.isdigit() or int(processes) < 1:
-        yield Finding("processes", "fault", f"PROCESSES is '{processes}': expected a number from 1 on")
+        yield Finding("processes", "fault", f"PROCESSES is '{processes}': expected a whole number, at least 1")
     elif int(processes) > 1:
         yield Finding("processes", "ok", f"{processes} for each heavy stage")
     try:
@@ -125,7 +125,7 @@ def _machine() -> Iterator[Finding]:
         free, total = memory.available / 2**30, memory.total / 2**30
         yield Finding("memory", "warn" if free < LOW_MEMORY_GIB else "ok", f"{free:.1f} GiB free of {total:.1f}")
     except ImportError:
-        pass  # said above
+        pass  # reported above
     free = shutil.disk_usage(".").free / 2**30
     if free < LOW_DISK_GIB:
         word = "fault" if free < NO_DISK_GIB else "warn"
@@ -135,28 +135,28 @@ def _machine() -> Iterator[Finding]:
 
 
 def _device() -> Finding:
-    wanted = os.environ.get("DEVICE", "auto")
+    device = os.environ.get("DEVICE", "auto")
     try:
         import torch
     except (ImportError, OSError) as error:
         return Finding("device", "fault", f"torch can't be imported: {' '.join(str(error).split())}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if wanted.startswith("cuda") and not gpus:
-        return Finding("device", "fault", f"DEVICE is '{wanted}', and torch {torch.__version__} sees no GPU")
-    if gpus and wanted != "cpu":
+    if device.startswith("cuda") and not gpus:
+        return Finding("device", "fault", f"DEVICE is '{device}', and torch {torch.__version__} sees no GPU")
+    if gpus and device != "cpu":
         return Finding("device", "ok", f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}: {', '.join(dict.fromkeys(gpus))}")
-    if wanted != "cpu" and Path("/dev/nvidia0").exists():
+    if device != "cpu" and Path("/dev/nvidia0").exists():
         return Finding(
             "device", "warn", f"CPU: there is an NVIDIA GPU, but torch {torch.__version__} sees none: is its driver too old?"
         )
-    return Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads" + (" (DEVICE=cpu)" if wanted == "cpu" else ""))
+    return Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads" + (" (DEVICE=cpu)" if device == "cpu" else ""))
 
 
 def _asks_for_bfloat16() -> bool:
     try:
         return any(row.get("scoring_precision") == "bfloat16" for row in read_params().tables.get("densities", {}).values())
     except (PipelineError, AttributeError):
-        return False  # said below
+        return False  # reported below
 
 
 def _bfloat16() -> Finding:
@@ -168,7 +168,7 @@ def _bfloat16() -> Finding:
     if has_bfloat16(device):
         return Finding("bfloat16", "ok", f"computed by the {device.type}")
     return Finding(
-        "bfloat16", "warn", f"the {device.type} can't compute in it: rows with scoring_precision bfloat16 take float32"
+        "bfloat16", "warn", f"the {device.type} can't compute in it: rows with scoring_precision bfloat16 use float32"
     )
 
 
@@ -190,7 +190,7 @@ def _workspace() -> Iterator[Finding]:
 
 
 def _user() -> Iterator[Finding]:
-    """DVC ends in `getpwuid` without a name, and its libraries without a home."""
+    """DVC fails in `getpwuid` if the user has no name, and its libraries if there is no home folder."""
     try:
         getpass.getuser()
         lacking = "home folder" if os.path.expanduser("~") == "~" else ""
@@ -208,9 +208,9 @@ def _git() -> Iterator[Finding]:
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if "dubious ownership" in head.stderr:
         remedy = f"`git config --global --add safe.directory {shlex.quote(str(Path.cwd()))}`"
-        yield Finding("git", "warn", f"this clone belongs to another user, so that runs record no commit: {remedy}")
+        yield Finding("git", "warn", f"this clone belongs to another user, and runs record no commit: {remedy}")
     elif "not a git repository" in head.stderr and not _without_git():
-        without = "`dvc config --local core.no_scm true` (then without `dvc exp`, `dvc params diff` and `dvc metrics diff`)"
+        without = "`dvc config --local core.no_scm true` (which disables `dvc exp`, `dvc params diff` and `dvc metrics diff`)"
         remedy = f"`git init`, and commit all files; or {without}"
         yield Finding("git", "fault", f"no git repository here, and `dvc repro` refuses to run without one: {remedy}")
     elif head.returncode:
@@ -228,7 +228,7 @@ def _git() -> Iterator[Finding]:
 
 
 def _without_git() -> bool:
-    """Whether DVC is told to do without git."""
+    """Whether DVC is configured to run without git."""
     files = [path for path in (Path(".dvc/config"), Path(".dvc/config.local")) if path.is_file()]
     return any(re.search(r"^\s*no_scm\s*=\s*true\s*$", file.read_text(encoding="utf-8"), re.M | re.I) for file in files)
 
@@ -237,14 +237,14 @@ def _dvc() -> Finding:
     if not Path(".dvc").is_dir():
         return Finding("dvc", "fault", "not initialised here: run the command from the project's folder, or `dvc init`")
     if shutil.which("dvc") is None:
-        beside = Path(sys.executable).parent / "dvc"
-        remedy = f"it is in {beside.parent}: activate that environment" if beside.exists() else "`make install` installs it"
+        script = Path(sys.executable).parent / "dvc"
+        remedy = f"it is in {script.parent}: activate that environment" if script.exists() else "`make install` installs it"
         return Finding("dvc", "warn", f"isn't on the PATH; {remedy}")
     return Finding("dvc", "ok", "initialised, on the PATH")
 
 
 def _tracking() -> Finding:
-    """A quick look at the tracking server. A stage does its work without one, so nothing here is a fault."""
+    """A quick check of the tracking server. Stages also work without one, so nothing here is a fault."""
     if os.environ.get("TRACKING", "on") == "off":
         return Finding("tracking", "ok", "off (TRACKING=off)")
     uri, shown = tracking_uri(), shown_uri()
@@ -252,7 +252,7 @@ def _tracking() -> Finding:
     try:
         return _sqlite(database, shown) if database is not None else _server(uri, shown)
     except (PipelineError, ImportError, OSError, ValueError) as error:
-        return Finding("tracking", "warn", f"{shown}: {' '.join(str(error).split())}; stages go on without tracking")
+        return Finding("tracking", "warn", f"{shown}: {' '.join(str(error).split())}; stages run without tracking")
 
 
 def _sqlite(database: Path, shown: str) -> Finding:
@@ -261,7 +261,7 @@ def _sqlite(database: Path, shown: str) -> Finding:
         check_experiment(experiment_name(), *experiment_state(database, experiment_name()), shown)
         return Finding("tracking", "ok", f"{shown}, {runs} runs")
     if database.parent.is_dir() and os.access(database.parent, os.W_OK):
-        return Finding("tracking", "ok", f"{shown}, to be made by the first stage")
+        return Finding("tracking", "ok", f"{shown}; the first stage creates it")
     raise PipelineError("no such folder, or no permission")
 
 
@@ -280,7 +280,7 @@ def _server(uri: str, shown: str) -> Finding:
 
 
 def _ask(uri: str, shown: str) -> None:
-    """Looks for the experiment, as a stage does."""
+    """Asks for the experiment, as a stage does."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
@@ -288,11 +288,11 @@ def _ask(uri: str, shown: str) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     prepare_environment()
     try:
-        found = MlflowClient(uri).get_experiment_by_name(experiment_name())
+        experiment = MlflowClient(uri).get_experiment_by_name(experiment_name())
     except MlflowException as error:
-        raise PipelineError(f"doesn't answer as MLflow does ({str(error).replace(uri, shown)[:200]})") from None
-    if found is not None:
-        check_experiment(experiment_name(), str(found.experiment_id), found.lifecycle_stage, shown)
+        raise PipelineError(f"doesn't answer like MLflow ({str(error).replace(uri, shown)[:200]})") from None
+    if experiment is not None:
+        check_experiment(experiment_name(), str(experiment.experiment_id), experiment.lifecycle_stage, shown)
 
 
 def _data() -> Iterator[Finding]:
@@ -300,7 +300,7 @@ def _data() -> Iterator[Finding]:
     try:
         params = read_params()
     except PipelineError:
-        params = Params({})  # said above
+        params = Params({})  # reported above
     missing = dict(line.removeprefix("datasets.").split(".root: ", 1) for line in missing_data(params))
     for name in params.rows("datasets"):
         root = params.tables["datasets"][name].get("root")
@@ -319,26 +319,26 @@ def _data() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    """Files of DVC's cache that aren't what their names say: DVC checks them out as they are."""
-    asked = [sys.executable, "-m", "dvc", "cache", "dir"]
-    said = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if said.returncode:
-        yield Finding("dvc cache", "warn", f"`dvc cache dir` fails: {' '.join(said.stderr.split())[:200]}")
+    """Files of DVC's cache whose digest isn't their name. DVC would check them out as they are."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        yield Finding("dvc cache", "warn", f"`dvc cache dir` fails: {' '.join(done.stderr.split())[:200]}")
         return
-    folder = Path(said.stdout.strip()) / "files/md5"
+    folder = Path(done.stdout.strip()) / "files/md5"
     whole: dict[Path, bool] = {}
     for stage, digest in recorded_outs():
         for file in _files_of(folder, digest):
             if file not in whole:
                 whole[file] = _is_whole(file)
                 if not whole[file]:
-                    heal = f"rm -f {shlex.quote(str(file))} && dvc repro --force --single-item {stage}"
-                    yield Finding(stage, "fault", f"its output is damaged in the cache: `{heal}`")
+                    remedy = f"rm -f {shlex.quote(str(file))} && dvc repro --force --single-item {stage}"
+                    yield Finding(stage, "fault", f"its output is damaged in the cache: `{remedy}`")
     yield Finding("dvc cache", "ok", f"{sum(whole.values())} of {len(whole)} files are whole")
 
 
 def _files_of(folder: Path, digest: str) -> Iterator[Path]:
-    """The files of the cache that an output consists of, as far as they are there."""
+    """The cached files that an output consists of, if they exist."""
     path = folder / digest[:2] / digest[2:]
     if not path.is_file():
         return

@@ -1,4 +1,4 @@
-"""density, codes (for the decoder) -> a generator of its own, and a model of MLflow's registry."""
+"""density, codes (for the decoder) -> a self-contained generator, and a model in MLflow's registry."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from stages.run import one_line_errors
 @click.command("export")
 @click.argument("row", metavar="NAME")
 @click.option("--to", "target", default=None, help="Folder for the generator.  [default: data/exports/NAME]")
-@click.option("--register/--no-register", default=True, help="Whether to log it to MLflow and register it there.")
+@click.option("--register/--no-register", default=True, help="Whether to log the generator to MLflow and register it there.")
 def export(row: str, target: str | None, register: bool) -> None:
-    """Put a trained generator, density and decoder, into one folder, and register it as a model with MLflow.
+    """Copy a trained generator (density and decoder) into one folder, and register it as a model with MLflow.
 
-    NAME is a row of `densities`. `mlflow models serve -m models:/NAME/1 --env-manager local` then answers requests for samples.
+    NAME is a row of `densities`. Then `mlflow models serve -m models:/NAME/1 --env-manager local` serves samples.
     """
     with one_line_errors(f"export {row}"):
         from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stages, rows and their state, read from dvc.lock and the files that are there, without starting DVC."""
+"""Stages, rows and their state, read from dvc.lock and the existing files, without starting DVC."""
 
 from __future__ import annotations
 
@@ -25,32 +25,30 @@ def print_overview() -> None:
     except PipelineError as error:
         click.echo(f"\nerror: {error}", err=True)
         raise SystemExit(1) from None
-    found = states(params)
-    click.echo("\nRows of params.yaml, and what dvc.lock says of them (`dvc status` also looks into files and code)")
+    state_of = states(params)
+    click.echo("\nRows of params.yaml, with their state by dvc.lock (`dvc status` also checks files and code)")
     tables = dict.fromkeys(TABLE_OF_STAGE.values())
     width = max((len(row) for table in tables for row in params.rows(table)), default=0)
     for table in tables:
         stages = [stage for stage, of in TABLE_OF_STAGE.items() if of == table]
         click.echo(f"\n  {table}" + ("" if params.rows(table) else ": no rows"))
         for row in params.rows(table):
-            by_stage = {stage: found[stage, row] for stage in stages}
+            by_stage = {stage: state_of[stage, row] for stage in stages}
             if len(set(by_stage.values())) == 1 and len(stages) > 1:
                 text = f"{', '.join(stages)}: {by_stage[stages[0]]}"
             else:
                 text = "; ".join(f"{stage}: {state}" for stage, state in by_stage.items())
             click.echo(f"    {row:{width}}  {text}")
-    counts = list(found.values())
+    counts = list(state_of.values())
     waiting = sum(state != DONE for state in counts)
-    click.echo(
-        f"\n{len(counts) - waiting} of {len(counts)} stages done" + ("; `dvc repro` runs what is left" if waiting else "")
-    )
+    click.echo(f"\n{len(counts) - waiting} of {len(counts)} stages done" + ("; `dvc repro` runs the rest" if waiting else ""))
 
 
 def states(params: Params, lock_file: str | Path = "dvc.lock") -> dict[tuple[str, str], str]:
     """The state of each stage of each row.
 
-    `done`, `settings changed` since it ran, `input changed` (a stage before it isn't done, or has since written something
-    else), `output missing`, `not yet run`. Code and raw files are left to `dvc status`.
+    `done`, `settings changed` since it ran, `input changed` (an earlier stage isn't done, or has written a different output
+    since), `output missing`, `not yet run`. Code and raw files aren't checked; `dvc status` checks them.
 
     Arguments:
         params: The tables of params.yaml.
@@ -61,13 +59,13 @@ def states(params: Params, lock_file: str | Path = "dvc.lock") -> dict[tuple[str
     """
     lock = _read_lock(Path(lock_file))
     writers = {out["path"]: (key, _digest(out)) for key, entry in lock.items() for out in entry.get("outs", [])}
-    memory: dict[str, str] = {}
+    known: dict[str, str] = {}
 
     def state(key: str) -> str:
-        if key not in memory:
-            memory[key] = OUTDATED  # should the lock file go in circles
-            memory[key] = _state(key)
-        return memory[key]
+        if key not in known:
+            known[key] = OUTDATED  # ends the recursion if the lock file has a cycle
+            known[key] = _state(key)
+        return known[key]
 
     def _state(key: str) -> str:
         entry = lock.get(key)
@@ -83,10 +81,10 @@ def states(params: Params, lock_file: str | Path = "dvc.lock") -> dict[tuple[str
             return MISSING
         return DONE
 
-    found = {(stage, row): state(f"{stage}@{row}") for stage, table in TABLE_OF_STAGE.items() for row in params.rows(table)}
+    by_row = {(stage, row): state(f"{stage}@{row}") for stage, table in TABLE_OF_STAGE.items() for row in params.rows(table)}
     report = state("report")
-    # It depends on a folder that all others write into.
-    return found | {("report", ""): OUTDATED if report == DONE and set(found.values()) - {DONE, MISSING} else report}
+    # The report depends on a folder that all other stages write to.
+    return by_row | {("report", ""): OUTDATED if report == DONE and set(by_row.values()) - {DONE, MISSING} else report}
 
 
 def recorded_outs(lock_file: str | Path = "dvc.lock") -> Iterator[tuple[str, str]]:
@@ -114,7 +112,7 @@ def _digest(item: Mapping[str, Any]) -> object:
 
 
 def _same(there: Any, here: Any) -> bool:
-    """Whether a value of dvc.lock, all its scalars read as strings, is a value of params.yaml."""
+    """Whether a value of dvc.lock, with its scalars read as strings, equals a value of params.yaml."""
     if isinstance(here, Mapping):
         return isinstance(there, Mapping) and there.keys() == here.keys() and all(_same(there[key], here[key]) for key in here)
     if isinstance(here, list):
@@ -126,15 +124,15 @@ def _same(there: Any, here: Any) -> bool:
     if here is None:
         return there in ("", "null", "~")
     try:
-        return float(there) == float(here)  # 1e-4 stands there as 0.0001
+        return float(there) == float(here)  # dvc.lock writes 1e-4 as 0.0001
     except (TypeError, ValueError):
         return there == str(here)
 
 
 def _read_lock(path: Path) -> dict[str, Any]:
-    """Entries of dvc.lock by stage, all scalars as strings; none where there is no such file or it can't be read."""
-    # A base loader makes strings, lists and mappings, and no object whatever a tag asks for.
-    # The C loader takes some 20 ms for a pipeline of a hundred stages, ruamel.yaml seconds. It comes with MLflow.
+    """Entries of dvc.lock by stage, all scalars as strings; none if the file is missing or can't be read."""
+    # A base loader makes only strings, lists and mappings, and ignores tags.
+    # For a hundred stages the C loader takes about 20 ms, ruamel.yaml seconds. PyYAML comes with MLflow.
     yaml: Any = importlib.import_module("yaml")
     loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
     try:

@@ -1,4 +1,4 @@
-"""Experiments of the paper, kept as rows in `presets/`, and how they come into params.yaml."""
+"""The paper's experiments, stored as rows in `presets/`, and the commands that add them to params.yaml."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def dotted(self) -> str:
-        """Table and name, as error messages give them."""
+        """Table and name, as in error messages."""
         return f"{self.table}.{self.name}"
 
     def plain(self) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class Preset:
 
     Attributes:
         name: Name of the file, without its ending.
-        description: What it is, in a line.
+        description: One line on what it is.
         rows: Its rows, in the order of the file.
-        quick: Dotted keys and the values that make it small; `*` stands for any row that has the key's table.
+        quick: Dotted keys and the values that make it small; `*` matches any row that has the key's table.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Preset:
     quick: Mapping[str, Any]
 
     def chosen(self, quick: bool = False, seeds: int | None = None) -> list[Row]:
-        """The rows to add: small ones where `quick`, and with `seeds` a row for each trial."""
+        """The rows to add: small ones if `quick`, and one row per trial if `seeds` is given."""
         rows = _quick(self) if quick else list(self.rows)
         return rows if seeds is None else list(_trials(rows, seeds))
 
@@ -95,7 +95,7 @@ def load_preset(name: str) -> Preset:
     """Reads `presets/NAME.yaml`.
 
     Raises:
-        SettingsError: When there is none of that name, or it isn't written as `presets/README.md` says.
+        SettingsError: When there is no preset of that name, or its format isn't that of `presets/README.md`.
     """
     names = preset_names()
     if name not in names:
@@ -109,7 +109,7 @@ def load_preset(name: str) -> Preset:
         raise SettingsError(f"{path}: expected the keys description, tables and quick; see {FOLDER}/README.md")
     description, tables, quick = document.get("description"), document.get("tables"), document.get("quick") or {}
     if not isinstance(description, str):
-        raise SettingsError(f"{path}: description: missing; say in a line what the preset is")
+        raise SettingsError(f"{path}: description: missing; write one line on what the preset is")
     if not isinstance(tables, Mapping) or not isinstance(quick, Mapping):
         raise SettingsError(f"{path}: tables, quick: expected tables")
     for table in tables:
@@ -120,7 +120,7 @@ def load_preset(name: str) -> Preset:
 
 
 def preset_datasets(name: str) -> Params:
-    """The data sets of a preset alone, read some fifty times as fast as the whole with its comments.
+    """Only the data sets of a preset, which is about fifty times as fast as reading the preset with its comments.
 
     Raises:
         SettingsError: As `load_preset`.
@@ -135,7 +135,7 @@ def preset_datasets(name: str) -> Params:
 
 
 def _rows(text: str, document: Any, where: str) -> Iterator[Row]:
-    """Each row with its own part of the text, so that it can be moved with the comments that belong to it."""
+    """Each row with its part of the text, including the comments that belong to it."""
     lines = text.splitlines()
     starts = [(document["tables"].lc.key(table)[0], "", "") for table in document["tables"]]
     starts += [(document.lc.key(key)[0], "", "") for key in document]
@@ -170,7 +170,7 @@ def _quick(chosen: Preset) -> list[Row]:
         pattern, _, key = rest.partition(".")
         matching = [row for row in rows if row.table == table and fnmatch.fnmatchcase(row.name, pattern)]
         if not matching or not key:
-            raise SettingsError(f"{where}: fits no row; expected TABLE.ROW.KEY")
+            raise SettingsError(f"{where}: matches no row; expected TABLE.ROW.KEY")
         for row in matching:
             *path, last = key.split(".")
             target = row.values
@@ -183,7 +183,7 @@ def _quick(chosen: Preset) -> list[Row]:
 
 
 def _trials(rows: Iterable[Row], seeds: int) -> Iterator[Row]:
-    """A row `-s0`, `-s1`, .. for each trial of what has a training seed; the others are shared by all trials."""
+    """One row `-s0`, `-s1`, .. per trial for each row with a training seed; trials share the other rows."""
     rows = list(rows)
     seeded = {(row.table, row.name) for row in rows if _has_seed(row)}
     for row in rows:
@@ -213,19 +213,19 @@ def _has_seed(row: Row) -> bool:
 def add_rows(
     text: str, rows: Iterable[Row], where: str = "params.yaml", replace: bool = False
 ) -> tuple[str, list[Row], list[Row]]:
-    """Adds rows to the text of params.yaml, each at the end of its table. All that stands there stays as it is, to the byte.
+    """Adds rows to the text of params.yaml, each at the end of its table. Existing text is preserved byte for byte.
 
     Arguments:
-        text: What stands in params.yaml.
+        text: The text of params.yaml.
         rows: The rows to add.
-        where: What to call the file in messages.
-        replace: Whether a row that stands there with other settings gets the new ones, in its place.
+        where: Name of the file in messages.
+        replace: Whether to overwrite existing rows whose settings differ, in their place.
 
     Returns:
-        The new text, the rows that were added or replaced, and those that stood there already.
+        The new text, the rows that were added or replaced, and the rows that existed already.
 
     Raises:
-        SettingsError: When a row stands there with other settings and `replace` isn't set, or the outcome would not pass
+        SettingsError: When an existing row has other settings and `replace` isn't set, or the result would not pass
             `check`.
     """
     tables = _plain(_parse(text, where) or {})
@@ -233,7 +233,7 @@ def add_rows(
         raise SettingsError(f"{where}: expected tables such as datasets and densities")
     added: list[Row] = []
     present: list[Row] = []
-    others: list[str] = []
+    conflicts: list[str] = []
     changed: list[Row] = []
     for row in rows:
         table = tables.get(row.table) or {}
@@ -246,10 +246,11 @@ def add_rows(
         elif replace:
             changed.append(row)
         else:
-            others.append(f"{row.dotted} ({_difference(table[row.name], row.plain())})")
-    if others:
+            conflicts.append(f"{row.dotted} ({_difference(table[row.name], row.plain())})")
+    if conflicts:
         raise SettingsError(
-            f"{where} has these rows with other settings; rename them, take them out, or say --replace: {_some(others)}"
+            f"{where} has these rows with other settings; rename them, delete them, or pass --replace: "
+            f"{_truncated_list(conflicts)}"
         )
     expected = tables
     for row in changed:
@@ -260,17 +261,17 @@ def add_rows(
         text = _insert(text, table, of_table, where)
         expected[table] = (expected.get(table) or {}) | {row.name: row.plain() for row in of_table}
     if _plain(_parse(text, where) or {}) != expected:
-        raise SettingsError(f"{where} is written in a way that rows can't be added to; write its tables as block mappings")
+        raise SettingsError(f"{where} has a form to which rows can't be added; write its tables as block mappings")
     if added or changed:
         problems = list(Params(expected).problems())
         if problems:
             more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-            raise SettingsError(f"nothing was added, since {where} would not pass `check`: {problems[0]}{more}")
+            raise SettingsError(f"nothing was added, because {where} would not pass `check`: {problems[0]}{more}")
     return text, added + changed, present
 
 
 def _replaced(text: str, row: Row, where: str) -> str:
-    """The text with other settings of a row that stands there; what is above and below it stays."""
+    """The text with new settings for an existing row; the text above and below it is preserved."""
     document = _parse(text, where)
     table = document[row.table]
     if table.fa.flow_style():
@@ -289,9 +290,9 @@ def _replaced(text: str, row: Row, where: str) -> str:
 def _insert(text: str, table: str, rows: list[Row], where: str) -> str:
     """The text with rows at the end of a table."""
     document = _parse(text, where)
-    there = (document or {}).get(table)
-    if there and there.fa.flow_style():
-        there.fa.set_block_style()
+    rows_before = (document or {}).get(table)
+    if rows_before and rows_before.fa.flow_style():
+        rows_before.fa.set_block_style()
         text = _dump(document)
         document = _parse(text, where)
     lines = text.splitlines()
@@ -299,21 +300,21 @@ def _insert(text: str, table: str, rows: list[Row], where: str) -> str:
         start = [*([""] if lines and lines[-1].strip() else []), f"{table}:"]
         return "\n".join([*lines, *start, *_indented(rows, INDENT)]) + "\n"
     keys = [document.lc.key(key)[0] for key in document]
-    here = document.lc.key(table)[0]
-    end = min((line for line in keys if line > here), default=len(lines))
-    # Blank lines, and comments at the margin, belong to what follows.
-    while end > here + 1 and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
+    head = document.lc.key(table)[0]
+    end = min((line for line in keys if line > head), default=len(lines))
+    # Blank lines, and unindented comments, belong to what follows.
+    while end > head + 1 and (not lines[end - 1].strip() or lines[end - 1].startswith("#")):
         end -= 1
     if document[table]:
         indent = " " * document[table].lc.key(next(iter(document[table])))[1]
     else:
         indent = INDENT
-        lines[here] = re.sub(r"\{\s*\}\s*", "", lines[here], count=1).rstrip()
+        lines[head] = re.sub(r"\{\s*\}\s*", "", lines[head], count=1).rstrip()
     return "\n".join([*lines[:end], *_indented(rows, indent), *lines[end:]]) + "\n"
 
 
 def _with_line_ends_of(before: str, after: str) -> str:
-    """The new text with the line ends of the old: lines keep theirs, new lines get the one that most have."""
+    """The new text with the line ends of the old one. New lines get the most frequent line end."""
     returns = before.count("\r\n")
     end = "\r" if 2 * returns > before.count("\n") else ""
     if not returns:
@@ -331,17 +332,17 @@ def _indented(rows: Iterable[Row], indent: str) -> list[str]:
     return [line for row in rows for line in textwrap.indent(row.text(), indent).splitlines()]
 
 
-def _some(items: list[str], most: int = 3) -> str:
+def _truncated_list(items: list[str], most: int = 3) -> str:
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
-def _difference(there: object, here: object) -> str:
+def _difference(before: object, preset: object) -> str:
     """The first few keys that differ."""
-    if not isinstance(there, dict) or not isinstance(here, dict):
-        return f"{there!r} there, {here!r} in the preset"
-    keys = [key for key in here | there if there.get(key, "not set") != here.get(key, "not set")]
-    shown = [f"{key}: {there.get(key, 'not set')} there, {here.get(key, 'not set')} in the preset" for key in keys[:2]]
-    return ", ".join(shown) + (", .." if len(keys) > 2 else "")
+    if not isinstance(before, dict) or not isinstance(preset, dict):
+        return f"{before!r} there, {preset!r} in the preset"
+    keys = [key for key in preset | before if before.get(key, "not set") != preset.get(key, "not set")]
+    items = [f"{key}: {before.get(key, 'not set')} there, {preset.get(key, 'not set')} in the preset" for key in keys[:2]]
+    return ", ".join(items) + (", .." if len(keys) > 2 else "")
 
 
 def _yaml() -> Any:
@@ -379,7 +380,7 @@ def _dump(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Plain Python values, without what ruamel.yaml keeps for the round trip."""
+    """Plain Python values, without ruamel.yaml's data for the round trip."""
     if isinstance(value, Mapping):
         return {str(k) if isinstance(k, str) else k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -399,14 +400,14 @@ def _complete(_context: click.Context, _parameter: click.Parameter, start: str) 
 
 _name = click.argument("name", shell_complete=_complete)
 _seeds = click.option("--seeds", type=click.IntRange(1, 100), help="Trials: rows -s0, -s1, .. with training seeds 0, 1, ..")
-_quick_option = click.option("--quick", is_flag=True, help="Small epochs and counts, to see it work on two cores.")
+_quick_option = click.option("--quick", is_flag=True, help="A smoke test: few epochs and small counts, for two cores.")
 
 
 @click.group("preset")
 def preset() -> None:
     """Add an experiment of the paper to params.yaml.
 
-    A preset is a file of `presets/`: rows for the tables of params.yaml.
+    A preset is a file in `presets/` with rows for the tables of params.yaml.
     """
 
 
@@ -441,13 +442,13 @@ def show(name: str, seeds: int | None, quick: bool) -> None:
 @_name
 @_seeds
 @_quick_option
-@click.option("--replace", is_flag=True, help="Give rows that stand there with other settings those of the preset.")
+@click.option("--replace", is_flag=True, help="Overwrite existing rows whose settings differ.")
 @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
 def add(name: str, seeds: int | None, quick: bool, replace: bool, params_file: str) -> None:
     """Add the rows of the preset NAME to params.yaml.
 
-    What stands there stays as it is. Rows that stand there already are left alone; where one differs, nothing is added unless
-    --replace is given.
+    Existing text is preserved. Identical rows are skipped. If an existing row differs, nothing is added unless --replace is
+    given.
     """
     with one_line_errors(f"preset add {name}"):
         chosen = load_preset(name)

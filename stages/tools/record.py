@@ -1,4 +1,4 @@
-"""Scores of rows that were run -> `reports/paper`: what git keeps of results, beside the published ones."""
+"""Scores of evaluated rows -> `reports/paper`: the results that git keeps, with the published ones."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import click
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
 from pipeline.system.files import atomic_folder, write_json, write_text
+from stages import workspace
 from stages.run import one_line_errors
 
 __all__ = [
@@ -49,17 +50,16 @@ COLUMNS = (
     "commit",
 )
 START, END = "<!-- tables: python -m stages record --tables -->", "<!-- end of tables -->"
-CHAIN = ("train", "extract", "fit", "sample", "evaluate")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Rows whose scores stand in one table.
+    """Rows whose scores share a table.
 
     Attributes:
         title: Its heading.
-        benchmarks: Keys of `stages.reporting.published.BENCHMARKS` whose scores stand below it.
-        leading: Key of `METRICS`: the first column, by which the rows are sorted.
+        benchmarks: Keys of `stages.reporting.published.BENCHMARKS` whose scores are listed below it.
+        leading: Key of `METRICS`: the first column, by which rows are sorted.
     """
 
     title: str
@@ -83,7 +83,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 # Metric of results.csv -> (heading, metric of `evaluate`, its standard error there). {network} is that of the quality scores.
 METRICS: Mapping[str, tuple[str, str, str]] = {
     "test_log_likelihood": ("test log-likelihood, nats", "test_log_likelihood", "test_log_likelihood_se"),
-    # The same score's standard error over the images that test patches come from.
+    # Standard error of the same score over the images that test patches come from.
     "test_log_likelihood_group_se": ("± over images", "test_log_likelihood_group_se", ""),
     "gap_to_truth": ("gap to the truth, nats", "gap_to_truth", ""),
     "samples_in_dropped_box": ("share in the dropped box", "samples_in_dropped_box", "samples_in_dropped_box_se"),
@@ -94,14 +94,14 @@ METRICS: Mapping[str, tuple[str, str, str]] = {
     "recall": ("recall", "{network}_recall", "{network}_recall_se"),
     "code_log_likelihood": ("log-likelihood of the codes, nats", "test_log_likelihood", "test_log_likelihood_se"),
     "test_mse": ("test MSE", "test_mse", "test_mse_se"),
-    # Likelihood of interpolated codes (Figure 10): mean of both ends less the middle, of pairs within a domain and across.
+    # Likelihood of interpolated codes (Figure 10): mean of both ends minus the middle, for pairs within and across domains.
     **{
         f"interpolation_{key}_fall": (f"fall {name}, nats", f"interpolation_{key}_fall", f"interpolation_{key}_fall_se")
         for key, name in (("different", "across domains"), ("same", "within a domain"))
     },
 }
 IN_FEATURES = ("kid", "fid", "precision", "recall")  # their protocol is the network
-PARZEN = ("parzen_test_log_likelihood", "parzen_test_se")
+PARZEN_KEYS = ("parzen_test_log_likelihood", "parzen_test_se")
 OF_SAMPLES = ("samples_in_dropped_box", "mmd_squared")
 ERROR_KIND = {"kid": "standard error over subsets"}
 ERROR_KIND |= dict.fromkeys(("precision", "samples_in_dropped_box"), "standard error over samples")
@@ -118,13 +118,13 @@ class Line:
         row: Row of `densities` without the number of the trial, or a control.
         metric: Key of `METRICS`; `test_log_likelihood` of images is that of the Parzen window.
         value: The score.
-        error: What stands after +-; empty where there is none.
+        error: The value after +-; empty if there is none.
         error_kind: What the error is.
         seeds: Number of trials.
         samples: Number of samples of the Parzen window or of the quality scores, or of test points or images scored.
         protocol: Name of the protocol; of the quality scores, the network whose features they are taken in.
         minutes: Of train, extract, fit, sample and evaluate together, mean of the trials.
-        cores: Cores that the runs could use, and the GPU where there was one.
+        cores: Cores that the runs could use, and the GPU if there was one.
         commit: Commit of the code that ran.
     """
 
@@ -145,25 +145,25 @@ class Line:
 @click.command("record", epilog=f"EXPERIMENT is one of {', '.join(EXPERIMENTS)}.")
 @click.argument("experiment", required=False, metavar="EXPERIMENT", type=click.Choice(list(EXPERIMENTS)))
 @click.argument("names", nargs=-1, metavar="NAME...")
-@click.option("--tables", "only_tables", is_flag=True, help="Only make the tables of README.md again from results.csv.")
+@click.option("--tables", "only_tables", is_flag=True, help="Only rewrite the tables of README.md from results.csv.")
 @click.option(
-    "--into", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Where to keep them."
+    "--into", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Folder of the results."
 )
 @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
 def record(experiment: str | None, names: Sequence[str], only_tables: bool, folder: Path, params_file: str) -> None:
-    """Keep scores of evaluated rows in reports/paper, for git: results.csv, settings, metrics, curves, tables.
+    """Save scores of evaluated rows in reports/paper, for git: results.csv, settings, metrics, curves, tables.
 
-    NAME is a row of `densities` or of `controls`, or what its trials NAME-s0, NAME-s1 .. have in common: their mean is
-    recorded, with its standard error, or on BSDS300 with 2 standard deviations over trials, as in the paper. A control gives
-    two lines. What was recorded of a row under the same protocol before is replaced.
+    NAME is a row of `densities` or of `controls`, or the common name of its trials NAME-s0, NAME-s1 .. For trials the
+    mean is recorded with its standard error (on BSDS300 with 2 standard deviations over trials, as in the paper). A control
+    gives two lines. Earlier lines of a row under the same protocol are replaced.
     """
     with one_line_errors("record"):
         if not only_tables:
             if experiment is None or not names:
-                raise PipelineError("say which experiment and which rows: python -m stages record EXPERIMENT NAME...")
+                raise PipelineError("name an experiment and rows: python -m stages record EXPERIMENT NAME...")
             params = read_params(params_file)
-            found = {name: list(scored_lines(params, experiment, name)) for name in names}  # all, before anything is written
-            for name, lines in found.items():
+            lines_of = {name: list(scored_lines(params, experiment, name)) for name in names}  # all, before anything is written
+            for name, lines in lines_of.items():
                 _keep(params, folder, name, lines)
                 print(f"{folder / RESULTS}: {experiment} {name}: {len(lines)} lines", flush=True)
         _write_tables(folder)
@@ -173,16 +173,16 @@ def record(experiment: str | None, names: Sequence[str], only_tables: bool, fold
 
 
 def trials(params: Params, name: str) -> tuple[str, list[str]]:
-    """What a name stands for: `densities` or `controls`, and the row itself, or NAME-s0, NAME-s1 ..
+    """What a name means: `densities` or `controls`, and the row itself or its trials NAME-s0, NAME-s1 ..
 
     Raises:
-        PipelineError: When there is none.
+        PipelineError: When there is no such row.
     """
     for table in ("densities", "controls"):
         rows = params.rows(table)
-        if found := [name] if name in rows else [row for row in rows if re.fullmatch(rf"{re.escape(name)}-s\d+", row)]:
-            return table, found
-    raise PipelineError(f"{name} is neither a row of densities or controls nor what the names of trials begin with")
+        if named := [name] if name in rows else [row for row in rows if re.fullmatch(rf"{re.escape(name)}-s\d+", row)]:
+            return table, named
+    raise PipelineError(f"{name} is neither a row of densities or controls nor the common name of trials")
 
 
 def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
@@ -199,10 +199,10 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
         runs = [[read_run("control", row)] for row in rows]
         for prefix, label in CONTROLS.items():
             every = [read_metrics("control", row) for row in rows]
-            own = [
+            control_scores = [
                 {k.removeprefix(f"{prefix}_"): v for k, v in scores.items() if k.startswith(f"{prefix}_")} for scores in every
             ]
-            yield from _lines(params, dataset, own, runs, experiment, f"{name}-{label}")
+            yield from _lines(params, dataset, control_scores, runs, experiment, f"{name}-{label}")
         return
     scores_of: list[dict[str, Any]] = []
     runs = []
@@ -212,7 +212,7 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
             key: value for key, value in read_metrics("train", density.codes).items() if key in ("test_mse", "test_mse_se")
         }
         scores_of.append(read_metrics("sample", row) | trained | read_metrics("evaluate", row))
-        runs.append([read_run(stage, density.codes if stage in ("train", "extract") else row) for stage in CHAIN])
+        runs.append([read_run(stage, density.codes if stage in ("train", "extract") else row) for stage in workspace.CHAIN])
     yield from _lines(params, params.density(rows[0]).dataset, scores_of, runs, experiment, name)
 
 
@@ -223,9 +223,9 @@ def _lines(
 
     evaluation, settings = params.evaluation(dataset), params.dataset(dataset)
     network = evaluation.quality.network if evaluation.quality is not None else ""
-    images = PARZEN[0] in scores[0]
+    images = PARZEN_KEYS[0] in scores[0]
     split = getattr(settings, "split", "")
-    decoded = images or "test_mse" in scores[0]  # so that densities are those of codes
+    decoded = images or "test_mse" in scores[0]  # then densities are those of codes
     if images:
         protocol = scores[0]["parzen_protocol"]
     elif decoded:
@@ -240,7 +240,7 @@ def _lines(
     for metric, (_, key, error_key) in METRICS.items():
         kind = "standard error over test points"
         if metric == "test_log_likelihood" and images:
-            key, error_key, kind = *PARZEN, "standard error over images"
+            key, error_key, kind = *PARZEN_KEYS, "standard error over images"
         elif metric == "test_log_likelihood" and decoded:
             continue
         elif metric == "test_log_likelihood":
@@ -284,10 +284,10 @@ def _lines(
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """Lines of results.csv, as they stand there; none where there is no such file.
+    """Lines of results.csv, in its order; none if there is no such file.
 
     Raises:
-        PipelineError: When its columns are others.
+        PipelineError: When it has other columns.
     """
     path = folder / RESULTS
     if not path.exists():
@@ -302,12 +302,12 @@ def read_lines(folder: Path) -> list[Line]:
 def _keep(params: Params, folder: Path, name: str, lines: Sequence[Line]) -> None:
     """Replaces a row's lines in results.csv and its folder of settings, metrics and curves."""
     replaced = {(line.experiment, line.row, line.metric, line.protocol) for line in lines}
-    kept = [k for k in read_lines(folder) if (k.experiment, k.row, k.metric, k.protocol) not in replaced]
+    others = [x for x in read_lines(folder) if (x.experiment, x.row, x.metric, x.protocol) not in replaced]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     order = {experiment: i for i, experiment in enumerate(EXPERIMENTS)}
-    ordered = sorted([*kept, *lines], key=lambda line: order.get(line.experiment, len(order)))  # stable
+    ordered = sorted([*others, *lines], key=lambda line: order.get(line.experiment, len(order)))  # stable
     writer.writerows([getattr(line, column) for column in COLUMNS] for line in ordered)
     _keep_folder(params, folder / name, name)
     write_text(folder / RESULTS, text.getvalue())
@@ -316,7 +316,6 @@ def _keep(params: Params, folder: Path, name: str, lines: Sequence[Line]) -> Non
 def _keep_folder(params: Params, target: Path, name: str) -> None:
     from ruamel.yaml import YAML
 
-    from stages import workspace
     from stages.arrays import load_arrays
     from stages.reporting.scoreboard import read_metrics, read_run
 
@@ -351,7 +350,7 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
 
 
 def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
-    kept = (
+    keys = (
         "seconds",
         "training_seconds",
         "examples_seen",
@@ -363,14 +362,14 @@ def _machine(run: Mapping[str, Any]) -> dict[str, Any]:
         "finished",
         "inputs",
     )
-    return {key: run[key] for key in kept if key in run}
+    return {key: run[key] for key in keys if key in run}
 
 
 # Lines -> tables ----------------------------------------------------------------------------------------------------
 
 
 def markdown_tables(lines: Iterable[Line]) -> str:
-    """Markdown tables, one an experiment and protocol, each with the published scores below it."""
+    """Markdown tables, one per experiment and protocol, each with the published scores below it."""
     from stages.reporting.published import BENCHMARKS, PUBLISHED
     from stages.reporting.scoreboard import plus_minus
 
@@ -383,7 +382,7 @@ def markdown_tables(lines: Iterable[Line]) -> str:
         headline = "test_log_likelihood" if any(line.metric == "test_log_likelihood" for line in of) else known.leading
         headed = {line.row for line in of if line.metric == headline}
         protocols = dict.fromkeys(line.protocol for line in of if line.metric == headline)
-        # Rows without that score, such as GMMN's on vectors and controls, stand with the others where they can.
+        # Rows without that score, such as GMMN's on vectors and controls, join the others if they can.
         protocols |= dict.fromkeys(line.protocol for line in of if line.row not in headed and line.metric not in IN_FEATURES)
         protocols = protocols or dict.fromkeys(line.protocol for line in of)
         own_protocol = {line.row for line in of if line.metric not in IN_FEATURES}
@@ -421,7 +420,7 @@ def markdown_tables(lines: Iterable[Line]) -> str:
 
 
 def _column(line: Line) -> str:
-    """Heading of the column that a line stands in; scores in the features of two networks never stand in one."""
+    """Heading of a line's column; each feature network has its own columns."""
     heading = METRICS[line.metric][0]
     return f"{heading} ({line.protocol})" if line.metric in IN_FEATURES else heading
 
@@ -442,5 +441,5 @@ def _write_tables(folder: Path) -> None:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
-        raise PipelineError(f"{path}: the lines '{START}' and '{END}' are missing, between which the tables stand")
+        raise PipelineError(f"{path}: the lines '{START}' and '{END}' are missing; the tables go between them")
     write_text(path, f"{before}{START}\n\n{markdown_tables(read_lines(folder))}\n\n{END}{after}")

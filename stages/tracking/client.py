@@ -1,7 +1,7 @@
-"""MLflow tracking, the stage's side: one run per stage, written by a process of its own (`writer`).
+"""MLflow tracking, the stage's side: one run per stage, written by a separate process (`writer`).
 
-The stage sends JSON lines to that process, which imports MLflow while the stage does its work. So a stage starts at once, its
-memory is its own, a slow or unreachable server never holds it up, and when a stage is killed its run is marked so.
+The stage sends JSON lines to that process, which imports MLflow while the stage works. So a stage starts at once, MLflow takes
+none of its memory, and a slow or unreachable server never delays it. If a stage is killed, its run is marked as killed.
 Environment: MLFLOW_TRACKING_URI (default: a SQLite file in the project's root) and MLFLOW_EXPERIMENT_NAME.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["Tracker", "experiment_name", "prepare_environment", "shown_uri", "tr
 
 EXPERIMENT = "latent-density-pipeline"
 FINISH_SECONDS = 60.0
-RETRY_SECONDS = 60.0  # how long all stages leave a server alone that didn't answer one of them in time
+RETRY_SECONDS = 60.0  # how long all stages skip a server that didn't answer one of them in time
 
 
 def tracking_uri() -> str:
@@ -49,17 +49,17 @@ def _without_password(text: str) -> str:
 
 
 def prepare_environment() -> None:
-    """Telemetry off, short waits for a server that doesn't answer, unless the user says otherwise."""
+    """Turns telemetry off and shortens timeouts, unless the user has set them."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.pop("MLFLOW_RUN_ID", None)  # passed on, it would reopen and rename another run
+    os.environ.pop("MLFLOW_RUN_ID", None)  # a child process would reopen and rename that run
 
 
 class Tracker:
-    """The stage's side: starts the tracking process and sends it what to log. Nothing here ever fails the stage.
+    """The stage's side: starts the tracking process and sends it what to log. It never makes the stage fail.
 
     Arguments:
         name: Name of the run.
@@ -80,13 +80,13 @@ class Tracker:
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
         environment["OMP_NUM_THREADS"] = "1"
         try:
-            # A session of its own: Ctrl-C ends the stage, and the tracking process then notes how it ended.
+            # In a new session: Ctrl-C ends the stage, and the tracking process then records how it ended.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "stages.tracking.writer"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            _warn(f"no process for it ({error}); this stage isn't recorded")
+            _warn(f"its process can't be started ({error}); this stage isn't recorded")
             return
         self._send(start={"name": name, "tags": dict(tags), "params": dict(params), "pid": os.getpid()})
 
@@ -141,7 +141,7 @@ class Tracker:
         self._send(model=values)
 
     def finish(self, status: str = "FINISHED") -> str | None:
-        """Ends the run and gives its id; none when it couldn't be written."""
+        """Ends the run and returns its id; None if it couldn't be written."""
         process = self._process
         if process is None:
             return None
@@ -158,7 +158,7 @@ class Tracker:
             answer = json.loads(reply)
         self.run_id = answer.get("run_id")
         if answer.get("error"):
-            _warn(f"{shown_uri()}: {_without_password(answer['error'])}; the results are complete without")
+            _warn(f"{shown_uri()}: {_without_password(answer['error'])}; the results are complete without it")
         if answer.get("late"):
             _leave_alone()
         return self.run_id
@@ -168,7 +168,7 @@ def _warn(message: str) -> None:
     print(f"warning: tracking: {message}", file=sys.stderr)
 
 
-# Waiting for a server that doesn't answer costs some 20 s, so one stage decides for those that follow it.
+# Waiting for a server that doesn't answer takes about 20 s. One stage waits, and the following ones skip the server.
 def _unanswered() -> Path:
     return main_checkout() / ".checkpoints/tracking-unanswered"
 

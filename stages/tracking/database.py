@@ -1,4 +1,4 @@
-"""The SQLite file that runs are recorded in: its address, its tables made whole or not at all, and what may be wrong with it.
+"""The SQLite file of the runs: its address, its tables (created all or none), and the checks on it.
 
 SQLAlchemy unquotes the path of an address and ends it at the first `?`. MLflow makes the path's folder without unquoting it. So
 MLflow gets the file's name alone, relative to the working folder: see `open_database`.
@@ -23,7 +23,7 @@ from stages.workspace import main_checkout
 
 __all__ = ["check_database", "check_experiment", "database_file", "database_uri", "experiment_state", "open_database"]
 
-LOCK_SECONDS = 20.0  # how long another process may be writing
+LOCK_SECONDS = 20.0  # how long to wait while another process writes
 
 
 def database_uri(path: Path) -> str:
@@ -33,20 +33,20 @@ def database_uri(path: Path) -> str:
 
 def database_file(uri: str) -> Path | None:
     """The SQLite file that an address names, relative to the main checkout; None for a server, or a database in memory."""
-    found = re.match(r"sqlite(?:\+pysqlite)?:///([^?]+)", uri)
-    if found is None or found[1] == ":memory:" or found[1].startswith("file:"):
+    match = re.match(r"sqlite(?:\+pysqlite)?:///([^?]+)", uri)
+    if match is None or match[1] == ":memory:" or match[1].startswith("file:"):
         return None
-    return main_checkout() / urllib.parse.unquote(found[1])
+    return main_checkout() / urllib.parse.unquote(match[1])
 
 
 def open_database(uri: str) -> str:
-    """Makes a SQLite file's tables where there are none, checks them, and enters its folder. Leaves a server alone.
+    """Creates a SQLite file's tables if there are none, checks them, and enters its folder. Does nothing for a server.
 
     Arguments:
         uri: Where runs are recorded.
 
     Returns:
-        The address for MLflow; of a SQLite file relative to the working folder.
+        The address for MLflow; a SQLite file's is relative to the working folder.
 
     Raises:
         PipelineError: When runs can't be recorded there; the message says what to do.
@@ -70,7 +70,7 @@ def open_database(uri: str) -> str:
 
 @contextlib.contextmanager
 def _alone(database: Path) -> Iterator[None]:
-    """Keeps other processes away while the tables are made."""
+    """Excludes other processes while the tables are created."""
     import fcntl
 
     with open(f"{database}.lock", "a") as lock:
@@ -80,12 +80,12 @@ def _alone(database: Path) -> Iterator[None]:
 
 
 def _make_tables(database: Path) -> None:
-    """Makes the tables in a file elsewhere and puts it in place: MLflow can't go on where it was killed while it made them."""
+    """Creates the tables in a temporary file and moves it into place: MLflow can't resume an interrupted creation."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "mlflow.db"
-        # Its own experiment gets a folder too, in a statement that a quote in the working folder's name would end.
+        # The default experiment needs a folder here: a quote in the working folder's name would break MLflow's SQL.
         store = SqlAlchemyStore(database_uri(made), (database.parent / "mlartifacts").as_uri())
         store.engine.dispose()
         with atomic_file(database) as temporary:
@@ -112,7 +112,7 @@ def check_database(database: Path) -> int:
 
 
 def _schema_problem(tables: set[str], versions: set[str], runs: int, database: Path) -> str:
-    """What keeps MLflow from using these tables, and what to do; empty when nothing does."""
+    """Why MLflow can't use these tables, and what to do; empty if it can."""
     from alembic.script import ScriptDirectory
     from mlflow.store.db import utils
     from mlflow.store.db.base_sql_model import Base
@@ -125,14 +125,16 @@ def _schema_problem(tables: set[str], versions: set[str], runs: int, database: P
     if tables and "experiments" not in tables:
         return "holds tables of another program: name another file in MLFLOW_TRACKING_URI"
     if not runs:
-        return f"is unfinished or outdated and holds no runs: `rm {shlex.quote(str(database))}`; the next stage makes a new one"
+        return (
+            f"is unfinished or outdated and holds no runs: `rm {shlex.quote(str(database))}`; the next stage creates a new one"
+        )
     upgrade = f"mlflow db upgrade {shlex.quote(database_uri(database))}"
-    return f"was made by an older MLflow: copy the file, then run `{upgrade}`; where that was stopped, put the copy back first"
+    return f"was made by an older MLflow: copy the file, then run `{upgrade}`; if that was interrupted, restore the copy first"
 
 
 @contextlib.contextmanager
 def _connected(database: Path) -> Iterator[sqlite3.Connection]:
-    try:  # not read-only: what a killed process was writing is rolled back here
+    try:  # not read-only: opening it rolls back an interrupted write
         connection = sqlite3.connect(f"file:{urllib.parse.quote(str(database))}?mode=rw", uri=True, timeout=LOCK_SECONDS)
         with contextlib.closing(connection):
             yield connection
@@ -141,17 +143,17 @@ def _connected(database: Path) -> Iterator[sqlite3.Connection]:
 
 
 def experiment_state(database: Path, name: str) -> tuple[str, str]:
-    """Id and state of an experiment; empty where there is none."""
+    """Id and state of an experiment; empty if there is none."""
     with _connected(database) as connection:
-        found = connection.execute("SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?", (name,)).fetchone()
-    return (str(found[0]), str(found[1])) if found else ("", "")
+        row = connection.execute("SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?", (name,)).fetchone()
+    return (str(row[0]), str(row[1])) if row else ("", "")
 
 
 def check_experiment(name: str, identity: str, state: str, uri: str) -> None:
-    """Refuses an experiment that was deleted.
+    """Rejects an experiment that was deleted.
 
     Raises:
-        PipelineError: When it was; the message says how to restore it.
+        PipelineError: When it was deleted; the message says how to restore it.
     """
     if state == "deleted":
         restore = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore --experiment-id {identity}"

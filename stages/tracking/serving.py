@@ -1,7 +1,7 @@
 """A trained generator as an MLflow model from code: density and decoder as safetensors, no pickle anywhere.
 
-MLflow copies this file into the model and runs it where the model is loaded, so it defines the model and, at the end, names it.
-The machine that serves it needs this project installed.
+MLflow copies this file into the model and runs it when the model is loaded. So the file defines the model and, at the end,
+registers it with MLflow. The machine that serves the model needs this project installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 
 __all__ = ["generate", "log_model"]
 
-VALUES = 4_000_000  # of all samples of one request: as numbers and as JSON they take some 300 MB
+VALUES = 4_000_000  # in all samples of one request; as numbers and JSON they take about 300 MB
 SEEDS = 2**63
 
 
@@ -25,7 +25,7 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
 
     Arguments:
         density: The density of the codes.
-        decoder: What turns codes into images; none where codes are the data.
+        decoder: Turns codes into images; None if codes are the data.
         requests: One request per row, with columns `count`, the number of samples, and `seed`. The same request gives the same
             samples.
 
@@ -44,7 +44,9 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
     values = density.dim if decoder is None else math.prod(decoder.image_shape)
     whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in (*counts, *seeds))
     if not counts or not whole or min(counts) < 1 or min(seeds) < 0 or max(seeds) >= SEEDS:
-        raise MlflowException.invalid_parameter_value("count must be a whole number from 1 on, and seed one in 0..2^63 - 1")
+        raise MlflowException.invalid_parameter_value(
+            "count must be a whole number, at least 1, and seed a whole number in 0..2^63 - 1"
+        )
     if sum(map(int, counts)) * values > VALUES:
         raise MlflowException.invalid_parameter_value(
             f"count must be at most {VALUES // values} in all, of {values} values each"
@@ -74,7 +76,7 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType, Array
 
-    # Whole numbers, but MLflow refuses others with a stack trace: `generate` does it in one line.
+    # They are whole numbers. For others MLflow prints a stack trace, `generate` one line.
     inputs = Schema([ColSpec(AnyType(), "count"), ColSpec(AnyType(), "seed")])
     outputs = Schema([ColSpec("long", "request"), ColSpec(Array("double"), "sample"), ColSpec(Array("long"), "shape")])
     files = {"density": density} | ({} if decoder is None else {"decoder": decoder})
@@ -90,13 +92,13 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
             metadata={"row": name},
         )
     _forget_paths(info)
-    about = f"Samples of the row `{name}`: a request of `count` and `seed` gives a row a sample, with its shape."
+    about = f"Samples of the row `{name}`: a request of `count` and `seed` gives one row per sample, with its shape."
     mlflow.MlflowClient().update_model_version(name, str(info.registered_model_version), description=about)
     return str(info.model_uri)
 
 
 def _forget_paths(info: Any) -> None:
-    """Takes out of the model's description where its files were on this machine; loading looks for their names alone."""
+    """Deletes this machine's paths from the model's description; loading uses only the file names."""
     import mlflow
     from mlflow.models import Model
 
@@ -111,11 +113,11 @@ def _forget_paths(info: Any) -> None:
 
 
 def _define() -> None:
-    """Names the model to MLflow."""
+    """Registers the model with MLflow."""
     import mlflow
 
     class Generator(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
-        """Images, or codes where there is no decoder, for a count and a seed."""
+        """Images, or codes without a decoder, for a count and a seed."""
 
         def load_context(self, context: Any) -> None:
             """Reads density and decoder."""
@@ -133,5 +135,5 @@ def _define() -> None:
     mlflow.models.set_model(Generator())
 
 
-if __name__ not in ("stages.tracking.serving", "__main__"):  # MLflow runs this file under a name of its own
+if __name__ not in ("stages.tracking.serving", "__main__"):  # MLflow runs this file under another name
     _define()

@@ -1,4 +1,4 @@
-"""MLflow tracking, the side of the process that writes: what MLflow is asked to do, and how busy the machine is."""
+"""MLflow tracking, the writing process: it passes the stage's messages to MLflow and samples the machine's load."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stages.tracking.client import experiment_name, tracking_uri
 from stages.tracking.database import check_experiment, database_file, open_database
 from stages.workspace import git_state, main_checkout
 
-# What the experiment's page says of it.
+# Description on the experiment's page.
 ABOUT = """\
-Runs named `pipeline` are states of the whole, with the headline scores of every row and a link to the report; their child runs
-are the stages that it is made of, named by stage and row. Search `tags.stage = 'report'` for the former alone, and
-`tags.stage = 'fit'` or `tags.row = 'digits-iae-lde'` to compare trials: settings are logged without the row's name, so that
-rows and trials stand side by side. Seconds, memory and the like are metrics below `run/`.
+Runs named `pipeline` are states of the whole pipeline, with the headline scores of every row and a link to the report. Their
+child runs are its stages, named by stage and row. Search `tags.stage = 'report'` to see only pipeline runs, and
+`tags.stage = 'fit'` or `tags.row = 'digits-iae-lde'` to compare trials. Settings are logged without the row's name, so rows and
+trials share their columns. Seconds, memory and the like are metrics below `run/`.
 """
 VIEW = "scores"  # name of the run list's view with the headline scores as columns
 VIEW_COLUMNS = 16
@@ -38,7 +38,7 @@ def _user() -> str:
 
 
 class _Writer:
-    """The tracking process's side: what MLflow is asked to do."""
+    """Passes the messages of a stage to MLflow."""
 
     def __init__(self) -> None:
         import mlflow
@@ -55,22 +55,22 @@ class _Writer:
         self.run_id = ""
 
     def experiment(self) -> str:
-        """The experiment's id; it is made when missing."""
+        """The experiment's id; a missing experiment is created."""
         from mlflow.exceptions import MlflowException
 
         name, refusal = experiment_name(), ""
         for _ in range(2):
-            found = self.client.get_experiment_by_name(name)
-            if found is not None:
-                check_experiment(name, str(found.experiment_id), found.lifecycle_stage, self.uri)
-                return str(found.experiment_id)
-            # Without its kind the UI opens it as one of language models.
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is not None:
+                check_experiment(name, str(experiment.experiment_id), experiment.lifecycle_stage, self.uri)
+                return str(experiment.experiment_id)
+            # Without this tag the UI shows it as an experiment on language models.
             tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": ABOUT}
             try:
                 return str(self.client.create_experiment(name, artifact_location=self.artifacts, tags=tags))
-            except MlflowException as error:  # another process may have made it meanwhile
+            except MlflowException as error:  # another process may have created it meanwhile
                 refusal = str(error)
-        raise PipelineError(f"the experiment '{name}' can't be made: {refusal}")
+        raise PipelineError(f"the experiment '{name}' can't be created: {refusal}")
 
     def start(self, name: str, tags: dict[str, str], params: dict[str, Any], pid: int) -> None:
         """Opens the run."""
@@ -121,24 +121,24 @@ class _Writer:
         self.client.set_tag(self.run_id, name, value)
 
     def describe(self, markdown: str) -> None:
-        """Sets the description, with the address of the run's files where it says `ARTIFACTS`."""
+        """Sets the description; `ARTIFACTS` in it becomes the address of the run's files."""
         address = f"#/experiments/{self.client.get_run(self.run_id).info.experiment_id}/runs/{self.run_id}/artifacts"
         self.client.set_tag(self.run_id, "mlflow.note.content", markdown.replace("ARTIFACTS", address))
 
     def view(self, metrics: list[str]) -> None:
         """Sets the view that `runs?viewStateShareKey=scores` shows: pipeline runs, with these metrics as columns.
 
-        The UI keeps what a person chose to share in such tags, and takes from them what it knows.
+        The UI stores shared views in such tags, and reads from them the keys that it knows.
         """
         columns = [f"metrics.`{name}`" for name in metrics[:VIEW_COLUMNS]]
         state = {"searchFilter": "tags.stage = 'report'", "selectedColumns": columns}
         self.client.set_experiment_tag(self.experiment(), f"mlflow.sharedViewState.{VIEW}", json.dumps(state))
 
     def pipeline(self, children: list[dict[str, Any]]) -> None:
-        """Hangs the stages that a state is made of below this run.
+        """Makes the runs of the stages children of this run.
 
-        A run that no pipeline run has claimed becomes a child. A run has one parent: for one that an earlier pipeline run has
-        claimed, whose results came from DVC's cache, a light child names it; likewise for a run that this server doesn't know.
+        A run without a parent becomes a child. A run has one parent. So a run that has one already, because its results came
+        from DVC's cache, is named by a new small child run. The same goes for a run that this server doesn't know.
         """
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
@@ -172,7 +172,7 @@ class _Writer:
 
 
 def _watch_system(pid: int, messages: queue.Queue[dict[str, Any]], done: threading.Event) -> None:
-    """Puts CPU and memory of the stage's process into the queue, under MLflow's own names."""
+    """Puts CPU and memory of the stage's process into the queue, under MLflow's names."""
     import psutil
 
     with contextlib.suppress(psutil.Error):
@@ -205,7 +205,7 @@ def main() -> None:
     status: str | None = None
     points: list[tuple[str, float, int, int]] = []
     try:
-        # Standard output carries the answer alone: what MLflow prints goes to standard error, where only errors matter.
+        # Standard output must carry only the answer, so MLflow's output is discarded.
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             import logging
 
@@ -236,7 +236,7 @@ def main() -> None:
                 status = message.get("finish", status)
             done.set()
             if writer is not None:
-                # No word of an end: the stage was killed.
+                # Without a message `finish` the stage was killed.
                 writer.finish(status or "KILLED")
     except Exception as problem:
         refused = isinstance(problem, PipelineError)
