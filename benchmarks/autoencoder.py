@@ -1,9 +1,9 @@
-"""Images a second in training the network of Figure 9: a bare PyTorch loop, the objective `ae`, and the pipeline over shards.
+"""Images per second in training the network of Figure 9: a bare PyTorch loop, the objective `ae`, and the pipeline over shards.
 
 Run with `python -m benchmarks.autoencoder [--experiments mnist celeba64-shoes] [--precisions float32 bfloat16]`. The bare loop
 is a plain `nn.Sequential` on float batches that lie in memory; `pipeline` reads uint8 shards from disk, checks their digests,
-shuffles, scales, and keeps its curve. All take turns, round after round, in every precision and memory format, so that a
-machine that slows down slows all; of each the fastest round counts.
+shuffles, scales, and keeps its curve. All take turns, round after round, in every precision and memory format. So a
+machine that slows down slows all of them. The fastest round of each counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.system.ranks import Ranks
 from pipeline.training.loop import train
 from pipeline.training.trainable import Step
 
-# C, N, S, D, batch size: batches are cut for the larger images, so that a step takes about a second at most on two cores.
+# C, N, S, D, batch size: batches are smaller for larger images, to limit a step to about one second on two cores.
 EXPERIMENTS = {
     "mnist": (1, 1, 7, 8, 128),
     "tfd": (1, 2, 6, 15, 128),
@@ -43,7 +43,7 @@ CONTENDERS = ("bare", "objective", "pipeline")
 
 
 def bare_network(channels: int, blocks: int, side: int, latent_dim: int) -> nn.Sequential:
-    """Figure 9 written out as anyone would."""
+    """A plain implementation of Figure 9."""
     widths = [64 * 2**n for n in range(blocks + 1)]
     layers: list[nn.Module] = [nn.Conv2d(channels, 64, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
     for a, b in itertools.pairwise(widths):
@@ -55,7 +55,7 @@ def bare_network(channels: int, blocks: int, side: int, latent_dim: int) -> nn.S
 
 
 def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    """The one that the pipeline uses, too."""
+    """The optimizer that the pipeline uses."""
     return torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.5, 0.999), weight_decay=0.0, fused=True)
 
 
@@ -132,7 +132,7 @@ def contenders(
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Time of one call, with what it left to the GPU."""
+    """Time of one call, including work still queued on the GPU."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -141,7 +141,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """A row for each experiment, precision and memory format."""
+    """One row per experiment, precision and memory format."""
     device = torch.device(options.device)
     for experiment in options.experiments:
         batch = EXPERIMENTS[experiment][-1]

@@ -1,4 +1,4 @@
-"""The LDE against its literal twin and against what a user would pick instead, as ratios within one run.
+"""The LDE against its literal implementation and against alternatives, as ratios within one run.
 
 Run with `python -m benchmarks.lde [step] [sampling] [memory] [rivals] [--threads 2] [--seconds 60] [--samples 2000]
 [--codes FILE.npz ..]`; on a GPU `python -m benchmarks.lde step sampling --device cuda`.
@@ -7,11 +7,11 @@ Run with `python -m benchmarks.lde [step] [sampling] [memory] [rivals] [--thread
 - `sampling`: `sample(10_000)` against naive ancestral sampling (D passes of the literal stack, extrapolated from a part), and
   against `log_prob` of as many vectors.
 - `memory`: growth of peak memory of a training step with the batch, and of sampling with the number of samples.
-- `rivals`: zuko's MAF and NSF and pythae's MAFSampler (where installed) on the same codes: seconds an epoch, test
-  log-likelihood after equal CPU time, samples a second, seconds to save and load. Without `--codes` the packaged digits stand
-  in for codes: their first 8 and 63 principal components. A file holds arrays train, valid and test, each with shape (N, D).
+- `rivals`: zuko's MAF and NSF and pythae's MAFSampler (where installed) on the same codes: seconds per epoch, test
+  log-likelihood after equal CPU time, samples per second, seconds to save and load. Without `--codes` the codes are the first 8
+  and 63 principal components of the packaged digits. A file holds arrays train, valid and test, each with shape (N, D).
 
-Contenders take turns, round after round, so that a machine that slows down slows all; of each the fastest round counts.
+Contenders take turns, round after round, so a machine that slows down slows all. The fastest round of each counts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def processor() -> str:
-    """Its name, where the system tells, and whether it knows AVX-512."""
+    """Name of the processor, if known, and whether it has AVX-512."""
     found = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":", 1)[1].strip() for line in found.splitlines() if line.startswith("model name")]
     return (names or [platform.processor() or platform.machine()])[0] + (", AVX-512" if "avx512f" in found else "")
@@ -70,11 +70,11 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def fastest(rounds: int, **contenders: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of the fastest of some rounds, in which all take turns, after one round that doesn't count."""
+    """Seconds of the fastest of some rounds, in which all take turns, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders.items())
     for _ in range(rounds + 1):
-        random.shuffle(order)  # nobody always comes after the same
+        random.shuffle(order)  # none always follows the same one
         for name, call in order:
             start = CLOCKS[clock]()
             call()
@@ -85,7 +85,7 @@ def fastest(rounds: int, **contenders: Callable[[], Any]) -> dict[str, float]:
 
 
 class Literal(nn.Module):
-    """Section 3.3 written out as anyone would: padding, a mask channel, nn.Conv1d, and a loss composed of torch's operators."""
+    """A plain implementation of section 3.3: padding, a mask channel, nn.Conv1d, and a loss composed of torch's operators."""
 
     def __init__(self, dim: int, components: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def step(rounds: int) -> list[dict[str, Any]]:
     for dim, batch in ((63, 256), (63, 1024), (8, 256), (200, 64), *(((63, 4096),) if device == "cuda" else ())):
         torch.manual_seed(0)
         density, literal = LatentDensityEstimator(dim, components=30).to(device), Literal(dim, 30).to(device)
-        in_bfloat16 = copy.deepcopy(density)  # else either precision would record the other's steps anew
+        in_bfloat16 = copy.deepcopy(density)  # otherwise each precision would record the other's steps again
         z = torch.randn(batch, dim, device=device)
 
         def train(model: nn.Module, mixed: bool = False, z: Tensor = z) -> None:
@@ -208,7 +208,7 @@ def sampling(rounds: int) -> list[dict[str, Any]]:
 
 
 def memory() -> list[dict[str, Any]]:
-    """Peak memory of a process that does one thing, less that of one which only loads the library."""
+    """Peak memory of a process that does one thing, minus that of a process that only loads the library."""
 
     def peak(kind: str, count: int) -> float:
         command = [sys.executable, "-m", "benchmarks.lde", "--child", kind, str(count)]
@@ -239,7 +239,7 @@ def child(kind: str, count: int) -> None:
 
 
 class Pythae(nn.Module):
-    """pythae's MAFSampler with its default network, as far as it concerns codes: what it trains, and what it draws."""
+    """pythae's MAFSampler with its default network, only the parts that concern codes: training and sampling."""
 
     def __init__(self, dim: int, mean: Tensor, std: Tensor) -> None:
         from pythae.models import BaseAE, BaseAEConfig
@@ -250,7 +250,7 @@ class Pythae(nn.Module):
         self.dim, self.mean, self.std = dim, mean, std
 
     def loss(self, z: Tensor) -> Tensor:
-        """Nats a dimension of standardised codes."""
+        """Nats per dimension of standardised codes."""
         loss: Tensor = self.flow({"data": (z - self.mean) / self.std}).loss
         return loss / z.numel()
 
@@ -276,7 +276,7 @@ class Pythae(nn.Module):
 
 
 def contenders(dim: int, mean: Tensor, std: Tensor) -> dict[str, Callable[[], nn.Module]]:
-    """Builders of what is compared, and the learning rates that suit them."""
+    """Builders of the contenders, with suitable learning rates."""
 
     def ours(density: Density) -> Density:
         density.standardise(mean, std)
@@ -300,9 +300,9 @@ def contenders(dim: int, mean: Tensor, std: Tensor) -> dict[str, Callable[[], nn
 
 def fit(model: nn.Module, codes: dict[str, Tensor], seconds: float, batch: int = 256) -> dict[str, Any]:
     """Trains by the clock of the processor: AdamW, cosine decay, an average of the weights, the best validation counts."""
-    rate = 5e-3  # the best of 1e-3, 2e-3 and 5e-3 on validation codes of 8 dimensions for LDE, MAF and NSF alike
+    rate = 5e-3  # the best of 1e-3, 2e-3 and 5e-3 on validation codes of 8 dimensions for each of LDE, MAF and NSF
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.999), weight_decay=1e-4)
-    # A short memory at first, as in `fit`: else contenders of few steps would be scored by weights near their initial ones.
+    # A short memory at first, as in `fit`. Otherwise contenders with few steps would be scored near their initial weights.
     average = torch.optim.swa_utils.AveragedModel(
         model, avg_fn=lambda mean, new, steps: mean.lerp(new, 1 - min(0.998, (1 + int(steps)) / (10 + int(steps))))
     )
@@ -394,7 +394,7 @@ def code_sets(files: list[Path]) -> list[tuple[str, dict[str, Tensor]]]:
 
 
 def main() -> None:
-    """Runs what is asked for, prints tables, writes results/lde.json."""
+    """Runs the chosen benchmarks, prints tables, writes results/lde.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["step", "sampling", "memory", "rivals"], metavar="part")
     parser.add_argument("--threads", type=int, default=2)

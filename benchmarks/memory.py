@@ -1,10 +1,10 @@
 """Peak memory of every stage on some synthetic data, and on ten times as much: it must not grow with the number of examples.
 
 Run with `python -m benchmarks.memory [--examples 5000] [--factor 10]`. Grey images of 32x32 pixels in a zip go through all
-stages, vectors with 32 dimensions through those that treat them differently. Each stage is a process of its own; what counts is
-the largest resident set among it and the processes that it starts. Shards and the shuffle are a part of the smaller data set
-and nothing is cached, so that both sizes fill every buffer. Exits with 1 where a stage grows by more than a fifth of what the
-added data take in memory; the Parzen score may hold its points besides, of which it takes 256 MiB at a time.
+stages, vectors with 32 dimensions through those that treat them differently. Each stage is a separate process. The figure is
+the largest resident set of it and its child processes. Shards and the shuffle are smaller than the smaller data set and
+nothing is cached: both sizes fill every buffer. Exits with 1 if a stage grows by more than a fifth of the added data's size in
+memory. The Parzen score may also hold its points, 256 MiB at a time.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def write_raw(folder: Path, examples: int, base: int) -> None:
 
 
 def peak_mib(folder: Path, stage: str, row: str) -> float:
-    """Runs a stage; gives the largest resident set of its processes, in MiB."""
+    """Runs a stage and returns the largest resident set of its processes, in MiB."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRACKING": "off", "CACHE_MIB": "0"}
     with open(folder / "words", "w+") as words:
         process = subprocess.Popen(
@@ -99,7 +99,7 @@ def peak_mib(folder: Path, stage: str, row: str) -> float:
 
 
 def added_mib(row: str, examples: int) -> float:
-    """What so many examples take in memory as float32, in MiB."""
+    """Size of so many examples as float32, in MiB."""
     return 4 * (VECTORS * DIMENSIONS if row.startswith("vectors") else PIXELS**2) * examples / 2**20
 
 

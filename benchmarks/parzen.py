@@ -1,9 +1,9 @@
-"""Seconds and peak memory of the Parzen score of samples in shards, as the stage `evaluate` takes it.
+"""Seconds and peak memory of the Parzen score of samples in shards, as the stage `evaluate` computes it.
 
 Run with `python -m benchmarks.parzen [--samples 1000000] [--points 10000] [--threads 2] [--folder DIR]`.
 
 Samples, validation and test images of 28x28 pixels are written as shards (3.1 GB for a million samples). Each number of samples
-is then scored in a process of its own: first a tenth, then all, so that the growth of peak memory shows.
+is then scored in a separate process: first a tenth, then all, which shows the growth of peak memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARD_EXAMPLES = 4000
 
 
 def write_split(folder: Path, split: str, count: int, seed: int, dtype: str) -> tuple[Part, ...]:
-    """Writes images around a few prototypes, so that distances spread as those of digits do."""
+    """Writes images around a few prototypes; their distances spread like those of digits."""
     prototypes = np.random.default_rng(0).random((10, *SHAPE), dtype=np.float32) ** 4
     generator = np.random.default_rng(seed)
     with ShardWriter(folder, split, SHARD_EXAMPLES) as writer:
@@ -84,7 +84,7 @@ def score(folder: Path, samples: int, threads: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints a line a set, writes results/parzen.json."""
+    """Measures, prints one line per set, writes results/parzen.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--points", type=int, default=10_000, help="validation images, and as many test images")

@@ -1,9 +1,9 @@
-"""What the pipeline would cost past this machine: unit costs measured here, the rest arithmetic.
+"""Cost of the pipeline on larger machines: unit costs measured here, the rest computed.
 
 Run with `python -m benchmarks.scaling [--seconds 10]`. Measures what one core does with an image or a code in every stage of
-presets/celeba128.yaml (CPU seconds of one thread, so that other work on the machine disturbs little), the bytes that an image
+presets/celeba128.yaml (CPU seconds of one thread, which other work on the machine disturbs little), the bytes that an image
 and a code take on disk, and the floating-point operations of each step. Writes results/scaling.json and, between their markers,
-the tables of scaling.md. `--from FILE` writes the tables anew from such results.
+the tables of scaling.md. `--from FILE` rewrites the tables from such results.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ DATASETS = {"CelebA": 202_599, "100 million": 100_000_000}
 GPUS = (1, 8, 256)
 PHOTO_PX = (178, 218)  # of an aligned CelebA file
 
-# Nothing of this was measured. GPU figures are those of NVIDIA's data sheet of the A100 80GB SXM.
+# None of this was measured. GPU figures are those of NVIDIA's data sheet of the A100 80GB SXM.
 ASSUMED: dict[str, tuple[float, str]] = {
     "gpu_flops": (312e12, "FLOP/s of a GPU at its peak, bfloat16"),
     "utilisation": (0.3, "share of the peak that convolutions reach"),
     "lde_utilisation": (0.05, "share of the peak that the LDE's narrow products reach"),
-    "cores": (16, "CPU cores beside each GPU, as fast as the one measured"),
+    "cores": (16, "CPU cores per GPU, as fast as the one measured"),
     "node_gpus": (8, "GPUs in a node"),
     "link": (250e9, "bytes/s of a GPU to its neighbours within a node"),
     "network": (25e9, "bytes/s of a node to others and to the store"),
@@ -71,7 +71,7 @@ def preset() -> dict[str, Any]:
 
 
 def per_cpu_second(call: Callable[[], object], count: int, seconds: float) -> float:
-    """Examples that one core handles in a second, the fastest of the calls that fit in so many CPU seconds, at least two."""
+    """Examples per second of one core: the fastest of the calls that fit in so many CPU seconds, at least two."""
     best, spent = math.inf, 0.0
     for number in itertools.count():
         started = time.process_time()
@@ -93,7 +93,7 @@ def flops(call: Callable[[], object], count: int) -> float:
 
 
 def write_photos(path: Path, count: int) -> None:
-    """A zip of JPEGs as large as CelebA's, smooth with some noise, so that they compress as photos do."""
+    """A zip of JPEGs as large as CelebA's, smooth with some noise, which makes them compress like photos."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
@@ -115,7 +115,7 @@ def vgg_weights(path: Path) -> str:
 
 
 def step(objective: nn.Module, images: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    """A step of training, without its update where there is no optimizer."""
+    """One training step, without the update if there is no optimizer."""
     loss = objective("model", {"images": images}, Step(0, 0.0, torch.Generator()))["loss"]
     objective.zero_grad(set_to_none=True)
     loss.backward()
@@ -124,7 +124,7 @@ def step(objective: nn.Module, images: torch.Tensor, optimizer: torch.optim.Opti
 
 
 def measure_training(row: dict[str, Any], weights: str, seconds: float) -> list[dict[str, Any]]:
-    """Images a second and operations an image of a training step, for each size of image, with and without perceptual loss."""
+    """Images per second and operations per image of a training step, by size of image, with and without perceptual loss."""
     found = []
     sizes = [("28x28", 1, 1, 7, 8), ("64x64", 3, 3, 4, 100), ("128x128", 3, row["blocks"], 4, row["latent_dim"])]
     for (name, channels, blocks, filter_side, dim), perceptual in itertools.product(sizes, (0.0, row["perceptual_weight"])):
@@ -231,7 +231,7 @@ def table(header: str, rows: list[list[Any]]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "-"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -261,7 +261,7 @@ def hours_of_training(units: dict[str, Any], images: int, gpus: int) -> dict[str
     return {
         "GPU": images * network["train_flops"] / (gpus * a["gpu_flops"] * a["utilisation"]) / 3600,
         "reading (other cores)": images / (readers * units["data"]["read_per_second"]) / 3600,
-        "shuffling (one core a GPU)": images / (gpus * units["data"]["shuffle_per_second"]) / 3600,
+        "shuffling (one core per GPU)": images / (gpus * units["data"]["shuffle_per_second"]) / 3600,
         "gradients (network)": steps * gradients / link / 3600,
         "shards (store, network)": images * units["data"]["shard_bytes"] / min(a["store"], nodes * a["network"]) / 3600,
     }
@@ -303,7 +303,7 @@ def report(units: dict[str, Any]) -> str:
     data, density = units["data"], units["density"]
     lines = [f"PyTorch {units['torch']}, one thread. Operations count a multiply-add as two.", "", "**Measured**", ""]
     lines += table(
-        "images | perceptual loss | train, images/s | GFLOP an image | encode, images/s | decode, images/s | parameters",
+        "images | perceptual loss | train, images/s | GFLOP per image | encode, images/s | decode, images/s | parameters",
         [
             [f"{t['images']}, {t['channels']} channel{'s' * (t['channels'] > 1)}", "yes" if t["perceptual"] else "no",
              t["train_per_second"], t["train_flops"] / 1e9, t["encode_per_second"], t["decode_per_second"],
@@ -312,7 +312,7 @@ def report(units: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     lines += table(
-        "one core, at 128x128 | a second",
+        "one core, at 128x128 | per second",
         [
             ["prepare: JPEG to shard, images", data["prepare_per_second"]],
             ["read a shard and check its digest, images", data["read_per_second"]],
@@ -341,7 +341,7 @@ def report(units: dict[str, Any]) -> str:
             hours = hours_of_training(units, images, gpus)
             slowest = max(hours, key=lambda key: hours[key])
             rows.append([str(gpus), *hours.values(), slowest])
-        lines += ["Hours of one epoch of `train`, if only this held it up:", ""]
+        lines += ["Hours of one epoch of `train`, if only this limited it:", ""]
         lines += table(f"GPUs | {' | '.join(hours)} | bottleneck", rows)
     return "\n".join(lines)
 

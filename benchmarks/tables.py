@@ -1,16 +1,16 @@
-"""Densities of small tables: `auto` against what a person would use instead, at equal CPU seconds.
+"""Densities of small tables: `auto` against common alternatives, at equal CPU seconds.
 
 Run with `python -m benchmarks.tables [--sets wine iris ..] [--methods auto KDE ..] [--splits 5] [--seconds 60]
 [--points 10000]`. Results are added to `benchmarks/results/tables.json`, split by split, and the table is written again to
-`tables.md`; a split that is there with the same seconds isn't run again.
+`tables.md`; a split that has a result with the same seconds isn't run again.
 
-Tables come with scikit-learn or are drawn from formulas. Of a table a tenth, drawn by the number of the split, is for the test;
-of a formula 10,000 new points are. Methods choose by validation rows that they take from the rest. Each has one thread and the
-same seconds of it: every clock of the process counts CPU time.
+Tables come with scikit-learn or are drawn from formulas. A tenth of a table, drawn by the number of the split, is for the test;
+a formula gives 10,000 new test points. Methods take validation rows from the rest. Each has one thread and the same seconds:
+every clock of the process counts CPU time.
 
-`difference` is the test log-likelihood less that of the best method of the set, with the standard error of the paired
+`difference` is the test log-likelihood minus that of the best method of the set, with the standard error of the paired
 differences over splits. Repeated values (a column of `diabetes` has two) make a likelihood as large as a method's smallest
-variance allows: such numbers tell of that bound, not of the data.
+variance allows: such numbers depend on that bound, not on the data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-time.monotonic = time.process_time  # what fits read when they have a limit
+time.monotonic = time.process_time  # the clock that fits with a time limit read
 
 from sklearn import datasets as packaged  # noqa: E402
 from sklearn.mixture import GaussianMixture  # noqa: E402
@@ -241,7 +241,7 @@ METHODS: dict[str, Callable[[np.ndarray, int, float], Score]] = {
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each set and method: mean, standard error, difference to the best with its error, rank, truth, seconds.
+    """One row per set and method: mean, standard error, difference to the best with its error, rank, truth, seconds.
 
     Arguments:
         runs: Rows with `set`, `method`, `split`, `score`, `seconds`, and `truth` where it is known.
@@ -280,7 +280,7 @@ def _error(values: np.ndarray) -> float | None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: a line for each set, a column for each method, and the mean ranks."""
+    """The table: one line per set, one column per method, and the mean ranks."""
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = [
         "# Densities of small tables",
@@ -310,7 +310,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs what is asked for and isn't there yet."""
+    """Runs the chosen splits that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [*TABLES, *FORMULAS]
     parser.add_argument("--sets", nargs="+", choices=names, default=names)

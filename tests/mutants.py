@@ -1,4 +1,4 @@
-"""Plants the faults of mutants.yaml, one at a time, in a copy of the checkout, and tells which of them the tests notice.
+"""Plants the faults of mutants.yaml, one at a time, in a copy of the checkout, and prints which of them the tests notice.
 
     python -m tests.mutants             # all, with the exit status 1 where one survives
     python -m tests.mutants parzen best # those whose names hold one of the words
@@ -65,7 +65,7 @@ def copy_checkout(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> int:
-    """Exit code of pytest over the tests of a copy, in a fork; -9 where it takes too long."""
+    """Exit code of pytest over the tests of a copy, in a fork; -9 if it takes too long."""
     child = os.fork()
     if child == 0:
         os.setsid()

@@ -1,4 +1,4 @@
-"""A copy of the project in a repository of its own, and what `dvc` does in it."""
+"""A copy of the project in its own repository, and what `dvc` does in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Project:
 
     Arguments:
         folder: An empty folder.
-        params: What stands in params.yaml.
+        params: The text of params.yaml.
         origin: A repository to clone instead of a copy of this one's files.
     """
 

@@ -1,4 +1,4 @@
-"""The command line: quick to answer, and clear about what it would do and what stands where."""
+"""The command line: it answers fast, and shows what it would do and the state of each row."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ evaluations:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with rows of its own, the pipeline's code, and nothing run yet."""
+    """A folder with its own rows and the pipeline's code, in which nothing has run yet."""
     (tmp_path / "params.yaml").write_text(PARAMS)
     for name in ("pipeline", "stages", "dvc.yaml", "presets"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -397,7 +397,7 @@ def healthy(project):
 
 
 def words(out: str) -> dict[str, str]:
-    """Word by what was looked at."""
+    """Word by what was checked."""
     return {
         line[2:].split("  ")[0]: line[2:].split("  ", 1)[1].split()[0] for line in out.splitlines() if line.startswith("  ")
     }
@@ -491,7 +491,7 @@ def test_doctor_asks_the_tracking_server(healthy, monkeypatch):
 
 
 def write_database(path: Path, version: str, tables: Iterable[str], rows: str = "") -> None:
-    """A SQLite file with tables of these names, as far as the doctor looks into them."""
+    """A SQLite file with tables of these names, with the columns that the doctor reads."""
     path.unlink(missing_ok=True)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         for table in tables:

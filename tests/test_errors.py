@@ -1,4 +1,4 @@
-"""Messages: any text in one line that a terminal can show, of bounded length."""
+"""Messages: any text becomes one printable line of bounded length."""
 
 from __future__ import annotations
 

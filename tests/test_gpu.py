@@ -1,4 +1,4 @@
-"""What only a GPU can tell: the same numbers as on the CPU, the same bits twice, and a killed run that goes on there."""
+"""What only a GPU can tell: the same numbers as on the CPU, the same bits twice, and a killed run that resumes there."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def test_samples_are_those_of_the_cpu(codes: CodeReader) -> None:
     there = density.sample(3000, torch.Generator().manual_seed(0)).cpu()
     here = density.cpu().sample(3000, torch.Generator().manual_seed(0))
     # Rounding may choose another component where a weight's edge is near the number drawn, but rarely.
-    alike = ((there - here).abs() < 0.01).all(dim=1).float().mean()
-    assert alike > 0.99
+    agreement = ((there - here).abs() < 0.01).all(dim=1).float().mean()
+    assert agreement > 0.99
 
 
 @pytest.mark.parametrize("dim", [1, 8, 63, 100])

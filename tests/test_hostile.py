@@ -1,4 +1,4 @@
-"""Broken and hostile files: each ends in one clear line and exit status 1, and nothing is written, run or waited for.
+"""Corrupt and malicious files: each gives one clear line and exit status 1. Nothing is written, run or waited for.
 
 The attacker may recompute the digests in an index; then it's the contents that must be refused.
 """
@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it, as working folder; nothing may appear beside it."""
+    """A copy of it, as working folder; no file may appear next to it."""
     copy = tmp_path / "outside" / "inside"
     shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("raw"))
     (copy / "raw").symlink_to(finished / "raw")  # no test writes there
@@ -63,7 +63,7 @@ def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def refused(*stage: str, mention: str = "") -> str:
-    """Runs a stage that must refuse; gives its line."""
+    """Runs a stage that must fail; returns its line."""
     before = small.files(Path("."))
     result = small.run(*stage)
     lines = result.stderr.strip().splitlines()
@@ -162,7 +162,7 @@ def test_missing(workspace: Path, stage: tuple[str, str], path: Path) -> None:
 
 
 def npy(array: np.ndarray, version: tuple[int, int] = (1, 0), **header: Any) -> bytes:
-    """An array file, or one whose header says something else."""
+    """An array file, or one with a forged header."""
     if header:
         values = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape} | header
         return raw_npy(f"{values}\n", array.tobytes())
@@ -197,7 +197,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 def padded(data: bytes, least: int = 2560) -> bytes:
-    """Filled up, so that it isn't the length that gives it away."""
+    """Padded, so its length doesn't reveal the fault."""
     return data + b"\0" * max(least - len(data), 0)
 
 

@@ -37,7 +37,7 @@ for line in sys.stdin:
 
 
 class Launcher:
-    """Starts stages in forks of a process that has imported all they need, a few milliseconds each."""
+    """Starts stages in forks of a process with all imports done, in a few milliseconds each."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRACKING": "off"}
@@ -47,7 +47,7 @@ class Launcher:
         )  # fmt: skip
 
     def run(self, stage: tuple[str, str], kill_after: float | None = None) -> bool:
-        """Runs a stage, or kills it after some seconds; gives whether it was killed."""
+        """Runs a stage, or kills it after some seconds; returns whether it was killed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("\t".join((os.getcwd(), *stage)) + "\n")
@@ -97,7 +97,7 @@ def check_whole(folder: Path, expected: dict[str, str]) -> None:
 def kill_and_finish(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: dict[tuple[str, str], int], epochs: int, seed: int
 ) -> int:
-    """Runs the stages once unharmed, and once more with so many kills each; gives how many kills found their stage alive."""
+    """Runs the stages once without and once with so many kills each; returns how many kills hit a running stage."""
     chosen = random.Random(seed)
     count = 0
     launcher = Launcher()

@@ -125,7 +125,7 @@ def test_equals_literal_convolutions(dim, training, normalisation):
     density = make(dim, normalisation=normalisation).train(training)
     twin = Twin(density)
     ours, theirs = codes(6, dim).requires_grad_(), codes(6, dim).requires_grad_()
-    weights = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)  # so that examples don't cancel
+    weights = torch.linspace(0.5, 1.5, 6, dtype=torch.float64)  # otherwise examples would cancel
     value, expected = density.log_prob(ours), twin.log_prob(theirs)
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-8)
     (value @ weights).backward()
@@ -282,7 +282,7 @@ def test_loss_is_that_of_each_patch_in_an_order_drawn_for_it():
             found.add(int(order))
     assert found == set(range(8))
     torch.testing.assert_close(density.log_prob(z), first.log_prob(z))  # scoring keeps to patch_orders
-    many = z[:1].expand(4000, -1)  # the mean of a batch: each patch of it has a draw of its own
+    many = z[:1].expand(4000, -1)  # the mean of a batch: each patch of it has its own draw
     expected = -(each[:, 0].mean() + log_det) / 3
     assert density.loss(many, torch.Generator().manual_seed(0)).item() == pytest.approx(expected.item(), rel=0.02)
 

@@ -1,4 +1,4 @@
-"""Densities and networks as Python objects: pickled, copied, loaded; what torch.func and second derivatives can't have."""
+"""Densities and networks as Python objects: pickled, copied, loaded; what torch.func and second derivatives don't support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The perceptual loss against torchvision's VGG19, with random weights given on purpose."""
+"""The perceptual loss against torchvision's VGG19, with explicit random weights."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_edits_rerun_what_they_touch_and_nothing_else(project: Project) -> None:
 PAGES = [path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))]
 # Indented blocks that hold no commands, by their first word: the graph, the tree, the citation.
 NO_COMMANDS = ("raw", "pipeline/", "@article{yoo2019density,")
-# What a test can't do as it stands, and what is done instead.
+# Commands that a test can't run as they are, and what it runs instead.
 INSTEAD = {
     "make test": "make -n test",  # it would run itself
     "cp reports/paper/bsds300-lde-k10/params.yaml params.yaml":  # BSDS300 isn't here: whether its settings are still valid
@@ -206,7 +206,7 @@ def test_the_commands_of_the_readme_and_docs(project: Project) -> None:
                 continue
             if command == "dvc pull && dvc repro":
                 project.commit()
-                (home / "clone").mkdir()  # beside the store, whose address is relative
+                (home / "clone").mkdir()  # next to the store, whose address is relative
                 clone = Project(home / "clone", origin=project.folder)
                 assert "Running stage" not in clone.call("bash", "-c", command)
                 continue

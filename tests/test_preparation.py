@@ -1,4 +1,4 @@
-"""Raw files -> shards: what is counted and said, and the pool of processes that reads."""
+"""Raw files -> shards: counts, messages, and the pool of reading processes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 def without(part: str, text: str) -> bool:
-    """Whether all lines of `part` stand in `text`, in their order."""
+    """Whether `text` contains all lines of `part`, in their order."""
     lines = iter(text.splitlines())
     return all(line in lines for line in part.splitlines())
 
@@ -93,7 +93,7 @@ def test_all_presets_fit_side_by_side():
 
 
 def test_the_papers_settings():
-    """FACTS of the supplement: depth, latent length, schedule, warm-up."""
+    """Settings of the paper's supplement: depth, latent length, schedule, warm-up."""
     rows = {row.dotted: row.plain() for name in NAMES for row in load_preset(name).rows}
     shapes = {"mnist": (8, 1), "tfd": (15, 2), "celeba64-shoes": (100, 3), "celeba128": (200, 4)}
     warm_up = {"mnist": 96, "tfd": 120, "celeba128": 100}

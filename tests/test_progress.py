@@ -1,4 +1,4 @@
-"""What long work shows of itself in a log."""
+"""Progress of long work in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ say holds."""
+"""What the README and docs/ say is true, and texts are plain English."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -39,7 +41,7 @@ HABITS = {
     r"\b(has|have) to be\b": "must be",
     r"\banew\b": "again",
     r"\b(don't|doesn't) compare\b": "isn't comparable",
-    r"\bbeside\b": "next to, with",
+    r"(?<!-)\bbeside\b(?!-)": "next to, with",
     r"\b(be rid of|foretells?|mend(s|ed)?|put aside)\b": "delete, predict, fix, ignore",
 }
 WRITTEN = (
@@ -48,7 +50,11 @@ WRITTEN = (
         PROJECT / name
         for name in ("CHANGELOG.md", "CONTRIBUTING.md", "presets/README.md", "data/raw/README.md", "params.yaml", "dvc.yaml")
     ),
+    *(PROJECT / "reports/paper" / name for name in ("README.md", "findings.md")),
+    PROJECT / "benchmarks/scaling.md",
     *sorted(PROJECT.glob("presets/*.yaml")),
+    *sorted(PROJECT.glob("stages/reporting/templates/*")),
+    *(path for room in ("stages", "benchmarks") for path in sorted(PROJECT.glob(f"{room}/**/*.py"))),
 )
 
 
@@ -56,11 +62,21 @@ def test_the_readme_is_read_in_one_go() -> None:
     assert 8000 <= len((PROJECT / "README.md").read_bytes()) <= 9216
 
 
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """The texts of a file with their first lines: all of it, or the strings and comments of Python code."""
+    if path.suffix != ".py":
+        yield 1, path.read_text()
+        return
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    with tokenize.open(path) as file:
+        yield from ((token.start[0], token.string) for token in tokenize.generate_tokens(file.readline) if token.type in kinds)
+
+
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_texts_are_plain_english(path: Path) -> None:
-    text = path.read_text()
     places = [
-        f"line {1 + text.count(chr(10), 0, match.start())}: {match[0]!r}; write {better}"
+        f"line {start + text.count(chr(10), 0, match.start())}: {match[0]!r}; write {better}"
+        for start, text in _texts(path)
         for habit, better in HABITS.items()
         for match in re.finditer(habit, text)
     ]

@@ -1,4 +1,4 @@
-"""What git keeps of results: lines of results.csv, settings, metrics, curves, and the tables made from the lines."""
+"""Results that git keeps: lines of results.csv, settings, metrics, curves, and the tables made from the lines."""
 
 from __future__ import annotations
 
@@ -249,8 +249,8 @@ def test_tables_stand_beside_the_published_scores_and_prose_stays(workspace):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ((), "which experiment"),
-    (("mnist-parzen",), "which rows"),
+    ((), "name an experiment and rows"),
+    (("mnist-parzen",), "name an experiment and rows"),
     (("mnist-parzen", "mnist-lda"), "mnist-lda is neither a row"),
     (("mnist-parzen", "mnist-lde", "nothing"), "nothing is neither a row"),
 ])  # fmt: skip

@@ -54,7 +54,7 @@ def parzen(value: float, prefix: str = "", samples: int = 4000, protocol: str = 
 
 
 def make_workspace(protocol: str = "gmmn", extra_row: bool = False) -> None:
-    """Two autoencoders of digits with a density each, two controls, and the grid density, in the current folder."""
+    """Two autoencoders of digits, each with a density, two controls, and the grid density, in the current folder."""
     image = {"dataset": "digits", "objective": "ae", "latent_dim": 2, "blocks": 1}
     tables = {
         "datasets": {
@@ -533,7 +533,7 @@ def test_the_same_state_gives_the_same_page(workspace):
         assert "0123456789" in texts.pop()
 
 
-def test_hostile_words_are_escaped(tmp_path, monkeypatch):
+def test_markup_is_escaped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRACKING", "off")
     make_workspace(protocol=HOSTILE)
@@ -623,7 +623,7 @@ def test_description_fits_a_tag(workspace):
 
 
 class Recorder:
-    """Stands in for the tracker and keeps what it is sent."""
+    """Replaces the tracker and keeps what it is sent."""
 
     def __init__(self, name, tags, params, off=False):
         Recorder.last = self

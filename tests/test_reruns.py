@@ -25,7 +25,7 @@ evaluations: {grid: {}}
 
 
 class Committed:
-    """A project that DVC takes for done."""
+    """A project that DVC considers up to date."""
 
     def __init__(self, folder: Path) -> None:
         from dvc.repo import Repo
@@ -63,7 +63,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Committed:
 
 @pytest.fixture(autouse=True)
 def _undone(committed: Committed) -> Iterator[None]:
-    """Takes back what a test has changed."""
+    """Undoes a test's changes."""
     before = {path: path.read_bytes() for path in (committed.folder / "pipeline").rglob("*.py")}
     yield
     for path in (committed.folder / "pipeline").rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Families of densities by the same stages, with the same data and budget, and beside one another in the scoreboard."""
+"""Families of densities by the same stages, with the same data and budget, compared in the scoreboard."""
 
 from __future__ import annotations
 

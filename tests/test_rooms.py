@@ -1,4 +1,4 @@
-"""Who may import whom, what stays light, and what is never done."""
+"""Which package may import which, which imports are cheap, and what code never does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples and codes: no two shards alike, pixels in 0..1, images encoded in the range that they are trained in."""
+"""Samples and codes: no two equal shards, pixels in 0..1, images encoded in the range that they are trained in."""
 
 from __future__ import annotations
 

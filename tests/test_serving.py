@@ -1,4 +1,4 @@
-"""A trained generator as a folder of its own, as a registered model, and behind HTTP."""
+"""A trained generator as a self-contained folder, as a registered model, and behind HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: whatever stands in params.yaml, the answer is one clear line a problem, and never a traceback."""
+"""Settings: whatever params.yaml contains, each problem gives one clear line, and never a traceback."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def written(tables: object, folder: Path) -> Path:
 
 
 def complaints(path: Path, *command: str) -> list[str]:
-    """The lines with which a command refuses a params.yaml."""
+    """The lines with which a command rejects a params.yaml."""
     result = CliRunner().invoke(cli, [*(command or ("check",)), "--params", str(path)])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
     assert "Traceback" not in result.output
     lines = result.stderr.splitlines()
-    assert lines, "an error without a word"
+    assert lines, "an error without a message"
     assert all(line.startswith("error: ") and len(line) < 1000 for line in lines), lines
     return lines
 
@@ -105,7 +105,7 @@ def test_the_projects_own_params_have_no_problem():
     assert (result.exit_code, result.stderr) == (0, "")
 
 
-# One fault at a time: the line names row, key and, where there is one, the remedy ------------------------------------
+# One fault at a time: the line names row, key and, if there is one, the remedy --------------------------------------
 
 DEEP: dict = {}
 for _ in range(60):
@@ -406,7 +406,7 @@ def test_every_key_refuses_values_of_other_types(table, name):
 
 @pytest.mark.parametrize(("table", "name"), IMPLEMENTED)
 def test_every_key_is_refused_by_the_command_too(table, name, tmp_path):
-    """One wrong value a key, all in rows of one file, each of which gets its own line."""
+    """One wrong value per key, all in rows of one file; each gets its own line."""
     tables = copy.deepcopy(BASE)
     expected = []
     choose = random.Random(f"{table} {name}")

@@ -1,6 +1,6 @@
 """Every setting of every choice changes something that can be seen: bytes, weights, scores, or an error.
 
-A setting in no table here fails the test. Those that by their meaning change no result have tests of their own.
+A setting in no table here fails the test. Those that by their meaning change no result have separate tests.
 """
 
 from __future__ import annotations
@@ -401,7 +401,7 @@ def write_params(**tables: Any) -> None:
 
 
 def numbers(path: Path) -> dict[str, bytes]:
-    """The tensors of a file; what it says of settings aside."""
+    """The tensors of a file; without its settings."""
     from safetensors.numpy import load_file
 
     return {name: array.tobytes() for name, array in load_file(path).items()}
@@ -608,7 +608,7 @@ QUALITY = {"network": "classifier", "samples": 25, "classifier_epochs": 1}
 
 @pytest.fixture
 def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace with shards of small labelled images, alike in all splits."""
+    """A workspace with shards of small labelled images, equal in all splits."""
     from test_splits import Told, draw_marks
 
     monkeypatch.chdir(tmp_path)
@@ -642,7 +642,7 @@ def test_controls(marks: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:Parzen score")
 def test_evaluations(marks: None, vgg19: Path) -> None:
-    """Those of a control; interpolation has a test of its own."""
+    """Those of a control; interpolation has a separate test."""
     weights = {name: str(vgg19 / f"{name}.safetensors") for name in ("vgg19", "other")}
     vgg19 = {**QUALITY, "network": "vgg19", "weights": weights["vgg19"]}
     changes: Row = {"parzen": None, "quality": Change(QUALITY, parzen=WIDE)}

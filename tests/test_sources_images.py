@@ -116,7 +116,7 @@ def test_16_bit_grey_is_scaled(form: str, value: int, level: int) -> None:
 
 
 def png16(colour: int, values: tuple[int, ...]) -> bytes:
-    """A 2x2 PNG of 16 bits a channel, which Pillow doesn't write."""
+    """A 2x2 PNG with 16 bits per channel, which Pillow doesn't write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -322,7 +322,7 @@ def test_fuzzed_images_never_raise_anything_else() -> None:
 
 
 def test_crop_is_the_centre_by_share_of_the_width() -> None:
-    # Columns of their own level; of 20x30 pixels (w x h) a crop of 0.5 keeps columns 5 to 14 and rows 10 to 19.
+    # Each column has its own level; of 20x30 pixels (w x h) a crop of 0.5 keeps columns 5 to 14 and rows 10 to 19.
     array = np.add.outer(np.arange(30) * 4, np.arange(20)).astype(np.uint8)
     assert np.array_equal(np.asarray(fit(Image.fromarray(array), 10, 0.5)), array[10:20, 5:15])
     # Never taller than the picture.

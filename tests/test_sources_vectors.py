@@ -1,4 +1,4 @@
-"""Own vectors as people have them: tables with names, labels, groups, an index, integers, timestamps, missing values."""
+"""Users' vectors as they come: tables with names, labels, groups, an index, integers, timestamps, missing values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_row(path: Path, **values: object) -> vectors.Vectors:
 
 
 def read_all(source: vectors.Vectors) -> np.ndarray:
-    """All rows, in some order, with their labels as the last column where there are labels."""
+    """All rows, in some order, with their labels, if any, as the last column."""
     blocks = [source.read(split, 0, source.counts[split]) for split in SPLITS]
     columns = [np.concatenate([block.examples for block in blocks])]
     if blocks[0].labels is not None:

@@ -676,7 +676,7 @@ def test_codes_are_standardised_by_training_codes(world: World, standardise: str
 
 
 class Apart(Ranks):
-    """A rank that never hears of its peers: what it gives is of its own share."""
+    """A rank without its peers: its results are those of its own share."""
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

@@ -1,4 +1,4 @@
-"""Runs in MLflow: a database made whole or not at all, shared, in folders of any name; slow servers; how a run ends."""
+"""Runs in MLflow: a database with all its tables or none, shared, in folders of any name; slow servers; how a run ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.tracking.database import database_file, database_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = 4
-# MLflow is imported once; what a test runs is forked from there, in a folder of its own.
+# MLflow is imported once; each test runs in a fork of that process, in its own folder.
 FORKS = """
 import json, os, sys, traceback
 import mlflow, mlflow.store.tracking.sqlalchemy_store

@@ -401,7 +401,7 @@ def test_the_code_digest_follows_the_library() -> None:
 
 @pytest.mark.parametrize("at", [6, 14])
 def test_a_resumed_run_keeps_best_weights_and_sums_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    monkeypatch.setattr(training, "CURVE_POINTS", 2)  # so that rows of the curve reach over the interruption
+    monkeypatch.setattr(training, "CURVE_POINTS", 2)  # rows of the curve then span the interruption
     settings = dataclasses.replace(SETTINGS, learning_rate=3.0, ema_decay=0.0, schedule="constant", gradient_clip=0.0)
     scores = iter([3.0, 2.0, 1.0, 0.0] * 2)  # the first epoch is the best
 
@@ -566,7 +566,7 @@ GOLDEN = [0.171209, 0.153153, 0.124546, 0.0916812, 0.0640868, 0.0472528, 0.03667
 
 
 def test_golden_curve_of_a_tiny_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change that moves this curve changes what every autoencoder learns: if it's meant, write the new figures here."""
+    """A change of this curve changes what every autoencoder learns. If it is intended, write the new figures here."""
     monkeypatch.setattr(training, "CURVE_POINTS", 8)
     settings = ae.Settings(
         dataset="toy", objective="ae", latent_dim=3, blocks=1, base_channels=4, epochs=8, batch_size=16, learning_rate=0.01

@@ -45,7 +45,7 @@ class Group:
                 code = 70
                 try:
                     os.environ["RANK"] = str(rank)
-                    join.cache_clear()  # another test may have stood alone
+                    join.cache_clear()  # another test may have joined as a single process
                     os.dup2(os.open(self.errors[rank], os.O_CREAT | os.O_WRONLY), 2)
                     sys.stderr = os.fdopen(2, "w")
                     code = 0 if work(rank, join()) is None else 1  # type: ignore[operator]

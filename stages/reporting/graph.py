@@ -1,4 +1,4 @@
-"""The stages that a state of the pipeline is made of, and their places in a drawing."""
+"""The stages of the pipeline with their state, and their places in a drawing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Graph", "Node", "StageState", "repro_started", "stage_states"]
 
 
 def repro_started() -> float | None:
-    """When the `dvc` that runs this process started, in seconds since the epoch; None when none does."""
+    """When the `dvc` that runs this process started, in seconds since the epoch; None if no `dvc` does."""
     if not os.environ.get("DVC_STAGE"):
         return None
     import psutil
@@ -31,17 +31,17 @@ def repro_started() -> float | None:
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage of the state that is reported.
+    """One stage of the reported state.
 
     Attributes:
         stage: Name of the stage.
         row: Name of the row.
         seconds: How long it took when it last ran.
         memory: Peak memory in MiB.
-        finished: When it last finished, in the time of the machine that it ran on.
-        how: `ran` in this run of the pipeline, `cached` when its results were there before, empty when that can't be told.
+        finished: When it last finished, in that machine's time zone.
+        how: `ran` in this run of the pipeline, `cached` if its results existed before, empty if unknown.
         run_id: Its MLflow run.
-        digest: Digest of what it wrote, where it has one.
+        digest: Digest of its output, if it has one.
     """
 
     stage: str
@@ -55,13 +55,13 @@ class StageState:
 
     @property
     def label(self) -> str:
-        """Time and how, in words."""
+        """Time, and whether it ran or was cached."""
         how = {"ran": "● ran", "cached": "○ cached"}.get(self.how, "")
         return " · ".join(part for part in (duration(self.seconds), how) if part)
 
 
 def stage_states(params: Params, since: float | None) -> list[StageState]:
-    """Every stage that the reported state is made of.
+    """Every stage of the reported state.
 
     Arguments:
         params: All tables.
@@ -76,7 +76,7 @@ def stage_states(params: Params, since: float | None) -> list[StageState]:
         except ValueError:
             pass
         else:
-            # Whole seconds, as the file has them.
+            # The file has whole seconds.
             how = "" if since is None else "ran" if moment.timestamp() >= int(since) else "cached"
             finished = moment.strftime("%Y-%m-%d %H:%M:%S %Z")
         seconds, memory, digest = run.get("seconds"), run.get("peak_memory_mib"), str(run.get("digest", ""))
@@ -89,7 +89,7 @@ def stage_states(params: Params, since: float | None) -> list[StageState]:
 
 @dataclass(frozen=True)
 class Node:
-    """A box: its upper left corner, two lines of text, and what is said on hover."""
+    """A box: its upper left corner, two lines of text, and the text on hover."""
 
     x: int
     y: int
@@ -104,7 +104,7 @@ COLUMNS = ("prepare", "train", "extract", "fit", "sample", "evaluate", "report")
 
 
 class Graph:
-    """Stages placed from left to right, a lane for each density and each control, for the template to draw.
+    """Stages placed from left to right, one lane per density and per control, for the template to draw.
 
     Arguments:
         params: All tables.
@@ -128,7 +128,7 @@ class Graph:
         self.width, self.height = STEP_X * (len(COLUMNS) - 1) + WIDTH + 2, TOP + STEP_Y * max(lane, 1)
 
     def _dataset(self, params: Params, dataset: str, lane: int) -> tuple[int, list[Node]]:
-        """Places a data set's stages from `lane` on; gives the next free lane and the nodes that lead to the report."""
+        """Places a data set's stages from `lane` on; returns the next free lane and the nodes that lead to the report."""
         first = lane
         starts: list[Node] = []
         ends: list[Node] = []
@@ -153,7 +153,7 @@ class Graph:
                 self._join(extracted, fitted)
             starts.append(trained)
             ends += [] if fits else [extracted]
-        # What isn't a chain of its own: the features that all rows share, and the controls.
+        # Outside the chains: the features that all rows share, and the controls.
         shared = [("features", name) for name in params.rows("evaluations") if name == dataset]
         shared += [("control", name) for name in params.rows("controls") if params.control(name).dataset == dataset]
         for stage, row in shared:

@@ -1,4 +1,4 @@
-"""The report as text: HTML that holds everything, and Markdown beside its pictures."""
+"""The report as text: one self-contained HTML page, and Markdown that links to the pictures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.settings import Params, flatten
+from pipeline.storage.parts import SPLITS
 from stages.reporting.graph import Graph, StageState
 from stages.reporting.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
 from stages.reporting.published import BENCHMARKS, PUBLISHED
@@ -37,7 +38,6 @@ __all__ = ["description", "page_head", "render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_TOGETHER = ("open-dimensions", "reconstructions", "codes", "interpolations", "interpolation-log-likelihood")
-SPLITS = ("train", "valid", "test")
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "webdataset", "dvc", "mlflow")
 
 
@@ -65,13 +65,13 @@ def page_head() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's own name."""
+    """The processor's name."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or "unknown processor"
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.processor() or "unknown processor"
 
 
 # What is shown of each row -------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class _Block:
-    """A row with its pictures and all of its metrics (stage, key, value)."""
+    """A row with its pictures and all its metrics (stage, key, value)."""
 
     name: str
     summary: str
@@ -111,7 +111,7 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
             return replace(picture, caption=f"{picture.caption} {warning}.") if warning else picture
 
         combined = [warned(picture) for picture in combined_pictures(dataset)]
-        # One row's own plot would say again what the plot of all rows says.
+        # A plot of all rows makes the plot of one row redundant.
         skip = [name for name in SHOWN_TOGETHER if any(p.path.stem == f"{dataset}-{name}" for p in combined)]
 
         def block(
@@ -122,9 +122,9 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
             skip: list[str] = skip,
             warned: Callable[[Picture], Picture] = warned,
         ) -> _Block:
-            shown = [warned(picture) for stage in stages for picture in pictures(stage, name, drawn_as, skip)]
+            row_pictures = [warned(picture) for stage in stages for picture in pictures(stage, name, drawn_as, skip)]
             metrics = [(stage, key, _cell(value)) for stage in stages for key, value in read_metrics(stage, name).items()]
-            return _Block(name, summary, shown, metrics)
+            return _Block(name, summary, row_pictures, metrics)
 
         yield _Section(
             name=dataset,
@@ -169,20 +169,20 @@ def _dataset_summary(params: Params, name: str) -> str:
 
 
 def _duplicates(counts: Mapping[str, Any]) -> str:
-    """Images of one split that stand in another too, since they flatter a score; else empty."""
+    """Notes on images that are in two splits, which flatters a score; empty if there are none."""
     words = {"train": "training", "valid": "validation", "test": "test"}
-    found = []
+    notes = []
     for earlier, later in (("train", "valid"), ("train", "test"), ("valid", "test")):
         number = counts.get(f"duplicates_{earlier}_{later}", 0)
         if number:
-            found.append(
+            notes.append(
                 f"{number:,} of the {words[later]} images {'are' if number > 1 else 'is'} among the {words[earlier]} images too"
             )
-    return "".join(f"; {text}" for text in found)
+    return "".join(f"; {text}" for text in notes)
 
 
 def _enlarged(name: str) -> str:
-    """Words beside every picture of a data set whose images had fewer pixels than they were brought to; else empty."""
+    """Remark for each picture of a data set whose images were enlarged; empty if none was."""
     counts = read_metrics("prepare", name)
     if not counts.get("enlarged_images"):
         return ""
@@ -195,7 +195,7 @@ def _autoencoder_summary(params: Params, name: str) -> str:
     settings, metrics = params.autoencoder(name), read_metrics("train", name)
     if settings.objective == "identity":
         return "Vectors are their own codes"
-    words = [f"Objective {settings.objective}", f"{read_metrics('extract', name).get('dimensions')} numbers a code"]
+    words = [f"Objective {settings.objective}", f"{read_metrics('extract', name).get('dimensions')} numbers per code"]
     incremental = getattr(settings, "incremental", None)
     if incremental:
         warm_up = incremental.warm_up_epochs  # nested dropout has none
@@ -215,7 +215,7 @@ def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
 
 
 def _verdict(part: pd.DataFrame) -> str:
-    """The outcome of a data set in a sentence; empty where nothing is scored."""
+    """One sentence on the result of a data set; empty if nothing is scored."""
     lines = [line for line in part.to_dict("records") if not is_missing(line["value"])]
     if not (rivals := contenders(lines)):
         return ""
@@ -236,21 +236,21 @@ def _verdict(part: pd.DataFrame) -> str:
 
 
 def _named(line: Mapping[Any, Any]) -> str:
-    """A row's name, with what it is where it is no row of `densities`."""
+    """A row's name, with a remark if it isn't a row of `densities`."""
     return f"{line['row']} ({remark(line)})" if remark(line) else str(line["row"])
 
 
 def _verdict_by_pictures(rivals: Sequence[Mapping[Any, Any]]) -> str:
-    """The lowest KID in each feature space, of rows whose likelihoods are those of different codes."""
-    found = []
+    """The lowest KID in each feature space, for rows whose likelihoods are of different codes."""
+    verdicts = []
     for network in NETWORKS:
         kid = f"{network}_kid"
         if scored := [line for line in rivals if not is_missing(line.get(kid))]:
             best = min(scored, key=lambda line: float(line[kid]))
-            found.append(
+            verdicts.append(
                 f"{_named(best)}: KID {plus_minus(best[kid], best[f'{kid}_se'])} in the features of {network}, the lowest"
             )
-    return "; ".join(found) + "." if found else ""
+    return "; ".join(verdicts) + "." if verdicts else ""
 
 
 def _settings(params: Params) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
@@ -274,7 +274,7 @@ def _settings(params: Params) -> list[tuple[str, list[tuple[str, list[tuple[str,
 
 
 def _markdown(value: Any) -> str:
-    """Text that Markdown shows as it is."""
+    """Text escaped for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(str(value).split()))
 
 
@@ -283,7 +283,7 @@ def _environment(html: bool) -> Environment:
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=html,  # noqa: S701 (Markdown has an escape of its own)
+        autoescape=html,  # noqa: S701 (Markdown is escaped by `finalize`)
         finalize=None if html else _markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -304,7 +304,7 @@ def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[
     """The report as text: the same arguments and files give the same text.
 
     Arguments:
-        template: Name of a file in `stages/reporting/templates`; `.html` is escaped as such, all else as Markdown.
+        template: Name of a file in `stages/reporting/templates`; `.html` is escaped as HTML, everything else as Markdown.
         params: All tables.
         board: As made by `build_scoreboard`.
         states: As made by `stage_states`.
@@ -331,7 +331,7 @@ def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[
 
 
 def description(board: pd.DataFrame, longest: int = 7_500) -> str:
-    """The scoreboard in Markdown for the run's page in MLflow, whose tags hold 8,000 characters at most."""
+    """The scoreboard in Markdown for the run's page in MLflow, whose tags hold at most 8,000 characters."""
     shown = board
     while True:
         left_out = len(board) - len(shown)

@@ -1,4 +1,4 @@
-"""Pictures of the report, drawn from the arrays that stages left: those of each row, and plots of all rows of a data set."""
+"""Pictures of the report, drawn from the arrays that stages wrote: one set per row, and plots of all rows of a data set."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CAPTIONS = Path(__file__).parent / "templates" / "captions.yaml"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on disk with what to look for.
+    """A picture on disk, with its title and caption.
 
     Attributes:
         path: The PNG file.
@@ -99,18 +99,18 @@ def _captions() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
 
 def _picture(path: Path, stage: str, name: str, drawn_as: str | None = None) -> Picture:
     known = _captions().get(stage, {})
-    found = known.get(f"{name}/{drawn_as}") or known.get(name) or {"title": name.replace("-", " ").capitalize(), "caption": ""}
-    return Picture(path, found["title"], found["caption"])
+    entry = known.get(f"{name}/{drawn_as}") or known.get(name) or {"title": name.replace("-", " ").capitalize(), "caption": ""}
+    return Picture(path, entry["title"], entry["caption"])
 
 
 def pictures(stage: str, row: str, drawn_as: str | None = None, skip: Sequence[str] = ()) -> list[Picture]:
-    """The pictures of a stage's row that `report` has drawn, in order of their names.
+    """The pictures of a stage's row that `report` has drawn, sorted by name.
 
     Arguments:
         stage: Name of the stage.
         row: Name of the row.
         drawn_as: What vectors are drawn as, for captions that depend on it.
-        skip: Names of files that aren't shown.
+        skip: Names of files to leave out.
     """
     paths = sorted(workspace.figure_folder(stage, row).glob("*.png"))
     return [_picture(path, stage, path.stem, drawn_as) for path in paths if path.stem not in skip]
@@ -120,7 +120,7 @@ def pictures(stage: str, row: str, drawn_as: str | None = None, skip: Sequence[s
 
 
 def draw_row(params: Params, stage: str, row: str, folder: Path) -> list[Path]:
-    """Draws the pictures of a stage's row from the arrays that the stage left.
+    """Draws the pictures of a stage's row from the arrays that the stage wrote.
 
     Arguments:
         params: All tables.
@@ -270,7 +270,7 @@ def _patches_beside_real(_params: Params, row: str) -> Figure | None:
     return None if arrays is None else patches_beside_real(restore(arrays.values["real"]), restore(arrays.values["samples"]))
 
 
-# Stage -> name of the picture -> what draws it, or gives None where the row has no such picture.
+# Stage -> name of the picture -> the function that draws it, or returns None if the row has no such picture.
 DRAWN: Mapping[str, Mapping[str, Callable[[Params, str], Figure | None]]] = {
     "control": {
         "training-images": _images("control", "training-images", "images"),
@@ -309,7 +309,7 @@ def densities_of(params: Params, dataset: str) -> list[str]:
 
 
 def draw_combined(params: Params, folder: Path) -> None:
-    """Draws the plots that set the rows of each data set side by side, and writes their curves as tables.
+    """Draws the plots that compare the rows of each data set, and writes their curves as tables.
 
     Arguments:
         params: All tables.
@@ -326,8 +326,8 @@ def draw_combined(params: Params, folder: Path) -> None:
 
 def combined_pictures(dataset: str) -> list[Picture]:
     """The plots of a data set that `draw_combined` has drawn into `COMBINED`."""
-    found = [_picture(COMBINED / f"{dataset}-{name}.png", "combined", name) for name in _captions()["combined"]]
-    return [picture for picture in found if picture.path.exists()]
+    possible = [_picture(COMBINED / f"{dataset}-{name}.png", "combined", name) for name in _captions()["combined"]]
+    return [picture for picture in possible if picture.path.exists()]
 
 
 def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
@@ -356,7 +356,7 @@ def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
     }
 
 
-# `shown` gives the name of a row as it stands in a picture: without that of the data set, which stands above all of them.
+# `shown` gives the name of a row in a picture: without the data set's name, which is in the heading.
 
 
 def _samples(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
@@ -376,14 +376,14 @@ def _samples(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
 def _grid_arrays(
     params: Params, rows: Sequence[str], shown: Mapping[str, str]
 ) -> tuple[dict[str, Mapping[str, NDArray[Any]]], float]:
-    """What `evaluate` left of each row on the grid density, by the name shown, and the end of the axes."""
+    """The arrays of each row on the grid density, by the name shown, and the end of the axes."""
     found = {shown[row]: load_arrays("evaluate", row, "grid") for row in rows}
     half_length = float(getattr(params.dataset(params.density(rows[0]).dataset), "half_length", 5.0)) if rows else 0.0
     return {row: arrays.values for row, arrays in found.items() if arrays is not None}, half_length + 1
 
 
 def _grid_samples(params: Params, rows: Sequence[str], shown: Mapping[str, str], fewest: int = 2) -> Figure | None:
-    """Figure 5: samples of each row over the target's, of `fewest` rows at least."""
+    """Figure 5: samples of each row over the target's, for at least `fewest` rows."""
     from pipeline.figures import density_panels
     from pipeline.sources.common.bars import DROPPED_BOX
 
@@ -395,7 +395,7 @@ def _grid_samples(params: Params, rows: Sequence[str], shown: Mapping[str, str],
 
 
 def _grid_log_density(params: Params, rows: Sequence[str], shown: Mapping[str, str], fewest: int = 2) -> Figure | None:
-    """Figure 5, as heat maps: log-density of the truth and of each row that has one, of `fewest` rows at least."""
+    """Figure 5, as heat maps: log-density of the truth and of each row that has one, for at least `fewest` rows."""
     from pipeline.figures import log_density_maps
 
     found, limit = _grid_arrays(params, rows, shown)
@@ -425,7 +425,7 @@ def _reconstructions(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | 
 
 
 def _by_kl_weight(params: Params, rows: Sequence[str]) -> dict[str, float]:
-    """The largest group of VAEs that differ in the weight of their divergence (and in the seed) alone, by ascending weight."""
+    """The largest group of VAEs that differ in only the weight of their divergence (and the seed), by ascending weight."""
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         settings = asdict(params.autoencoder(row))
@@ -437,7 +437,7 @@ def _by_kl_weight(params: Params, rows: Sequence[str]) -> dict[str, float]:
 
 
 def _codes(rows: Mapping[str, float]) -> Figure | None:
-    """Figure 2: codes of two numbers and reconstructions, by the weight of the divergence; the first trial of each."""
+    """Figure 2: codes of two numbers and reconstructions, by the weight of the divergence; the first trial of each weight."""
     from pipeline.figures import codes_and_reconstructions
 
     panels = {}
@@ -451,7 +451,7 @@ def _codes(rows: Mapping[str, float]) -> Figure | None:
 
 
 def _trade_off(rows: Mapping[str, float]) -> Figure | None:
-    """Figure 13: reconstruction error and divergence on test images, means over trials of one weight."""
+    """Figure 13: reconstruction error and divergence on test images, averaged over the trials of each weight."""
     from pipeline.figures import trade_off
 
     scores: dict[float, list[tuple[float, float]]] = {}
@@ -466,7 +466,7 @@ def _trade_off(rows: Mapping[str, float]) -> Figure | None:
 
 
 def _interpolations(params: Params, rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
-    """Figure 7: images between test images, by autoencoder, however many densities it has."""
+    """Figure 7: images between test images, once per autoencoder, however many densities it has."""
     from pipeline.figures import interpolation_panels
 
     found: dict[str, Arrays] = {}
@@ -520,7 +520,7 @@ def _open_dimensions(rows: Sequence[str], controls: Sequence[str], shown: Mappin
 
 
 def _curves(values: Values, shown: Mapping[str, str], label: str, log_y: bool = False) -> Figure | None:
-    """A line for each row against the step; rows with fewer than two values are left out."""
+    """One line per row against the step; rows with fewer than two values are left out."""
     from pipeline.figures import curves
 
     steps = {shown[row]: [step for step, _ in points] for row, points in values.items() if len(points) > 1}
@@ -533,7 +533,7 @@ def _curves(values: Values, shown: Mapping[str, str], label: str, log_y: bool = 
 
 
 def _read_curves(stage: str, rows: Sequence[str], column: str) -> Values:
-    """A column of the rows' curves, where it has a value, with its steps."""
+    """The values of a column of the rows' curves, with their steps."""
     import pandas as pd
 
     found: Values = {}
@@ -554,7 +554,7 @@ def _read_curves(stage: str, rows: Sequence[str], column: str) -> Values:
 
 
 def _write_tables(params: Params, folder: Path) -> None:
-    """Curves of all rows as tables for `dvc plots`, one a quantity: it can't set files of a folder side by side."""
+    """Curves of all rows as tables for `dvc plots`, one table per quantity: it can't combine the files of a folder."""
     for name, (stage, column) in TABLES.items():
         lines = [f"dataset\trow\tstep\t{column}"]
         for dataset in params.rows("datasets"):

@@ -1,7 +1,7 @@
-"""Published scores, each with the data, the protocol and the number of samples that it was measured with.
+"""Published scores, each with its data, protocol and number of samples.
 
-A score stands beside one of ours only where data set, split and their sizes agree and, for the Parzen window, the number of
-samples and the protocol's name.
+A score is listed with one of ours only if data set, split and their sizes agree. For the Parzen window, the number of samples
+and the protocol's name must agree too.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ PAPER = "arXiv 1902.04294"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set, split and protocol under which scores compare.
+    """A data set, split and protocol under which scores are comparable.
 
     Attributes:
-        title: What it is called.
-        protocol: How it is measured, in words.
+        title: Its name.
+        protocol: How it is measured.
         score: `parzen` or `likelihood`.
-        dataset: Settings of a row of `datasets` that make it this benchmark.
-        samples: Number of samples n of the Parzen window; None where nothing is sampled.
-        errors: What stands after +-.
-        train: Numbers of training examples in use; any number where empty.
-        test: Test examples, at least.
+        dataset: Settings of a row of `datasets` that define this benchmark.
+        samples: Number of samples n of the Parzen window; None if nothing is sampled.
+        errors: What the value after +- is.
+        train: Accepted numbers of training examples; empty for any number.
+        test: Least number of test examples.
         window: Name of the Parzen window's protocol.
     """
 
@@ -52,10 +52,10 @@ class Published:
         benchmark: Key of `BENCHMARKS`.
         method: Name of the model.
         value: Mean test log-likelihood, in nats.
-        error: What stands after +-; None where none was given.
+        error: The value after +-; None if none was given.
         source: Where it was published.
         ours: Settings of an autoencoder (`autoencoder.`) and density (`density.`) that make a row this method, with the paper's
-            network where it is the paper's own; empty for methods that no row can be.
+            network if the method is the paper's; empty for methods that no row can be.
     """
 
     benchmark: str
@@ -74,7 +74,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         "MNIST", _PARZEN, "parzen", {"source": "mnist"}, 10_000, "standard error",
         train=(50_000, 55_000), test=10_000, window="gmmn",
     ),
-    # 102,236 images, of which 4,178 have a label; those without one train.
+    # 102,236 images, of which 4,178 have a label; the unlabelled ones are for training.
     "tfd": Benchmark(
         "Toronto Face Database", _PARZEN, "parzen", {"source": "tfd", "train_on": "unlabelled"}, 10_000, "standard error",
         train=(102_236 - 4_178,), window="tfd-authors",
@@ -93,7 +93,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 _TABLE_1, _TABLE_2 = f"{PAPER}, Table 1", f"{PAPER}, Table 2"
 _YEUNG = "Yeung et al. 2017, Table 2"
 
-# The paper's networks. How they are trained, and how codes are standardised, is free.
+# The paper's networks. Training and the standardisation of codes may differ.
 _LDE: Mapping[str, Any] = {
     "density.family": "lde",
     "density.activation": "leaky_relu",
@@ -181,20 +181,20 @@ PUBLISHED: tuple[Published, ...] = (
 )
 
 
-def _agrees(settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+def _agrees(settings: Mapping[str, Any], required: Mapping[str, Any]) -> bool:
     missing = object()
-    return all(settings.get(key, missing) == value for key, value in wanted.items())
+    return all(settings.get(key, missing) == value for key, value in required.items())
 
 
 def benchmark_of(
     dataset: Mapping[str, Any], score: str, counts: Mapping[str, int], samples: int | None = None, window: str = ""
 ) -> str | None:
-    """The benchmark that a score compares with.
+    """The benchmark that a score is comparable with.
 
     Arguments:
         dataset: Settings of the data set.
         score: `parzen` or `likelihood`.
-        counts: `train_examples` and `test_examples`, as they were prepared.
+        counts: `train_examples` and `test_examples` of the prepared data.
         samples: Number of samples of the Parzen window.
         window: Name of its protocol.
 
@@ -206,7 +206,7 @@ def benchmark_of(
         True
     """
 
-    def compares(benchmark: Benchmark) -> bool:
+    def comparable(benchmark: Benchmark) -> bool:
         return (
             benchmark.score == score
             and _agrees(dataset, benchmark.dataset)
@@ -215,11 +215,11 @@ def benchmark_of(
             and (benchmark.samples is None or (benchmark.samples, benchmark.window) == (samples, window))
         )
 
-    return next((name for name, benchmark in BENCHMARKS.items() if compares(benchmark)), None)
+    return next((name for name, benchmark in BENCHMARKS.items() if comparable(benchmark)), None)
 
 
 def paper_value(benchmark: str | None, autoencoder: Mapping[str, Any], density: Mapping[str, Any]) -> Published | None:
-    """The score in the paper's tables of the method that a row's settings describe.
+    """The paper's score for the method that a row's settings describe.
 
     Arguments:
         benchmark: Key of `BENCHMARKS`, or None.

@@ -15,7 +15,7 @@ from pipeline.system.files import read_json
 from stages import workspace
 from stages.arrays import check_output, read_run
 from stages.reporting.published import BENCHMARKS, benchmark_of, best_published, paper_value
-from stages.workspace import TABLE_OF_STAGE
+from stages.workspace import CHAIN, TABLE_OF_STAGE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ __all__ = [
     "stages_and_rows",
 ]
 
-# Networks in whose features samples are compared with test images. Scores of two don't compare: each has columns of its own.
+# Networks in whose features samples are compared with test images. Their scores aren't comparable, so each has its own columns.
 NETWORKS = ("classifier", "vgg19", "inception")
 QUALITY: Mapping[str, str] = {
     "kid": "kernel distance of samples and test images; lower is better, 0 where they agree",
@@ -53,32 +53,32 @@ QUALITY: Mapping[str, str] = {
 
 # Column of the scoreboard -> what it holds. Likelihoods are means over test points, in nats.
 COLUMNS: Mapping[str, str] = {
-    "row": "row of `densities`, what the names of its trials begin with, or a control",
+    "row": "row of `densities`, the common name of its trials, or a control",
     "kind": "`model`; `mean` of trials; or `control`: images of the data set taken as samples",
     "trials": "number of trials that `mean` is over",
     "dataset": "row of `datasets`",
     "autoencoder": "row of `autoencoders`",
-    "objective": "objective of the autoencoder, with the mode of incremental learning where there is one",
+    "objective": "objective of the autoencoder, with the mode of incremental learning, if any",
     "latent_dim": "numbers in a code",
     "family": "family of the density",
     "components": "components K of its mixtures",
     "score": "what `value` is",
     "value": "the score, in nats; higher is better",
-    "error": "its standard error over test points; of `mean` the error over trials, as the protocol says",
+    "error": "its standard error over test points; for a `mean`, the error over trials that the protocol names",
     "group_error": "its standard error over the images that test patches come from",
     "against_control": "`better`, `worse`, or `level`: within 2 standard errors of the best control of as many samples",
     "best_control": "that control",
     "control_difference": "the score less that control's",
-    "paper": "the paper's value for this method, where the protocol is the same",
-    "paper_error": "what stands after the paper's +-",
+    "paper": "the paper's value for this method, if the protocol is the same",
+    "paper_error": "the paper's value after +-",
     "best_published": "the highest published score under the same protocol",
-    "best_published_error": "what stands after its +-",
+    "best_published_error": "its value after +-",
     "best_published_method": "whose it is",
     "protocol": "how the score is measured",
     "samples": "number of samples n of the Parzen window",
     "test_points": "test points scored",
     "bandwidth": "chosen bandwidth h, in units of the pixel range 0..1",
-    "bandwidth_at_edge": "whether h is an end of the grid, so that a wider grid might score higher",
+    "bandwidth_at_edge": "whether h is an end of the grid; if so, a wider grid might score higher",
     **{f"{network}_{key}": f"{what}, in the features of {network}" for network in NETWORKS for key, what in QUALITY.items()},
     "test_mse": "mean squared error of reconstructed test images, in 0..1",
     "gap_to_truth": "nats by which the density falls short of the true one",
@@ -86,8 +86,8 @@ COLUMNS: Mapping[str, str] = {
     "mmd_squared": "squared maximum mean discrepancy of samples and test points, unbiased; lower is better, 0 where they agree",
     "autoencoder_parameters": "numbers trained in the autoencoder",
     "density_parameters": "numbers trained in the density",
-    "seconds": "of train, extract, fit, sample and evaluate together, or of control, each when it last ran",
-    "peak_memory_mib": "the most memory that any of these processes took",
+    "seconds": "total of train, extract, fit, sample and evaluate, or of control, each in its last run",
+    "peak_memory_mib": "peak memory of the largest of these processes",
 }
 
 COUNTS = ("trials", "latent_dim", "components", "samples", "test_points", "autoencoder_parameters", "density_parameters")
@@ -98,18 +98,17 @@ AVERAGED = (
 PARZEN, LIKELIHOOD = "Parzen test log-likelihood", "test log-likelihood"
 OF_CODES = f"{LIKELIHOOD} of the codes"  # of images without a Parzen score
 CONTROLS = {"training_images": "training-images", "kmeans": "kmeans"}  # prefix of the metric -> end of the row's name
-CHAIN = ("train", "extract", "fit", "sample", "evaluate")
 
 
 def stages_and_rows(params: Params) -> Iterator[tuple[str, str]]:
-    """Every (stage, row) that the state of the pipeline is made of, in the order of the pipeline."""
+    """Every (stage, row) of the pipeline, in its order."""
     for stage, table in TABLE_OF_STAGE.items():
         for row in params.rows(table):
             yield stage, row
 
 
 class Metrics(dict[str, Any]):
-    """The metrics of a stage, which says what to run when one is missing."""
+    """The metrics of a stage; a missing key raises an error that names the stage to run."""
 
     def __init__(self, values: Mapping[str, Any], problem: str) -> None:
         super().__init__(values)
@@ -123,7 +122,7 @@ def read_metrics(stage: str, row: str) -> Metrics:
     """The scores of a stage.
 
     Raises:
-        PipelineError: Naming the stage to run, when they are missing, can't be read or aren't what the stage wrote.
+        PipelineError: When they are missing, can't be read or aren't what the stage wrote; names the stage to run.
     """
     path = workspace.metrics_file(stage, row)
     if not path.exists():
@@ -143,13 +142,13 @@ def read_metrics(stage: str, row: str) -> Metrics:
 
 
 def build_scoreboard(params: Params) -> pd.DataFrame:
-    """One line for each density and for the mean of trials, two for each control, sorted by value within a data set.
+    """One line per density and per mean of trials, two per control, sorted by value within each data set.
 
     Arguments:
-        params: All tables. What they don't name isn't read.
+        params: All tables. Only the rows that they name are read.
 
     Raises:
-        PipelineError: When a named row has no metrics; it names the stage to run.
+        PipelineError: When a row has no metrics; the message names the stage to run.
     """
     import pandas as pd
 
@@ -195,7 +194,7 @@ def _model(params: Params, name: str) -> dict[str, Any]:
     runs = [read_run(stage, density.codes if stage in ("train", "extract") else name) for stage in CHAIN]
     line |= _cost(runs)
     images = len(dataset.shape) == 3
-    # Of vectors an exact log-likelihood goes before one by Parzen windows.
+    # For vectors an exact log-likelihood takes precedence over a Parzen-window estimate.
     if "parzen_test_log_likelihood" in scored and (images or "test_log_likelihood" not in scored):
         line |= _parzen(params, density.dataset, scored, "")
     else:
@@ -227,19 +226,19 @@ def _model(params: Params, name: str) -> dict[str, Any]:
 
 
 def _means(params: Params, models: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The mean of rows NAME-s0, NAME-s1 .. with the error over them; the columns that they don't share stay empty."""
+    """The mean of rows NAME-s0, NAME-s1 .. with the error over them; columns in which they differ are empty."""
     trials: dict[str, list[dict[str, Any]]] = {}
     for line in models:
-        if (found := re.fullmatch(r"(.+)-s\d+", line["row"])) and line["value"] is not None:
-            trials.setdefault(found[1], []).append(line)
+        if (match := re.fullmatch(r"(.+)-s\d+", line["row"])) and line["value"] is not None:
+            trials.setdefault(match[1], []).append(line)
     for name, lines in trials.items():
-        alike = all(len({line.get(key) for line in lines}) == 1 for key in ("dataset", "score", "samples"))
-        if len(lines) < 2 or not alike or name in params.rows("densities"):
+        comparable = all(len({line.get(key) for line in lines}) == 1 for key in ("dataset", "score", "samples"))
+        if len(lines) < 2 or not comparable or name in params.rows("densities"):
             continue
         shared = {key: value for key, value in lines[0].items() if all(line.get(key) == value for line in lines)}
         columns = {key: [line[key] for line in lines if line.get(key) is not None] for key in AVERAGED}
         means = {key: statistics.fmean(values) for key, values in columns.items() if len(values) == len(lines)}
-        # The error of a mean is that over trials, not what its first trial has over test points or subsets.
+        # The error of a mean is the error over trials, not the first trial's error over test points or subsets.
         errors = {
             f"{key}_se": statistics.stdev(columns[key]) / math.sqrt(len(lines)) for key in means if f"{key}_se" in COLUMNS
         }
@@ -284,7 +283,7 @@ def _parzen(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str
 
 
 def _quality(params: Params, dataset: str, scored: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Quality in a feature space; empty where it isn't scored, as for centroids."""
+    """Quality in a feature space; empty if it isn't scored, as for centroids."""
     settings = params.evaluation(dataset).quality
     names = [] if settings is None else [f"{settings.network}_{key}" for key in QUALITY]
     return {name: scored[prefix + name] for name in names if prefix + name in scored}
@@ -309,11 +308,11 @@ def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
 
 
 def error_over_trials(values: Sequence[float], source: str) -> tuple[float, str]:
-    """What stands after the +- of a mean over trials, and what it is: the convention of the paper's table of that data.
+    """The value after +- of a mean over trials, and its kind, by the convention of the paper's table of that data.
 
     Arguments:
-        values: A score of each trial, two or more.
-        source: Source of the data set: on `bsds300` 2 standard deviations of a trial, elsewhere the standard error of the mean.
+        values: One score per trial, at least two.
+        source: Source of the data set. `bsds300` gives 2 standard deviations of a trial, others the standard error of the mean.
 
     Example:
         >>> error_over_trials([155.0, 157.0, 159.0], "bsds300")
@@ -330,7 +329,7 @@ def error_over_trials(values: Sequence[float], source: str) -> tuple[float, str]
 def contenders(lines: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
     """The lines that may be called the best: means of trials, and models that aren't one of several trials.
 
-    The best of several trials is the luckiest: their mean speaks for them. Means come first, else the order stays.
+    The best of several trials is the luckiest one, so their mean counts instead. Means come first; otherwise the order is kept.
 
     Example:
         >>> kinds = {"lde": "mean", "lde-s0": "model", "lde-s1": "model", "gmm": "model", "kmeans": "control"}
@@ -343,7 +342,7 @@ def contenders(lines: Sequence[Mapping[Any, Any]]) -> list[Mapping[Any, Any]]:
 
 
 def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """One to three numbers of each model, under their names in `reports/metrics`: its line in `dvc metrics show`."""
+    """One to three numbers per model, named as in `reports/metrics`: its line in `dvc metrics show`."""
     numbers: dict[str, dict[str, float]] = {}
     for line in board[board["kind"] == "model"].to_dict("records"):
         name = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
@@ -354,7 +353,7 @@ def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
     return numbers
 
 
-# In words ------------------------------------------------------------------------------------------------------------
+# As text -------------------------------------------------------------------------------------------------------------
 
 
 def is_missing(value: object) -> bool:
@@ -363,7 +362,7 @@ def is_missing(value: object) -> bool:
 
 
 def plus_minus(value: float | None, error: float | None = None) -> str:
-    """A score with as many decimals as its error bears.
+    """A score with the decimals that its error warrants.
 
     Example:
         >>> plus_minus(257.7335, 6.893), plus_minus(-3.32818, 0.00819), plus_minus(340, 2), plus_minus(None)
@@ -380,7 +379,7 @@ def plus_minus(value: float | None, error: float | None = None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in words.
+    """Seconds as text with units.
 
     Example:
         >>> duration(0.045), duration(7.26), duration(356.2), duration(7384), duration(None)
@@ -399,7 +398,7 @@ def duration(seconds: float | None) -> str:
 
 
 def score_names(lines: Iterable[Mapping[str, Any]]) -> str:
-    """What the scores of lines are, with a warning where their units differ from one autoencoder to the next.
+    """Names of the scores of lines, with a warning if their units differ between autoencoders.
 
     Example:
         >>> score_names([{"score": PARZEN}, {"score": OF_CODES}])
@@ -410,7 +409,7 @@ def score_names(lines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def remark(line: Mapping[str, Any]) -> str:
-    """What a line is, where it isn't a row of `densities`.
+    """The kind of a line that isn't a row of `densities`.
 
     Example:
         >>> remark({"kind": "mean", "trials": 3}), remark({"kind": "control"}), remark({"kind": "model"})
@@ -423,7 +422,7 @@ ARROWS = {"better": "▲", "worse": "▼", "level": "≈"}
 
 
 def against(line: Mapping[str, Any]) -> str:
-    """How a line stands against the best control, by symbol, word and number."""
+    """Comparison of a line with the best control: symbol, word and number."""
     word = line["against_control"]
     if is_missing(word):
         return ""
@@ -431,7 +430,7 @@ def against(line: Mapping[str, Any]) -> str:
 
 
 def as_text(board: pd.DataFrame) -> str:
-    """The scoreboard as plain text, some 110 characters wide.
+    """The scoreboard as plain text, about 110 characters wide.
 
     Arguments:
         board: As made by `build_scoreboard`, or read from `reports/scoreboard.csv`.
@@ -452,12 +451,12 @@ def as_text(board: pd.DataFrame) -> str:
             for line in part.to_dict("records")
         ]
         widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
-        shown = [
+        rows = [
             "  ".join(c.ljust(w) if i in (0, 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in cells
         ]
         title = f"{dataset}: {score_names(part.to_dict('records'))}"
-        blocks.append("\n".join([title, *(f"  {text.rstrip()}" for text in shown)]))
+        blocks.append("\n".join([title, *(f"  {text.rstrip()}" for text in rows)]))
     if (board["kind"] == "control").any():
         blocks.append(
             "* control: images of the data set as samples, compared where n is the same. Level: within 2 standard errors."

@@ -1,4 +1,4 @@
-// Sorts the scoreboard within each data set, since scores of different data sets don't compare. Empty cells stay last.
+// Sorts the scoreboard within each data set, since scores of different data sets aren't comparable. Empty cells are always last.
 "use strict";
 for (const button of document.querySelectorAll("#scores thead button")) {
   button.addEventListener("click", () => {
