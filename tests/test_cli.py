@@ -372,7 +372,7 @@ def test_without_a_command_stages_rows_and_states(project):
     assert not unlisted
     assert "digits-ae train, extract: done" in lines
     assert "grid-lde fit: done; sample: settings changed; evaluate: input changed" in lines
-    assert lines[-1].endswith("`dvc repro` runs what is left")
+    assert lines[-1].endswith("`dvc repro` runs the rest")
     assert all(len(line) <= 128 for line in out.splitlines())
 
 
@@ -486,7 +486,7 @@ def test_doctor_asks_the_tracking_server(healthy, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}")
         out = run("doctor")[1]
-        assert "doesn't answer as MLflow does" in out
+        assert "doesn't answer like MLflow" in out
         assert "secret" not in out
 
 
