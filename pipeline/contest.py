@@ -1,8 +1,8 @@
-"""A contest of families on the same codes, cheapest first, for the family `auto`.
+"""The contest of families on the same codes, cheapest first, that the family `auto` runs.
 
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
 2. Mixtures of K Gaussians behind each map: full, tied or diagonal covariances. K and the ridge grow until held-out codes
-   become less likely for several K. The lane with the best score so far goes on first, and half of the time is for them.
+   become less likely for several K. The lane with the best score so far continues first. Mixtures get half of the time.
 3. Latent density estimators behind the best maps, in random orders of the dimensions, a small network and a larger one.
 
 Up to 5,000 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
@@ -62,11 +62,11 @@ class Contestant:
     """A family with its settings, fitted to all folds.
 
     Attributes:
-        name: Transform, family and size, in words.
+        name: Transform, family and size, as shown to the user.
         densities: The fits, one for each fold.
         held_out: Log-likelihoods (N,) in nats of the codes held out, fold after fold.
-        seconds: Time that it took.
-        weight: In the result.
+        seconds: Time taken.
+        weight: Weight in the result.
     """
 
     name: str
@@ -93,25 +93,25 @@ class _Lane:
     transform: str
     covariance: str
     best: Contestant
-    components: int = 0  # place in COMPONENTS of the next
-    ridge: int = 0  # place in RIDGES of the best so far
+    components: int = 0  # index of the next in COMPONENTS
+    ridge: int = 0  # index of the best so far in RIDGES
     fruitless: int = 0
     seconds: float = 0.0  # of the last fit
 
     @property
     def score(self) -> float:
-        """That of the best so far."""
+        """Score of the best so far."""
         return self.best.score.mean
 
 
 @dataclass
 class Contest:
-    """What a contest has found.
+    """Result of a contest.
 
     Attributes:
         contestants: In the order of their fits.
         score: Mean log-likelihood of held-out codes under the result.
-        seconds: Time that it took.
+        seconds: Time taken.
         ended_by: `epochs` when all lanes came to an end, or `max_minutes`.
     """
 
@@ -139,12 +139,12 @@ class Contest:
 
 
 def hold_contest(settings: Settings, codes: CodeReader, fit: Fit, label: str, quiet: bool = False) -> tuple[Mixture, Contest]:
-    """Holds the contest.
+    """Runs the contest.
 
     Arguments:
         settings: A row of `densities` with the family `auto`.
         codes: The codes.
-        fit: Fits the density that a row describes to codes; the last argument is what to call it while it runs.
+        fit: Fits the density that a row describes to codes; the last argument is its name in progress messages.
         label: Prefix of progress messages.
         quiet: Whether to print nothing.
 
@@ -167,11 +167,11 @@ class _Judge:
         self.failure = ""
 
     def _spent(self) -> float:
-        """Share of the time that is over."""
+        """Share of the time used."""
         return (time.monotonic() - self.started) / self.limit
 
     def _enter(self, name: str, family: str, **values: Any) -> Contestant | None:
-        """Fits a contestant to all folds; none where that can't be done."""
+        """Fits a contestant to all folds; None if that fails."""
         started = time.monotonic()
         row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
         densities, scores = list[Density](), list[np.ndarray]()
@@ -201,7 +201,7 @@ class _Judge:
         return contestant
 
     def _gaussians(self) -> list[_Lane]:
-        """The Gaussian behind each map, and what mixtures go on from."""
+        """Fits the Gaussian behind each map, where the mixtures start."""
         lanes = []
         for transform in TRANSFORMS:
             gaussian = self._enter(f"{transform}, Gaussian", "gaussian", transform=transform, ridge=1e-6)
@@ -261,7 +261,7 @@ class _Judge:
         if count < NETWORK_CODES or not self.contest.contestants:
             return
         transform = max(self.contest.contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
-        # A network for each dimension, while there are few; else convolutions.
+        # One network per dimension if there are few, otherwise convolutions.
         blocks = {"blocks": "separate"} if self.dim <= SEPARATE_DIM else {"blocks": "residual", "position_embedding": True}
         for width, components in ((32, 10), (128, 30)):
             yield (
@@ -293,7 +293,7 @@ class _Judge:
         return weights
 
     def result(self) -> tuple[Mixture, Contest]:
-        """Runs the rounds and chooses."""
+        """Runs the rounds and chooses the result."""
         self._mixtures(self._gaussians())
         self._networks()
         contestants = self.contest.contestants

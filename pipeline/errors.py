@@ -1,4 +1,4 @@
-"""Errors that a user can fix: each carries one clear line saying what is wrong and what to do."""
+"""Errors that a user can fix: each says in one line what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def printable(text: str) -> str:
         'a \\x1b[31mb\\xff'
     """
     half = MESSAGE_CHARACTERS // 2
-    if len(text) > 4 * MESSAGE_CHARACTERS:  # before the work, which follows the length
+    if len(text) > 4 * MESSAGE_CHARACTERS:  # first, since the time grows with the length
         text = f"{text[: 2 * half]}{text[-2 * half :]}"
     line = "".join(c if c.isprintable() else _escape(c) for c in re.sub(r"\s+", " ", text).strip())
     return line if len(line) <= MESSAGE_CHARACTERS else f"{line[: half - 3].rstrip()} [..] {line[-half + 3 :].lstrip()}"

@@ -1,4 +1,4 @@
-"""Densities of tables in Python, without params.yaml: an estimator with the conventions of scikit-learn."""
+"""Densities of tables in Python, without params.yaml: an estimator that follows scikit-learn's conventions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ VALID_SHARE = 0.1  # of the rows, held out for choices
 class CodeDensity(DensityMixin, BaseEstimator):
     r"""The density of the rows of a table, as an estimator of scikit-learn.
 
-    Columns are standardised in float64. A tenth of the rows, drawn at random, is held out for choices; of up to 5,000 rows the
-    family `auto` holds out each row once.
+    Columns are standardised in float64. A random tenth of the rows is held out for choices. With up to 5,000 rows, the family
+    `auto` holds out each row once.
 
     Arguments:
-        family: A family of `pipeline/densities`; `auto` finds the best.
+        family: A family of `pipeline/densities`; `auto` chooses the best.
         minutes: Time for the fit, at most.
         seed: Seed of all randomness.
         settings: More settings of the family, as a row of params.yaml has them.
@@ -41,9 +41,9 @@ class CodeDensity(DensityMixin, BaseEstimator):
 
     Attributes:
         density_: The fitted density, in the units of X, float64.
-        contest_: Of `auto` a row for each contestant, best first: family, held-out log-likelihood in nats in the units of X and
+        contest_: For `auto`, one row per contestant, best first: family, held-out log-likelihood in nats in the units of X and
             its standard error, seconds, weight in the result.
-        held_out_score_: Mean log-likelihood of rows that weren't fitted to, in nats; NaN where the family has none.
+        held_out_score_: Mean log-likelihood of held-out rows, in nats; NaN if the family has none.
 
     Example:
         >>> X = np.random.default_rng(0).normal(size=(200, 2)) * [1.0, 1000.0]
@@ -107,7 +107,7 @@ class CodeDensity(DensityMixin, BaseEstimator):
             raise ValueError(str(error)) from error
         mixture = density if isinstance(density, Mixture) else Mixture.of([density], [1.0])
         mixture.double().standardise(torch.from_numpy(mean), torch.from_numpy(std))
-        log_det = float(np.log(std).sum())  # of what was standardised
+        log_det = float(np.log(std).sum())  # of the standardisation
         key = "valid_log_likelihood"
         self.density_, self.held_out_score_ = mixture, training.best.get(key, np.nan) - log_det
         self.contest_ = [contestant | {key: float(contestant[key]) - log_det} for contestant in training.contest]
@@ -122,7 +122,7 @@ class CodeDensity(DensityMixin, BaseEstimator):
         return values
 
     def score(self, X: ArrayLike, y: object = None) -> float:
-        """Mean log-likelihood of the rows, in nats; the sum over rows divided by N, so that sets of any size compare."""
+        """Mean log-likelihood of the rows, in nats: the sum over rows divided by N, comparable across sizes."""
         return float(self.score_samples(X).mean())
 
     def sample(self, n: int = 1, seed: int | None = None) -> np.ndarray:

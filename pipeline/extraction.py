@@ -25,8 +25,7 @@ def extract_codes(
 ) -> tuple[CodeIndex, ShardIndex]:
     """Writes the codes of every split, with the decoder.
 
-    Each rank encodes its share of the shards, in the same blocks however many ranks there are, so the codes don't depend on
-    them.
+    Each rank encodes its share of the shards, always in the same blocks, so the codes don't depend on the number of ranks.
 
     Arguments:
         shards: Folder of shards.
@@ -38,7 +37,7 @@ def extract_codes(
         The index of the codes, and that of the shards.
 
     Raises:
-        DataError: When something that is read is damaged, or a code isn't finite.
+        DataError: When an input is damaged, or a code isn't finite.
     """
     reader = ShardReader(shards)
     autoencoder, folder = Path(autoencoder), Path(folder)
@@ -85,7 +84,7 @@ def _write_index(folder: Path, reader: ShardReader, autoencoder: Path, parts: di
     dim = int(reader.index.shape[0])
     from safetensors.numpy import load_file
 
-    # The moments are taken over the finished files in order: the same however many ranks wrote them.
+    # The moments are over the finished files in order, so they don't depend on the number of ranks.
     moments: VectorMoments | None = None
     for part in by_split["train"]:
         codes = load_file(folder / part.name)["codes"]

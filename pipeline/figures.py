@@ -1,4 +1,4 @@
-"""Arrays -> matplotlib figures, drawn without pyplot, the same bytes each time."""
+"""Arrays -> matplotlib figures, drawn without pyplot, reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ __all__ = [
     "trade_off",
 ]
 
-# Okabe and Ito's colours, told apart by readers with any colour vision. Styles tell series apart in grey print.
+# Okabe and Ito's colours, distinguishable with any colour vision. Line styles distinguish series in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5D5D5D", "#000000", "#8C6BB1", "#A6761D")
 LINES = ("-", "--", "-.", ":")
 TARGET, SAMPLES = "#E69F00", "#0072B2"  # as in Figure 5: the target in orange, samples in blue
 
-DPI = 110  # pixels an inch
+DPI = 110  # pixels per inch
 LARGEST_FILE = 300_000  # bytes
 
 STYLE: dict[str, Any] = {
@@ -57,7 +57,7 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 9.5,
     "figure.dpi": DPI,
     "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",  # shipped with matplotlib, so that figures are the same everywhere
+    "font.family": "DejaVu Sans",  # shipped with matplotlib, so figures are the same everywhere
     "font.size": 9,
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.6,
@@ -73,7 +73,7 @@ STYLE: dict[str, Any] = {
 
 @contextlib.contextmanager
 def _style() -> Iterator[None]:
-    # From matplotlib's own defaults, so that no matplotlibrc of a user changes a figure.
+    # From matplotlib's own defaults: a user's matplotlibrc never changes a figure.
     settings: Any = {**mpl.rcParamsDefault, **STYLE}
     with mpl.rc_context(settings):
         yield
@@ -82,7 +82,7 @@ def _style() -> Iterator[None]:
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a figure as PNG, whole or not at all; the same figure gives the same bytes.
 
-    A file that would be over 300 kB, such as many coloured photographs, is written with a palette of 256 colours.
+    A figure above 300 kB, for example of many colour photographs, is written with a palette of 256 colours.
 
     Arguments:
         figure: The figure.
@@ -91,7 +91,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     drawn = io.BytesIO()
     with _style():
         FigureCanvasAgg(figure)
-        # Without version and date of the writer, which differ from machine to machine.
+        # Without the writer's version and date, which differ across machines.
         figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
     with atomic_file(path) as temporary:
         if drawn.tell() > LARGEST_FILE:
@@ -122,7 +122,7 @@ def _pixels(images: ArrayLike) -> NDArray[np.float64]:
 
 
 def _mosaic(images: NDArray[np.float64], columns: int, gap: int) -> NDArray[np.float64]:
-    """Images (n, H, W, 3) side by side, row after row, with a gap of pixels between."""
+    """Images (n, H, W, 3) side by side, row after row, with a gap in pixels between them."""
     n, height, width, _ = images.shape
     rows = -(-n // columns)
     canvas = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, 3))
@@ -139,16 +139,16 @@ def _picture(
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> Figure:
-    """A canvas (H, W, 3) at a whole number of screen pixels each, with names beside rows and above columns of equal length.
+    """A canvas (H, W, 3) at an integer zoom, with names next to the rows and above the columns, all of equal length.
 
-    A canvas drawn at any other scale would lose or double lines of pixels.
+    A non-integer zoom would drop or double lines of pixels.
 
     Arguments:
         canvas: The picture.
         width: Rough width of the drawn canvas in pixels.
         title: A line above.
         row_names: Names at the left, top to bottom.
-        column_names: Names above, left to right; `title` stands above them.
+        column_names: Names above, left to right; `title` is above them.
     """
     scale = max(1, round(width / canvas.shape[1]))
     drawn_height, drawn_width = canvas.shape[0] * scale, canvas.shape[1] * scale
@@ -192,7 +192,7 @@ def image_grid(images: ArrayLike, columns: int = 10, title: str = "") -> Figure:
 
     Arguments:
         images: Images in 0..1 with shape (n, C, H, W), C = 1 or 3.
-        columns: Images in a row.
+        columns: Images per row.
         title: What they are.
     """
     with _style():
@@ -201,7 +201,7 @@ def image_grid(images: ArrayLike, columns: int = 10, title: str = "") -> Figure:
 
 
 def image_rows(rows: Mapping[str, ArrayLike], title: str = "", column_names: Sequence[str] = ()) -> Figure:
-    """A row of images for each name, names at the left.
+    """One row of images per name, with names at the left.
 
     Arguments:
         rows: By name, images in 0..1 with shape (n, C, H, W); the same n for all.
@@ -220,12 +220,12 @@ def image_rows(rows: Mapping[str, ArrayLike], title: str = "", column_names: Seq
 def reconstructions(
     inputs: ArrayLike, outputs: Mapping[str, ArrayLike], notes: Mapping[str, str] | None = None, title: str = ""
 ) -> Figure:
-    """Figure 6: the inputs in the first column, the reconstructions of each model in a column at the right.
+    """Figure 6: the inputs in the first column, each model's reconstructions in a column to the right.
 
     Arguments:
         inputs: Images in 0..1 with shape (n, C, H, W).
         outputs: By model, their reconstructions with the same shape.
-        notes: By model, lines that stand below its name, such as its error.
+        notes: By model, lines below its name, such as its error.
         title: What they are.
     """
     with _style():
@@ -233,7 +233,7 @@ def reconstructions(
         names = ["input", *(f"{name}\n{notes[name]}" if notes and name in notes else name for name in outputs)]
         n, height, width, _ = columns[0].shape
         scale = max(1, round(110 / width))
-        # Columns as far apart as their names need.
+        # Columns are as far apart as their names require.
         widest = max(_text_width(line) for name in names for line in name.split("\n")) + 14
         gap, apart = _gap(height), max(_gap(height), -(-widest // scale) - width)
         canvas = np.ones((n * (height + gap) - gap, len(columns) * (width + apart), 3))
@@ -246,11 +246,11 @@ def reconstructions(
 def interpolation_panels(
     panels: Sequence[tuple[str, ArrayLike, ArrayLike, Mapping[str, ArrayLike]]], weights: Sequence[float], title: str = ""
 ) -> Figure:
-    """Figure 7, for many pairs: interpolated images of each model in a row, between the two original images, pair after pair.
+    """Figure 7, for many pairs: one row per pair and model, with the interpolated images between the two originals.
 
     Arguments:
-        panels: For each pair, what it is; its originals at weight 0 and at 1, in 0..1, each with shape (C, H, W); and by model,
-            decoded images with shape (len(weights), C, H, W). What a pair is stands above its rows, once for pairs alike.
+        panels: For each pair, its kind; its originals at weight 0 and at 1, in 0..1, each with shape (C, H, W); and by model,
+            decoded images with shape (len(weights), C, H, W). The kind is above the rows, once for consecutive equal ones.
         weights: Weights of the last image.
         title: What they are.
     """
@@ -297,12 +297,12 @@ def interpolation_panels(
 
 
 def image_panels(panels: Mapping[str, ArrayLike], columns: int = 6, across: int = 4, title: str = "") -> Figure:
-    """A square of images for each name, side by side, at most `across` in a row.
+    """One square of images per name, at most `across` in a row.
 
     Arguments:
         panels: By name, images in 0..1 with shape (n, C, H, W), the same H and W for all.
-        columns: Images in a row of a square.
-        across: Squares in a row.
+        columns: Images per row of a square.
+        across: Squares per row.
         title: What they are.
     """
     with _style():
@@ -332,17 +332,17 @@ def image_panels(panels: Mapping[str, ArrayLike], columns: int = 6, across: int 
 
 
 def patches_beside_real(real: ArrayLike, samples: ArrayLike, columns: int = 10, title: str = "") -> Figure:
-    """Real patches at the left and sampled ones at the right, all on one grey scale, symmetric about zero.
+    """Real patches at the left and sampled ones at the right, on one grey scale, symmetric about zero.
 
     Arguments:
         real: Patches of any range, with shape (n, H, W).
         samples: Samples with shape (n, H, W), in the same units.
-        columns: Patches in a row of each half.
+        columns: Patches per row of each half.
         title: What they are.
     """
     with _style():
         both = [np.asarray(p, dtype=np.float64) for p in (real, samples)]
-        # One scale for both, from the real ones: a sample that is too bright is seen as such.
+        # One scale for both, from the real patches: a sample that is too bright looks too bright.
         limit = float(np.quantile(np.abs(both[0]), 0.99)) or 1.0
         halves = [_mosaic(_pixels((p / limit + 1) / 2), min(columns, len(p)), 1) for p in both]
         between = np.ones((halves[0].shape[0], 4, 3))
@@ -391,9 +391,9 @@ def curves(
         x_label: What x is, with its unit.
         y_label: What y is, with its unit.
         title: What is shown.
-        bands: By name, half widths of a band about the line with shape (n,), or (2, n) for below and above.
+        bands: By name, half widths of a band around the line with shape (n,), or (2, n) for below and above.
         log_x: Whether x is on a logarithmic scale.
-        log_y: Whether y is on a logarithmic scale, where its values are positive and spread over a factor of 5.
+        log_y: Whether y is on a logarithmic scale, if its values are positive and span a factor of 5.
     """
     with _style():
         figure = _new(6.0, 3.6)
@@ -401,7 +401,7 @@ def curves(
         _plot(axes, x, series, bands or {})
         if log_x:
             axes.set_xscale("log")
-        # Over less than a factor of 5 a logarithmic scale may have one label or none.
+        # A logarithmic scale over less than a factor of 5 may have one label or none.
         every = np.concatenate([np.asarray(y, dtype=np.float64) for y in series.values()])
         if log_y and every.min() > 0 and every.max() >= 5 * every.min():
             axes.set_yscale("log")
@@ -414,7 +414,7 @@ def curves(
 
 
 def pair_kinds(label: str) -> dict[str, str]:
-    """How kinds of pairs of examples are named in figures.
+    """Names of the kinds of pairs in figures.
 
     Arguments:
         label: What a label of the data set is called.
@@ -429,14 +429,14 @@ def pair_kinds(label: str) -> dict[str, str]:
 def curve_panels(
     panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], x: ArrayLike, x_label: str, y_label: str, columns: int = 4
 ) -> Figure:
-    """Lines with bands by name, in a panel for each model with a scale of its own (Figure 10).
+    """Lines with bands by name, one panel per model, each with its own scale (Figure 10).
 
     Arguments:
         panels: By model, by series, (ordinates with shape (n,), edges of the band below and above with shape (2, n)).
         x: Abscissas with shape (n,).
         x_label: What x is.
         y_label: What y is.
-        columns: Panels in a row at most.
+        columns: Panels per row, at most.
     """
     with _style():
         rows, columns = _arrange(len(panels), columns)
@@ -513,8 +513,8 @@ def trade_off(kl_weights: Sequence[float], reconstruction: ArrayLike, kl: ArrayL
 
     Arguments:
         kl_weights: Weights, from 0 up, placed at equal distances.
-        reconstruction: Squared error of an image, with shape (n,).
-        kl: KL divergence of an image in nats, with shape (n,).
+        reconstruction: Squared error per image, with shape (n,).
+        kl: KL divergence per image in nats, with shape (n,).
         title: What is shown.
     """
     with _style():
@@ -531,7 +531,7 @@ def trade_off(kl_weights: Sequence[float], reconstruction: ArrayLike, kl: ArrayL
             axes.plot(position, y, line, marker="o", markersize=4, color=COLOURS[i])
             axes.set_ylabel(label, color=COLOURS[i])
             axes.tick_params(axis="y", colors=COLOURS[i])
-            # What nothing holds at weight 0 may lie powers of ten above the rest, and would flatten it.
+            # At weight 0 nothing bounds the curve: a value powers of ten above the rest would flatten it.
             if len(y) > 2 and kl_weights[0] == 0 and y[0] > 5 * (highest := float(y[1:].max())) > 0:
                 axes.set_ylim(-0.05 * highest, 1.25 * highest)
                 axes.annotate(
@@ -548,7 +548,7 @@ def trade_off(kl_weights: Sequence[float], reconstruction: ArrayLike, kl: ArrayL
 
 
 def _arrange(panels: int, most: int) -> tuple[int, int]:
-    """Rows and columns with at most `most` columns and few empty places."""
+    """Rows and columns of a grid with at most `most` columns and few empty cells."""
     rows = -(-panels // most)
     return rows, -(-panels // rows)
 
@@ -568,12 +568,12 @@ def _scatter(axes: Axes, points: NDArray[np.float64], labels: NDArray[Any] | Non
 def codes_and_reconstructions(
     panels: Mapping[str, tuple[ArrayLike, ArrayLike | None, ArrayLike, ArrayLike]], columns: int = 5
 ) -> Figure:
-    """Figure 2: codes in the plane, coloured by label, with test images and their reconstructions below, for each name.
+    """Figure 2: codes in the plane, coloured by label, with test images and their reconstructions below, one panel per name.
 
     Arguments:
         panels: By title, codes with shape (n, 2), their labels with shape (n,) or None, images in 0..1 and reconstructions,
             both with shape (m, C, H, W).
-        columns: Panels in a row at most.
+        columns: Panels per row, at most.
     """
     with _style():
         rows, columns = _arrange(len(panels), columns)
@@ -600,7 +600,7 @@ def codes_and_reconstructions(
 
 
 def _plane(points: ArrayLike) -> NDArray[np.float64]:
-    """The first two numbers of each vector with shape (n, 2); a single number beside its place in the order."""
+    """The first two numbers of each vector, with shape (n, 2); a single number is paired with its index."""
     values = np.asarray(points, dtype=np.float64)
     return values[:, :2] if values.shape[1] > 1 else np.column_stack([values, np.linspace(0, 1, len(values))])
 
@@ -612,14 +612,14 @@ def density_panels(
     box: tuple[tuple[float, float], tuple[float, float]] | None = None,
     columns: int = 4,
 ) -> Figure:
-    """Figure 5: points of the target in orange, samples of each model in blue over it; of longer vectors the first two numbers.
+    """Figure 5: points of the target in orange, samples of each model in blue over it; the first two numbers of longer vectors.
 
     Arguments:
-        target: Points of the target with shape (n, D); where D = 1, the second axis is their order.
+        target: Points of the target with shape (n, D); if D = 1, the second axis is their index.
         samples: By model, samples with shape (m, D).
-        limit: Both axes go from -limit to limit; where it's left out, a little further than the target on every side.
+        limit: Both axes go from -limit to limit; by default, a little further than the target on every side.
         box: Bounds of x1 and of x2 of the region where the target has no mass, outlined.
-        columns: Panels in a row at most.
+        columns: Panels per row, at most.
     """
     with _style():
         points = _plane(target)
@@ -651,17 +651,17 @@ def density_panels(
 
 
 def log_density_maps(maps: Mapping[str, ArrayLike], limit: float = 6.0, columns: int = 4, depth: float = 12.0) -> Figure:
-    """Log-density of each model on a square grid, all on one colour scale.
+    """Log-density of each model on a square grid, on one colour scale.
 
     Arguments:
         maps: By model, log-densities in nats with shape (m, m), rows along x2 from -limit to limit.
         limit: Both axes go from -limit to limit.
-        columns: Panels in a row at most.
-        depth: Nats below the highest value at which colours end.
+        columns: Panels per row, at most.
+        depth: Range of the colour scale, in nats below the highest value.
     """
     with _style():
         values = {name: np.asarray(m, dtype=np.float64) for name, m in maps.items()}
-        # The first map (the truth, as a rule) sets the scale: a spike of one model would darken all others.
+        # The first map (usually the truth) sets the scale: a spike of one model would darken all others.
         highest = float(np.nanmax(next(iter(values.values()))))
         rows, columns = _arrange(len(values), columns)
         figure = _new(columns * 2.6 + 0.8, rows * 2.65 + 0.35)

@@ -29,30 +29,30 @@ from pipeline.training.trainable import Step, Trainable, Training
 
 __all__ = ["cholesky_factor", "discrepancy", "fit_density"]
 
-VALID_CODES = 100_000  # codes that steer the choice of the epoch, at most
-DISCREPANCY_CODES = 2_000  # the same of a family without likelihood, whose cost grows with their square
+VALID_CODES = 100_000  # validation codes for the choice of the epoch, at most
+DISCREPANCY_CODES = 2_000  # the same for a family without likelihood; the cost grows with their square
 ESTIMATE_CODES = 100_000  # validation codes that a family without gradient may choose on, at most
 
 
 class _Fit(Trainable):
-    """A density and its loss, as the training loop wants them."""
+    """A density and its loss, as a `Trainable` for the training loop."""
 
     def __init__(self, density: Density, settings: DensitySettings) -> None:
         super().__init__()
         self.density, self.by_muon, self.muon_rate = density, settings.optimizer == "muon", settings.muon_rate
 
     def muon_parameters(self, phase: str) -> list[Tensor]:
-        """Where the settings ask for it, the weights between hidden layers."""
+        """The weights between hidden layers, if the settings choose Muon."""
         return self.density.hidden_matrices() if self.by_muon else []
 
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
-        """The loss (4) in nats a dimension, of standardised codes."""
+        """The loss (4) in nats per dimension, of standardised codes."""
         return {"loss": self.density.loss(batch["codes"], step.generator)}
 
 
 @torch.no_grad()
 def discrepancy(density: Density, blocks: Iterable[np.ndarray], seed: int) -> float:
-    """How far as many samples, drawn from the seed, are from blocks of codes (n, D): a squared maximum mean discrepancy."""
+    """Squared maximum mean discrepancy between blocks of codes (n, D) and as many samples, drawn from the seed."""
     codes = torch.from_numpy(np.concatenate(list(blocks))).to(density.shift.device)
     return float(density.discrepancy(codes, torch.Generator().manual_seed(stream_seed("validation samples", seed))))
 
@@ -60,11 +60,11 @@ def discrepancy(density: Density, blocks: Iterable[np.ndarray], seed: int) -> fl
 def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor, std: Tensor | None = None) -> Tensor:
     r"""The lower triangular L with L L^T the covariance of codes.
 
-    With standard deviations the covariance is shrunk: of the correlations :math:`R`, of standardised codes :math:`x_n`,
+    With standard deviations, the correlations :math:`R` of the standardised codes :math:`x_n` are shrunk to
 
     .. math:: (1 - a) R + a I, \quad a = \frac{\frac{1}{N^2} \sum_n \|x_n x_n^T - R\|^2}{\|R - I\|^2},
 
-    which has the least expected error, a being 1 at most.
+    with a at most 1, which has the least expected error.
 
     References:
         | A well-conditioned estimator for large-dimensional covariance matrices (Ledoit, Wolf, 2004)
@@ -73,7 +73,7 @@ def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor, std: Tensor | No
     Arguments:
         blocks: Codes, each block with shape (n, D).
         mean: Their mean, float64 with shape (D,).
-        std: Their standard deviation, float64 with shape (D,); none for no shrinkage.
+        std: Their standard deviation, float64 with shape (D,); None for no shrinkage.
 
     Returns:
         The factor, float64 with shape (D, D).
@@ -110,7 +110,7 @@ def fit_transform(
     """A monotone map of each column, and the moments of mapped codes, from a random subset of codes.
 
     Arguments:
-        kind: Its name, as the setting `transform` has it.
+        kind: The map's name, a value of the setting `transform`.
         blocks: Gives a new pass over the training codes, each block with shape (n, D).
         dim: The number of columns D.
         seed: Seed of the subset.
@@ -141,19 +141,19 @@ def fit_density(
     checkpoint: Checkpoint | None = None,
     quiet: bool = False,
 ) -> tuple[Density, Training]:
-    """Fits a density on cached codes: the family `auto` by a contest, any other as its row says.
+    """Fits a density on cached codes: the family `auto` by a contest, any other by its row's settings.
 
-    Of training by gradient the weights of the best validation are kept. The best has the highest mean log-likelihood of
-    validation codes, `valid_log_likelihood`; of a family without likelihood the lowest squared discrepancy between them and as
-    many samples of the same noise each time, kept with its sign turned as `valid_minus_squared_mmd`.
+    Training by gradient keeps the weights of the best validation: the highest mean log-likelihood of validation codes,
+    `valid_log_likelihood`. For a family without likelihood it is the lowest squared discrepancy between validation codes and as
+    many samples, always of the same noise; it is recorded with the opposite sign as `valid_minus_squared_mmd`.
 
     Arguments:
         settings: A row of `densities`.
         codes: The codes.
         ranks: This process among its peers.
-        label: What stands before the progress.
+        label: Prefix of progress messages.
         checkpoint: Where to save and look for the resume state.
-        quiet: Whether a contest says nothing of each new best.
+        quiet: Whether a contest doesn't print each new best.
 
     Raises:
         DataError: When the codes are damaged or a dimension doesn't vary.
@@ -171,7 +171,7 @@ def fit_density(
     if settings.standardise == "dimension":
         density.standardise(mean, std)
     elif settings.standardise == "scalar":
-        # One scale for all dimensions: the root of the mean variance around the one mean.
+        # One scale for all dimensions: the root of the mean variance around the common mean.
         density.standardise(mean.mean(), (std.square() + (mean - mean.mean()).square()).mean().sqrt())
     elif settings.standardise == "cholesky":
         density.standardise(mean, cholesky_factor(blocks(), mean, std if settings.shrinkage else None))
@@ -219,7 +219,7 @@ def fit_density(
 def _fit_by_contest(
     settings: auto.Settings, codes: CodeReader, ranks: Ranks, label: str, quiet: bool
 ) -> tuple[Density, Training]:
-    """The contest is the first rank's; the others take its result."""
+    """The first rank runs the contest; the others get its result."""
     contest, density = Contest(), auto.Mixture(codes.index.dim)
     if ranks.first:
         alone = Ranks(0, 1, ranks.device)

@@ -38,14 +38,14 @@ class PreparationReport:
 
     Attributes:
         counts: Examples written, by split.
-        duplicates: Examples of one split that an earlier one holds too, for "train_valid", "train_test" and "valid_test".
-        unreadable: Files that were left out, each with the reason.
-        enlarged: Images written that had fewer pixels than they were brought to.
+        duplicates: Examples of one split that are also in an earlier one, for "train_valid", "train_test" and "valid_test".
+        unreadable: Skipped files, each with the reason.
+        enlarged: Images that were enlarged from fewer pixels.
         dark: Images written that are nearly black everywhere.
-        split_origin: Where the split comes from, in words; may be empty.
-        notes: What else the source says of how the data were read.
+        split_origin: Description of where the split comes from; may be empty.
+        notes: Further remarks of the source on how the data were read.
         means: What was subtracted from each dimension of the vectors; empty for nothing.
-        skipped: Number of files of each ending that were left out since no image has it.
+        skipped: Number of files of each ending that isn't an image's, which were skipped.
         digest: Digest of the shards.
     """
 
@@ -62,7 +62,7 @@ class PreparationReport:
 
 
 class _Duplicates:
-    """Counts examples that are in two splits, by 64-bit digests kept in bucket files: memory grows with 1/64 of them."""
+    """Counts examples that are in two splits, by 64-bit digests in bucket files: memory holds 1/64 of them."""
 
     _type = np.dtype([("digest", "<u8"), ("split", "u1")])
 
@@ -79,7 +79,7 @@ class _Duplicates:
             self._files[int(bucket)].write(rows[digests % BUCKETS == bucket].tobytes())
 
     def counts(self) -> dict[str, int]:
-        """The number of examples of the later split of each pair that the earlier one holds too."""
+        """For each pair of splits, the number of examples of the later one that are also in the earlier one."""
         found = {"train_valid": 0, "train_test": 0, "valid_test": 0}
         for file in self._files:
             file.seek(0)
@@ -97,7 +97,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
     Arguments:
         settings: A row of `datasets`.
         folder: Where the shards go; replaced as a whole.
-        processes: Processes that read side by side, by default one a core.
+        processes: Number of reading processes, by default one per core.
 
     Raises:
         DataError: When raw files are missing or too many can't be read.
@@ -133,7 +133,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
                 report.unreadable += block.unreadable
                 report.enlarged += block.enlarged
                 report.dark += block.dark
-                if len(report.unreadable) > allowed:  # at once: else the list would grow with the data set
+                if len(report.unreadable) > allowed:  # at once: otherwise the list would grow with the data set
                     raise DataError(
                         f"{settings.root}: {len(report.unreadable)} or more of {total} files can't be read, more than "
                         f"unreadable_share allows; the first: {report.unreadable[0]}"
@@ -165,7 +165,7 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
 
 
 def _read_all(source: Any, ranges: list[tuple[str, int, int]], processes: int) -> Iterator[tuple[tuple[str, int, int], Any]]:
-    """Blocks in order, read ahead by a bounded number."""
+    """Blocks in order; a bounded number is read ahead."""
     if processes == 1 or len(ranges) <= 2:
         for part in ranges:
             yield part, source.read(*part)
@@ -186,14 +186,14 @@ def _read_all(source: Any, ranges: list[tuple[str, int, int]], processes: int) -
                 waiting.popleft()
         except BaseException as error:
             for reader in set(multiprocessing.active_children()) - others:
-                reader.kill()  # it has nothing to lose, and a stopped one would be waited for
+                reader.kill()  # it has nothing to lose, and joining a stopped one would wait for it
             if isinstance(error, BrokenProcessPool):
                 raise PipelineError("a process that read raw files was killed, probably for memory: free some") from None
             raise
 
 
 def _first_result(waiting: collections.deque[tuple[tuple[str, int, int], Future[Any]]]) -> Any:
-    """The first block, once it's read.
+    """The first block, as soon as it's read.
 
     Raises:
         PipelineError: When no process finishes any block for too long.
@@ -215,7 +215,7 @@ def _set_source(source: Any, parent: int) -> None:
     global _source
     _source = source
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; one word about it is enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; one message is enough
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

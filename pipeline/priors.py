@@ -1,4 +1,4 @@
-"""The prior distributions that AAE and VAE hold codes to, and are sampled from."""
+"""The prior distributions of AAE and VAE, which their codes are matched to and sampled from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Density -> samples: codes and, where there is a decoder, images, as shards; the same however many ranks draw them."""
+"""Density -> samples as shards: codes and, with a decoder, images. They don't depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pipeline.system.streams import stream_seed
 __all__ = ["draw", "range_remark", "write_samples"]
 
 DECODED = 250  # codes decoded at a time
-OVERFLOW_SHARE = 0.01  # of the codes of a shard that may overflow float32 and be drawn again
+OVERFLOW_SHARE = 0.01  # of the codes of a shard that may overflow float32; these are drawn again
 OVERFLOW_ROUNDS = 10
-COMPARED = 100_000  # training codes whose range that of samples is compared with, the first of the split
-FAR = 10  # times that range outside of it
+COMPARED = 100_000  # training codes, the first of the split, that give the range to compare samples with
+FAR = 10  # a code this many ranges outside is far
 
 
 @torch.no_grad()
@@ -36,10 +36,10 @@ def draw(density: Density, decoder: Decoder | None, count: int, seed: int, numbe
 
     Arguments:
         density: The density of the codes.
-        decoder: What turns codes into images; none where codes are the data.
+        decoder: The decoder from codes to images; None if codes are the data.
         count: Number of samples n.
         seed: Seed of all draws.
-        number: Number of the shard; each has a generator of its own, seeded by (seed, number).
+        number: Number of the shard; each shard has its own generator, seeded by (seed, number).
 
     Returns:
         Samples, images (n, C, H, W) in 0..1 or the codes themselves, and the codes (n, D), both float32.
@@ -87,7 +87,7 @@ def write_samples(
                 if not np.isfinite(examples).all():
                     unbounded = getattr(density.options, "max_log_scale", 0.0) is None
                     remedy = "max_log_scale: 2.0 or a lower learning_rate" if unbounded else "a lower learning_rate"
-                    raise DataError(f"samples of {folder.name} aren't finite: the density runs away; fit it with {remedy}")
+                    raise DataError(f"samples of {folder.name} aren't finite: the density has diverged; fit it with {remedy}")
                 if settings.rounding == "8-bit" and decoder is not None:
                     examples = np.rint(examples * np.float32(255)) / np.float32(255)
                 with ShardWriter(temporary, "samples", settings.shard_examples, first=number) as writer:
@@ -113,11 +113,11 @@ def write_samples(
 
 
 def range_remark(samples: ShardReader, codes: CodeReader) -> str:
-    """What to say where sampled codes lie far outside the range of the training codes, in one line; empty where none do.
+    """A one-line warning if sampled codes are far outside the range of the training codes, otherwise an empty string.
 
     Arguments:
         samples: Shards of samples, with their codes.
-        codes: The codes that the density was fitted on.
+        codes: The training codes of the density.
     """
     blocks = [block["codes"] for block in codes.blocks("train", COMPARED)]
     low, high = np.min([b.min(0) for b in blocks], axis=0), np.max([b.max(0) for b in blocks], axis=0)  # (D) each

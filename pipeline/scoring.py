@@ -1,4 +1,4 @@
-"""Samples -> scores against the images of their data set, under its protocol."""
+"""Samples -> scores against the images of their data set, by its protocol."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Parzen", "parzen_samples", "parzen_score", "quality_scores"]
 
 
 def parzen_samples(count: int, reader: ShardReader) -> int:
-    """The number n of samples of every row of a data set: `count`, or the number of training images where there are fewer.
+    """The number n of samples of every row of a data set: `count`, or the number of training images if there are fewer.
 
-    Scores of different n don't compare, and the controls can't have more samples than there are training images.
+    Scores at different n aren't comparable, and the controls can't have more samples than there are training images.
     """
     return min(count, reader.index.count("train"))
 
@@ -56,7 +56,7 @@ def parzen_score(
 
     Arguments:
         samples: Gives a pass over blocks of samples, as `unit_blocks` gives examples.
-        count: Number of samples in a pass, for the progress.
+        count: Number of samples per pass, for progress messages.
         reader: Shards of the data set.
         settings: The protocol.
         ranks: This process among its peers.
@@ -80,7 +80,7 @@ def parzen_score(
 def quality_scores(samples: Iterable[np.ndarray], real: RealFeatures, settings: QualitySettings) -> dict[str, float]:
     """KID, FID, precision, recall, density and coverage of samples against all test images.
 
-    Memory holds a block of images, and features.
+    Memory holds one block of images, and all features.
 
     Arguments:
         samples: Blocks of samples in 0..1, each with shape (n, C, H, W).

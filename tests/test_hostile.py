@@ -399,7 +399,7 @@ def test_names_that_lead_elsewhere(workspace: Path, name: str) -> None:
     index = json.loads((SHARDS / "index.json").read_text())
     index["train"][0]["name"] = name
     (SHARDS / "index.json").write_text(json.dumps(index))
-    refused("extract", "blobs-ae", mention="stands where train-000000.tar should")
+    refused("extract", "blobs-ae", mention="expected train-000000.tar, got")
 
 
 @pytest.mark.parametrize(

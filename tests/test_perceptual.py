@@ -202,6 +202,6 @@ def test_official_weights_are_asked_for_never_made_up(weights, monkeypatch):
 
     monkeypatch.setattr(module.torch.hub, "load_state_dict_from_url", fail)
     with pytest.raises(
-        PipelineError, match=r"can't be had \(no route to host\); download https://.*vgg19.* give the file's path"
+        PipelineError, match=r"can't download .* \(no route to host\); download https://.*vgg19.* give the file's path"
     ):
         vgg19_weights("imagenet")

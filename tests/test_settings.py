@@ -204,7 +204,7 @@ FAULTS = [
     ("datasets/a", None, r"datasets\.a: expected a table of settings, got None"),
     ("datasets/" + "a" * 101, {}, r"a row's name"),
     ("datasets/b", [], r"datasets\.b: expected a table of settings, got \[\]"),
-    ("densities", None, r"densities: expected a table, got nothing; write 'densities: \{\}' where there are none"),
+    ("densities", None, r"densities: expected a table, got nothing; write 'densities: \{\}' if it has no rows"),
     ("densities", [], r"densities: expected a table, got \[\]"),
     ("densities", "lde", r"densities: expected a table, got 'lde'"),
     ("sampling", 7, r"sampling: expected a table, got 7"),

@@ -155,7 +155,7 @@ def test_columns_that_repeat_or_are_constant_are_named(tmp_path: Path) -> None:
     source = open_row(path)
     assert source.dim == 4
     assert source.notes[1] == "columns that hold one value (drop_constant: true leaves them out): 'one'"
-    assert source.notes[2].endswith("no likelihood of them has a bound: 'sex' (2 of 200 values differ)")
+    assert source.notes[2].endswith("for which likelihoods are unbounded: 'sex' (2 of 200 values differ)")
     dropped = open_row(path, drop_constant=True, centre=True)
     assert (dropped.dim, len(dropped.means)) == (3, 3)
     assert "columns that hold one value were left out: 'one'" in dropped.notes

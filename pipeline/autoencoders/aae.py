@@ -44,7 +44,7 @@ class AdversarialObjective(ImageObjective):
         L_\mathrm{discriminator} & = -\tfrac{1}{2} \log D(z) - \tfrac{1}{2} \log\left( 1 - D(f(x)) \right), \quad z \sim p(z) \\
         L_\mathrm{generator} & = -\log D(f(x))
 
-    Each phase moves its own part alone: encoder and decoder, discriminator, encoder. With `incremental` closed dimensions
+    Each phase trains only its own part: encoder and decoder, discriminator, encoder. With `incremental`, closed dimensions
     are zero for the discriminator too, in codes and in draws from the prior.
 
     References:
@@ -79,7 +79,7 @@ class AdversarialObjective(ImageObjective):
         self.discriminator = nn.Sequential(*layers)
 
     def phase_parameters(self, phase: str) -> Iterable[nn.Parameter]:
-        """The parameters that the phase's optimizer moves."""
+        """The parameters that the phase's optimizer updates."""
         modules: dict[str, tuple[nn.Module, ...]] = {
             "autoencoder": (self.encoder, self.decoder),
             "discriminator": (self.discriminator,),
@@ -102,7 +102,7 @@ class AdversarialObjective(ImageObjective):
             losses = self.reconstruction(images, self.decoder(codes))
             return {"loss": losses.pop("reconstruction"), **losses}
         if phase == "generator":
-            # Detached weights: the gradient passes through the discriminator and leaves none there.
+            # Detached weights: the gradient passes through the discriminator without changing it.
             frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
             scores = torch.func.functional_call(self.discriminator, frozen, (codes,)).float()
             return {"loss": nn.functional.softplus(-scores).mean()}

@@ -22,7 +22,7 @@ class AutoencoderObjective(ImageObjective):
 
     .. math:: L = \mathrm{MSE}(x, g(m \odot f(x))) + \beta L_\mathrm{perceptual}
 
-    with the mask m of the open dimensions, 1 everywhere without `incremental`.
+    where m is the mask of the open dimensions, 1 everywhere without `incremental`.
 
     References:
         | Density Estimation and Incremental Learning of Latent Vector for Generative Autoencoders, (5) and section 3.4

@@ -1,4 +1,4 @@
-"""Vectors as their own codes, so that a density can be fitted on data that need no autoencoder."""
+"""Vectors as their own codes, for fitting a density on data that need no autoencoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Settings(AutoencoderSettings):
         """Refuses images.
 
         Arguments:
-            shape: Shape of an example, (D,) for vectors, (0,) where only the file can tell.
+            shape: Shape of an example, (D,) for vectors, (0,) if only the file determines it.
 
         Raises:
             SettingsError: When the data set holds images.
@@ -36,7 +36,7 @@ class IdentityObjective(Objective):
 
     Arguments:
         settings: The row's settings.
-        shape: Shape (D,) of a vector, (0,) where only the data can tell.
+        shape: Shape (D,) of a vector, (0,) if only the data determine it.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ class IdentityObjective(Objective):
         return codes
 
     def open_dimensions(self, step: Step) -> int:
-        """All D dimensions; 0 where only the data can tell."""
+        """All D dimensions; 0 if only the data determine D."""
         return self.latent_dim or 0
 
 

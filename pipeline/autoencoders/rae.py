@@ -42,8 +42,8 @@ class RegularisedObjective(ImageObjective):
     .. math:: L = \mathrm{MSE}(x, g(z)) + \beta_p L_\mathrm{perceptual} + \tfrac{\beta}{2} \|z\|^2 + \lambda R, \quad z = f(x)
 
     with :math:`R = \|\theta_g\|^2`, or :math:`R = \|\partial g / \partial z\|_F^2 / d` for images of d pixel values. The
-    squared norms of code and Jacobian are averaged over the batch. The error is a mean over pixels, as for `ae`, so that both
-    weights at 0 leave the plain autoencoder; the paper sums it, which makes its weights d times ours.
+    squared norms of code and Jacobian are averaged over the batch. The error is a mean over pixels, as for `ae`: with both
+    weights at 0 this is the plain autoencoder. The paper sums over pixels, so its weights are d times ours.
 
     The Jacobian's norm is estimated without bias as :math:`E_v \|v^T \partial g / \partial z\|^2` over random signs v.
 

@@ -22,7 +22,7 @@ class Settings(ImageAutoencoderSettings):
 
     Attributes:
         kl_weight: Weight of the KL divergence, 0 to 1 in the paper; 1 is the evidence lower bound up to the noise scale.
-        prior: What the divergence is taken from; no key of the row.
+        prior: Reference distribution of the divergence; not a key of the row.
     """
 
     kl_weight: float = 1.0
@@ -34,7 +34,7 @@ class Settings(ImageAutoencoderSettings):
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    r"""The divergence of a diagonal normal distribution from the standard one, in nats a dimension.
+    r"""The divergence of a diagonal normal distribution from the standard one, in nats per dimension.
 
     .. math:: \mathrm{KL}\left( N(\mu, \sigma^2) \| N(0, 1) \right)
         = \tfrac{1}{2} \left( \mu^2 + \sigma^2 - 1 - \log \sigma^2 \right)
@@ -54,7 +54,7 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
         >>> kl_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
         tensor([0.0000, 0.5000])
     """
-    # expm1: exact near 0, where the posterior lies at first.
+    # expm1: exact near 0, where the posterior starts.
     return 0.5 * (mean.square() + log_variance.expm1() - log_variance)
 
 
@@ -64,9 +64,10 @@ class VariationalObjective(ImageObjective):
     .. math:: L = d \left( \mathrm{MSE}(x, g(z)) + \beta_p L_\mathrm{perceptual} \right)
         + \beta \, \mathrm{KL}\left( q(z | x) \| N(0, I) \right), \quad z \sim q(z | x) = N(\mu(x), \sigma^2(x))
 
-    with d pixel values an image: the squared error is summed over pixels and the divergence over dimensions, both averaged over
-    the batch. At :math:`\beta = 1` and without perceptual loss it is the negative evidence lower bound, up to a constant, of a
-    decoder with noise of variance 1/2. Codes are posterior means. With `incremental` closed dimensions enter neither term.
+    with d pixel values per image. The squared error is summed over pixels and the divergence over dimensions; both are averaged
+    over the batch. At :math:`\beta = 1` and without perceptual loss this is the negative evidence lower bound, up to a
+    constant, of a decoder with noise of variance 1/2. Codes are posterior means. With `incremental`, neither term includes
+    closed dimensions.
 
     References:
         | Auto-Encoding Variational Bayes (Kingma & Welling, 2014)
@@ -101,7 +102,7 @@ class VariationalObjective(ImageObjective):
         return kl_divergence(*self.encoder.moments(examples)).sum(1)
 
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
-        """The loss, in nats an image at the noise scale above, and its parts; `kl` in nats over all dimensions."""
+        """The loss, in nats per image at the noise scale above, and its parts; `kl` in nats over all dimensions."""
         images = batch["images"]
         mean, log_variance = self.encoder.moments(images)
         noise = torch.randn(mean.shape, generator=step.generator).to(mean)

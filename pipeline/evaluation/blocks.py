@@ -1,4 +1,4 @@
-"""Streams of examples in blocks: passes that can be repeated, blocks of another length, and the examples of a split."""
+"""Streams of examples in blocks: repeatable passes, blocks of another length, and the examples of a split."""
 
 from __future__ import annotations
 

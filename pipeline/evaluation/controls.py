@@ -1,7 +1,7 @@
 """Controls of the Parzen score: training images, and their k-means centroids, taken as samples.
 
 The score can be gamed: centroids of the training set beat true samples (Theis, van den Oord and Bethge, A Note on the
-Evaluation of Generative Models, 2016). A model's score means something beside these two, at the same number of samples only.
+Evaluation of Generative Models, 2016). Compare a model's score with these two, at the same number of samples.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["kmeans_centroids", "training_samples"]
 def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:
     """A random choice of rows without replacement, streamed, as samples.
 
-    Each row gets a random key in order of the stream; the rows with the smallest keys are chosen. So the choice depends on the
-    seed and the order of rows only, not on where blocks end, and a larger count contains a smaller one. It takes two passes;
-    memory holds `count` keys and a block.
+    Each row gets a random key in order of the stream; the rows with the smallest keys are chosen. So the choice depends only on
+    the seed and the order of rows, not on where blocks end, and a larger choice contains every smaller one. Memory holds
+    `count` keys and one block; the rows are read twice.
 
     Arguments:
         blocks: Gives a pass over blocks of training rows, in an order that is always the same.
-        count: Number of rows to choose; all are taken where there are fewer.
+        count: Number of rows to choose; all if there are fewer.
         seed: Seed of the keys.
 
     Returns:
@@ -64,8 +64,8 @@ def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:
 def kmeans_centroids(blocks: Blocks, count: int, seed: int, batch_size: int = 4096, epochs: int = 10) -> NDArray[np.float32]:
     """Centroids of mini-batch k-means, started at a random choice of training rows.
 
-    Memory holds the centroids and a batch, which has at least `count` rows. With no more rows than centroids, each row
-    is its own centroid and the rows themselves are returned: the control is then the same as `training_samples`.
+    Memory holds the centroids and one batch of at least `count` rows. With no more rows than centroids, each row is its own
+    centroid and the rows are returned: the control is then the same as `training_samples`.
 
     Sculley, Web-Scale K-Means Clustering, 2010, as in scikit-learn
 

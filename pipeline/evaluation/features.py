@@ -1,4 +1,4 @@
-"""Networks whose features images are compared by: a small classifier of our own, VGG19, Inception. Scores of two never mix."""
+"""Networks in whose features images are compared: a small classifier, VGG19, Inception. Their scores aren't comparable."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FeatureNetwork:
     """A named map from images to feature vectors.
 
     Attributes:
-        name: Part of each score's name, so that scores of two networks are never set side by side by mistake.
+        name: Part of each score's name, so scores of two networks are never compared by mistake.
         function: Images in 0..1, float32 with shape (n, C, H, W) -> features with shape (n, F).
     """
 
@@ -59,7 +59,7 @@ class FeatureNetwork:
 
 @torch.no_grad()
 def extract_features(network: FeatureNetwork, blocks: Iterable[np.ndarray], batch_size: int = 256) -> NDArray[np.float32]:
-    """Features of a stream of images, with shape (N, F); images aren't held.
+    """Features of a stream of images, with shape (N, F); images aren't kept in memory.
 
     Arguments:
         network: The network.
@@ -91,7 +91,7 @@ def vgg19_network(weights: Mapping[str, Tensor]) -> FeatureNetwork:
 
 
 def inception_network(weights: str | Path) -> FeatureNetwork:
-    """The Inception of published FID and KID, through torchmetrics and torch-fidelity: F = 2048.
+    """The Inception network of published FID and KID, through torchmetrics and torch-fidelity: F = 2048.
 
     Arguments:
         weights: The file `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity. It is never downloaded here.
@@ -124,7 +124,7 @@ def inception_network(weights: str | Path) -> FeatureNetwork:
 class Classifier(nn.Module):
     """A small convolutional classifier, whose last hidden layer gives 128 features.
 
-    Features are divided by their root mean square over the training images: KID isn't free of scale.
+    Features are divided by their root mean square over the training images, since KID depends on their scale.
 
     Arguments:
         channels: Channels of an image.
@@ -167,7 +167,7 @@ class Classifier(nn.Module):
 
 
 def _batches(blocks: LabelledBlocks, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of one epoch, each block in an order of its own."""
+    """Batches of one epoch; each block is shuffled separately."""
     for images, labels in blocks():
         order = torch.randperm(len(images), generator=generator)
         x = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))[order]
@@ -251,7 +251,7 @@ def load_classifier(path: str | Path) -> Classifier:
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """What all rows of a data set are compared with.
+    """The reference that all rows of a data set are compared with.
 
     Attributes:
         network: The network that the features are of.
@@ -281,7 +281,7 @@ def _train_classifier(settings: QualitySettings, reader: ShardReader) -> Classif
 
 
 def _network(settings: QualitySettings, folder: Path) -> FeatureNetwork:
-    """The network of the settings; the classifier's weights are in the folder, those of others in a file of their own."""
+    """The network of the settings. The classifier's weights are in the folder, those of other networks in a separate file."""
     if settings.network == "inception":
         return inception_network(settings.weights or "")
     if settings.network == "vgg19":
@@ -292,7 +292,7 @@ def _network(settings: QualitySettings, folder: Path) -> FeatureNetwork:
 
 
 def _features_identity(settings: QualitySettings | None, reader: ShardReader) -> dict[str, Any]:
-    """What decides the features of a data set: its images, the network, and how the classifier is trained."""
+    """Everything that determines the features of a data set: its images, the network, and how the classifier is trained."""
     if settings is None:
         return {"data": reader.index.digest, "network": None}
     keys = ("network", "weights", "classifier_examples", "classifier_epochs", "seed")
@@ -300,18 +300,18 @@ def _features_identity(settings: QualitySettings | None, reader: ShardReader) ->
 
 
 def write_features(folder: Path, settings: QualitySettings | None, reader: ShardReader) -> tuple[int, int] | None:
-    """Writes what all rows of a data set share: the classifier where it is the network, and features of all test images.
+    """Writes what all rows of a data set share: features of all test images and, if used, the classifier.
 
     Arguments:
-        folder: Where to.
-        settings: Which network, and where its weights come from; None leaves a folder that says so.
+        folder: The folder to write.
+        settings: Which network, and where its weights come from; None writes a folder without features.
         reader: Shards of the data set; the classifier is trained on its labelled training images.
 
     Returns:
         The shape (N, F) of the features, or None.
 
     Raises:
-        DataError: When there are no labels for the classifier, or no weights where they should be.
+        DataError: When there are no labels for the classifier, or the weights are missing.
     """
     settings = settings if reader.index.kind == "images" else None
     shape: tuple[int, int] | None = None

@@ -59,7 +59,7 @@ def interpolate(first: Tensor, last: Tensor, weights: Sequence[float] = WEIGHTS)
 def draw_pairs(labels: ArrayLike, count: int, same: bool, seed: int) -> NDArray[np.int64]:
     """Random pairs of distinct examples, of the same label or of different ones.
 
-    The first of each pair is drawn uniformly, the second among those that fit it.
+    The first of each pair is drawn uniformly, the second uniformly among its possible partners.
 
     Arguments:
         labels: Label of each example with shape (N,); in section 4.2.2 the domain.
@@ -80,7 +80,7 @@ def draw_pairs(labels: ArrayLike, count: int, same: bool, seed: int) -> NDArray[
         True
     """
     values = np.asarray(labels)
-    order = np.argsort(values, kind="stable")  # examples of one label lie side by side
+    order = np.argsort(values, kind="stable")  # puts examples of one label next to each other
     names, starts, counts = np.unique(values[order], return_index=True, return_counts=True)
     enough = counts > 1 if same else len(values) - counts > 0
     group = np.searchsorted(names, values)
@@ -93,11 +93,11 @@ def draw_pairs(labels: ArrayLike, count: int, same: bool, seed: int) -> NDArray[
     place = np.empty(len(values), dtype=np.int64)
     place[order] = np.arange(len(values))
     if same:
-        # One of the other length - 1 places of the group: skip the place of the first.
+        # One of the other length - 1 positions in the group: skip the first example's position.
         step = generator.integers(1, length)
         second = start + (place[first] - start + step) % length
     else:
-        # One of the places outside the group, which begin where it ends, round the circle.
+        # One of the positions outside the group; they start where it ends and wrap around.
         step = generator.integers(0, len(values) - length)
         second = (start + length + step) % len(values)
     return np.stack([first, order[second]], axis=1).astype(np.int64)
@@ -113,8 +113,8 @@ class InterpolationCurve:
         standard_error: Standard error of the mean over pairs, with shape (A,).
         lower: First quartile over pairs, with shape (A,).
         upper: Third quartile over pairs, with shape (A,).
-        fall: Mean of the two ends minus the mean of what lies in 0.4 <= a <= 0.6, over pairs. It compares between
-            encoders, whose codes have different units, and the likelihoods don't.
+        fall: Mean at the two ends minus the mean over 0.4 <= a <= 0.6, over pairs. Unlike the likelihoods, it is comparable
+            across encoders, whose codes have different units.
         pairs: Number of pairs.
     """
 
@@ -186,7 +186,7 @@ def interpolated_images(
 def labelled_codes(codes: CodeReader) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
     """The first test codes with shape (N, D), and their labels with shape (N,).
 
-    No labels are given where pairs can't be told apart by them: all are equal, or no two are.
+    Labels are None if they can't distinguish pairs: all are equal, or no two are.
     """
     blocks = list(codes.blocks("test", INTERPOLATED))
     values = np.concatenate([block["codes"] for block in blocks])
@@ -207,7 +207,7 @@ def interpolation_curves(
     Arguments:
         density: A density with likelihood.
         codes: Test codes with shape (N, D).
-        labels: Their labels with shape (N,); without them there is one curve, `any`.
+        labels: Their labels with shape (N,); without labels there is one curve, `any`.
         settings: Number and seed of the pairs.
     """
     device = density.shift.device
@@ -233,7 +233,7 @@ def interpolation_pairs(
         labels: Their labels with shape (N,), or None.
         names: Names of the labels.
         seed: Seed of the draw.
-        pairs: Pairs of a kind.
+        pairs: Pairs per kind.
 
     Returns:
         What each pair is, and its two indices.
@@ -252,6 +252,6 @@ def interpolation_pairs(
         shown += [("same label", pair) for pair in draw_pairs(labels, pairs, True, seed)]
     across = draw_pairs(labels, pairs, False, seed)
     if len(present) == 2:
-        # The first domain at the left throughout.
+        # The first domain is always on the left.
         across = np.stack([pair if labels[pair[0]] == present[0] else pair[::-1] for pair in across])
     return [*shown, *(("across" if len(present) == 2 else "different labels", pair) for pair in across)]

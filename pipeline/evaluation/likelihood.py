@@ -16,8 +16,8 @@ from pipeline.system.ranks import Ranks
 
 __all__ = ["log_likelihood", "score_codes", "test_log_likelihood"]
 
-FEWEST_GROUPS = 5  # below that, a standard error over groups says nothing
-SCORED_AT_ONCE = 8192  # codes, between two lines of progress
+FEWEST_GROUPS = 5  # with fewer, a standard error over groups is meaningless
+SCORED_AT_ONCE = 8192  # codes between two progress messages
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def score_codes(density: Density, blocks: Iterable[np.ndarray]) -> Iterator[np.n
 
 
 def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks | None = None) -> Mean:
-    """Mean log-likelihood of codes in nats, with its standard error; a rank scores its share of the blocks."""
+    """Mean log-likelihood of codes in nats, with its standard error; each rank scores its share of the blocks."""
     moments = Moments()
     mine = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)
     for values in score_codes(density, mine):
@@ -49,8 +49,8 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
         density: The density.
         codes: The codes.
         ranks: This process among its peers.
-        by_group: Whether labels name groups that aren't independent, such as the image of a patch: then the standard error
-            over groups is given too, where there are at least five.
+        by_group: Whether labels name groups of dependent examples, such as the patches of one image. If there are at least
+            five groups, the standard error over groups is given too.
     """
     mine = GroupedMoments()
     with Progress(codes.index.count("test"), "scoring test codes", unit="codes", quiet=not ranks.first) as progress:

@@ -1,4 +1,4 @@
-"""Means and standard errors, over examples and over groups of examples, of streams that needn't fit in memory."""
+"""Means and standard errors of streams that needn't fit in memory, over examples and over groups of examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Mean(NamedTuple):
 
     Attributes:
         mean: The mean.
-        standard_error: Sample standard deviation / sqrt(count); NaN where there are fewer than two values.
+        standard_error: Sample standard deviation / sqrt(count); NaN for fewer than two values.
         number: Number of values.
     """
 
@@ -32,7 +32,7 @@ class Moments:
 
     .. math:: M_{ab} = M_a + M_b + (\mu_b - \mu_a)^2 \frac{n_a n_b}{n_a + n_b}
 
-    with M the sum of squared deviations. Unlike a sum of squares it doesn't cancel.
+    where M is the sum of squared deviations. Unlike a sum of squares, it doesn't suffer from cancellation.
 
     Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979
 
@@ -72,7 +72,7 @@ class Moments:
 
     @property
     def standard_deviation(self) -> float:
-        """Sample standard deviation, with n - 1 below."""
+        """Sample standard deviation, with the divisor n - 1."""
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
 
     def result(self) -> Mean:

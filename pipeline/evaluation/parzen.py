@@ -21,18 +21,18 @@ from pipeline.evaluation.moments import Moments
 
 __all__ = ["Blocks", "ParzenScore", "ParzenSums", "chunk_sums", "log_likelihoods", "merge", "score"]
 
-POINT_BYTES = 256 * 2**20  # points held in memory; beyond that the samples are read once more for every so many points
+POINT_BYTES = 256 * 2**20  # points in memory; the samples are read once for each such chunk of points
 POINT_TILE, SAMPLE_TILE = 512, 2048  # a tile of distances fits in the cache of a core
-# exp of less than about -87 is a denormal float32, ten times as slow; a term of e^-80 of the largest is lost in rounding.
+# exp(x) for x < -87 is a denormal float32, ten times as slow. A term of e^-80 times the largest is lost in rounding anyway.
 SMALLEST_EXPONENT = -80.0
 
 
 @dataclass(frozen=True)
 class ParzenSums:
-    """What one share of the samples adds to the window estimate of each point. Shares of several ranks merge by `merge`.
+    """Contribution of one share of the samples to the window estimate of each point. `merge` joins the shares of several ranks.
 
     Attributes:
-        log_sums: log sum_j exp(-||x - s_j||^2 / (2 h^2)), float64, with shape (H, N); -inf where the share is empty.
+        log_sums: log sum_j exp(-||x - s_j||^2 / (2 h^2)), float64, with shape (H, N); -inf if the share is empty.
         samples: Number of samples in the share.
         dimensions: Length d of a point.
         bandwidths: Bandwidths h, H of them.
@@ -101,7 +101,7 @@ def _half_squares(rows: Tensor) -> Tensor:
 def _tile_log_sums(
     points: Tensor, points_half: Tensor, samples: Tensor, samples_half: Tensor, bandwidths: Sequence[float]
 ) -> NDArray[np.float64]:
-    """One tile of log sum_j exp(-||x_i - s_j||^2 / (2 h^2)), with shape (H, n); norms are halves of squares."""
+    """One tile of log sum_j exp(-||x_i - s_j||^2 / (2 h^2)), with shape (H, n); norms are half the squared norms."""
     # exponent = -||x - s||^2 / 2 = x.s - ||s||^2 / 2 - ||x||^2 / 2; rounding can make it positive where x = s.
     exponent = torch.addmm(samples_half, points, samples.T, beta=-1)  # (n, m)
     exponent.sub_(points_half[:, None]).clamp_(max=0)
@@ -136,10 +136,10 @@ def _add_block(
 
 @contextlib.contextmanager
 def _mapper(device: str) -> Iterator[Callable[..., Iterable[object]]]:
-    """`map` over the cores, each with a tile of its own.
+    """`map` over the cores, one tile per core.
 
-    Threads within each of the many small operations would wait for one another: on a busy machine that is ten times as slow. It
-    also makes the result independent of the number of threads.
+    Threads within each of the many small operations would wait for one another, which is ten times as slow on a busy machine.
+    One tile per core also makes the result independent of the number of threads.
     """
     threads = torch.get_num_threads() if device == "cpu" else 1
     if threads == 1:
@@ -154,10 +154,10 @@ def _mapper(device: str) -> Iterator[Callable[..., Iterable[object]]]:
 
 @torch.no_grad()
 def chunk_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], device: str = "cpu") -> Iterator[ParzenSums]:
-    """The sums of kernels over one share of the samples, for several bandwidths at once, one chunk of points after another.
+    """The sums of kernels over one share of the samples, for several bandwidths at once, chunk by chunk of points.
 
-    Distances are float32, through ||x||^2 + ||s||^2 - 2 x.s of centred vectors, clamped at 0; a tile of exponentials is taken
-    relative to its largest term, and tiles are added in float64. Memory holds 256 MiB of points and one block of samples.
+    Distances are float32, from ||x||^2 + ||s||^2 - 2 x.s of centred vectors, clamped at 0. The exponentials of a tile are
+    relative to its largest term; tiles are added in float64. Memory holds 256 MiB of points and one block of samples.
 
     Arguments:
         points: Gives a pass over blocks of points, each with shape (n, d) or (n, C, H, W).
@@ -178,7 +178,7 @@ def chunk_sums(points: Blocks, samples: Blocks, bandwidths: Sequence[float], dev
         if dimensions and chunk.shape[1] != dimensions:
             raise DataError(f"Parzen score: points have {chunk.shape[1]} dimensions where {dimensions} were expected")
         dimensions = chunk.shape[1]
-        # Distances don't change when all is shifted, and rounding errors shrink with the norms.
+        # A shift leaves distances unchanged, and rounding errors shrink with the norms.
         centre = chunk.double().mean(0).float() if centre is None else centre
         chunk = chunk.sub_(centre).to(device)
         half = _half_squares(chunk)
@@ -226,7 +226,7 @@ def log_likelihoods(points: Blocks, samples: Blocks, bandwidths: Sequence[float]
 
 @dataclass(frozen=True)
 class ParzenScore:
-    """A Parzen-window score. Scores of different numbers of samples can't be compared.
+    """A Parzen-window score. Scores at different numbers of samples aren't comparable.
 
     Attributes:
         bandwidth: The bandwidth chosen on the validation points.
@@ -238,7 +238,7 @@ class ParzenScore:
         samples: Number of samples.
         valid_points: Number of validation points.
         test_points: Number of test points.
-        at_edge: Whether the chosen bandwidth is the first or last of the grid, so that the grid is too narrow.
+        at_edge: Whether the chosen bandwidth is the first or last of the grid, which is then too narrow.
     """
 
     bandwidth: float
@@ -263,12 +263,12 @@ def score(
 ) -> ParzenScore:
     """Chooses the bandwidth on the validation points and scores the test points with it.
 
-    Memory grows neither with the number of points nor with that of samples: of a chunk of points the moments are kept.
+    Memory is independent of the numbers of points and samples: only the moments of each chunk of points are kept.
 
     Arguments:
         valid: Gives a pass over blocks of validation points, each with shape (n, d) or (n, C, H, W).
         test: Gives a pass over blocks of test points.
-        samples: Gives a pass over blocks of samples, of this rank's share where there are several.
+        samples: Gives a pass over blocks of samples: those of this rank's share.
         bandwidths: The grid, in ascending order.
         device: Where distances are computed.
         gather: Gives the sums of all ranks' shares, from this rank's.

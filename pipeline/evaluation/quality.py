@@ -27,8 +27,8 @@ def kid(real: Features, samples: Features, subsets: int = 10, subset_examples: i
 
     .. math:: \mathrm{MMD}^2_u, \quad k(x, y) = (x^T y / F + 1)^3
 
-    The estimate is unbiased, so that sets of other sizes compare and it can be negative. Subsets are disjoint, so that they are
-    independent and the standard error is one; the usual standard deviation over overlapping subsets isn't.
+    The estimate is unbiased: it is comparable across set sizes, and it can be negative. The subsets are disjoint and therefore
+    independent, so the standard error is valid. The usual standard deviation over overlapping subsets is not one.
 
     Binkowski et al., Demystifying MMD GANs, 2018, with torchmetrics's kernel
 
@@ -55,7 +55,7 @@ def kid(real: Features, samples: Features, subsets: int = 10, subset_examples: i
 
 
 class _PassThrough(torch.nn.Module):
-    """Stands where torchmetrics expects a network: features go in and come out."""
+    """Takes the place of torchmetrics's network: returns the features that it gets."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def fid(real: Features, samples: Features) -> float:
 
     .. math:: \|\mu_r - \mu_s\|^2 + \mathrm{Tr}(\Sigma_r + \Sigma_s - 2 (\Sigma_r \Sigma_s)^{1/2})
 
-    It is biased upwards, the more the fewer the images: values at other numbers of images don't compare.
+    It is biased upwards, more so for fewer images: values at different numbers of images aren't comparable.
 
     Heusel et al., GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, 2017, in torchmetrics
 
@@ -91,12 +91,12 @@ def fid(real: Features, samples: Features) -> float:
 
 @dataclass(frozen=True)
 class Manifolds:
-    """How samples and real images lie among each other. Errors are those of a mean over samples or real images, all else fixed.
+    """How samples and real images overlap. Standard errors are those of a mean over samples or real images, all else fixed.
 
     Attributes:
         precision: Share of samples within the k-th neighbour's distance of some real image.
         recall: Share of real images within the k-th neighbour's distance of some sample.
-        density: Number of real images' balls that a sample lies in, over k; 1 where the two agree, and it may exceed 1.
+        density: Number of real images' balls that contain a sample, over k; 1 if the two distributions agree; it may exceed 1.
         coverage: Share of real images whose ball holds a sample.
     """
 
@@ -125,14 +125,14 @@ def _radii(x: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
 
 
 def manifolds(real: Features, samples: Features, neighbours: int = 3, density_neighbours: int = 5) -> Manifolds:
-    """Precision, recall, density and coverage, in memory of 1024 rows of distances.
+    """Precision, recall, density and coverage; memory holds 1024 rows of distances.
 
     Kynkaanniemi et al., Improved Precision and Recall Metric for Assessing Generative Models, 2019 (k = 3)
     Naeem et al., Reliable Fidelity and Diversity Metrics for Generative Models, 2020 (k = 5)
 
     Arguments:
         real: Features of real images with shape (n, F).
-        samples: Features of samples with shape (m, F); recall is fair at m = n only.
+        samples: Features of samples with shape (m, F); recall is fair only at m = n.
         neighbours: k of precision and recall.
         density_neighbours: k of density and coverage.
 
@@ -151,7 +151,7 @@ def manifolds(real: Features, samples: Features, neighbours: int = 3, density_ne
         raise DataError(
             f"precision and recall: {len(real)} real images and {len(samples)} samples are too few for {most} neighbours"
         )
-    # Shifted, so that distances lose no digits to a large common mean.
+    # Shifted: otherwise distances lose digits to a large common mean.
     shift = real.mean(axis=0, dtype=np.float64)
     x, y = (torch.from_numpy(np.asarray(f, dtype=np.float64) - shift) for f in (real, samples))
     real_radii, density_radii = _radii(x, (neighbours, density_neighbours))
@@ -188,7 +188,7 @@ class QualityScore:
     samples: int
 
     def metrics(self) -> dict[str, float]:
-        """Flat metrics, each name beginning with the network's, since scores of two networks don't compare."""
+        """Flat metrics, each name starting with the network's, since scores of two networks aren't comparable."""
         values = {"kid": self.kid.mean, "kid_se": self.kid.standard_error, "fid": self.fid}
         for name in ("precision", "recall", "density", "coverage"):
             result: Mean = getattr(self.manifolds, name)
@@ -200,7 +200,7 @@ class QualityScore:
 def score(network: str, real: Features, samples: Features, seed: int = 0, neighbours: int = 3) -> QualityScore:
     """All scores of samples at once.
 
-    Precision, recall, density and coverage are taken at equal numbers, the first of the longer set; KID and FID use all.
+    Precision, recall, density and coverage use equal numbers, the first of the longer set; KID and FID use all.
 
     Arguments:
         network: Name of the feature network.
@@ -240,7 +240,7 @@ def nearest(queries: NDArray[np.floating], blocks: Iterable[np.ndarray]) -> tupl
         if rows.shape[1] != x.shape[1]:
             raise DataError(f"nearest images: {rows.shape[1]} pixels where the samples have {x.shape[1]}")
         index = torch.cdist(x, rows).argmin(1)
-        squares = (x - rows[index]).double().square().mean(1)  # exact for the one that is kept
+        squares = (x - rows[index]).double().square().mean(1)  # exact for the nearest one
         closer = squares < best
         best[closer] = squares[closer]
         found[closer.numpy()] = rows[index[closer]].numpy().reshape(-1, *queries.shape[1:])

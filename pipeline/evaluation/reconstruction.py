@@ -1,4 +1,4 @@
-"""How well images are reconstructed: squared error, PSNR and SSIM, and the error with the first k latent dimensions only."""
+"""How well images are reconstructed: squared error, PSNR, SSIM, and the error with only the first k latent dimensions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.evaluation.moments import Moments
 
 __all__ = ["OpenDimensions", "PrincipalComponents", "ReconstructionScore", "open_dimension_errors", "opened", "psnr", "ssim"]
 
-SMALLEST_MSE = 1e-10  # below the error of a perfect float32 copy; caps the PSNR of one image at 100 dB
+SMALLEST_MSE = 1e-10  # below the rounding error of a float32 copy; limits the PSNR of one image to 100 dB
 SSIM_WINDOW = 11  # pixels
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
@@ -33,12 +33,12 @@ def psnr(mse: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ssim(images: NDArray[np.float32], reconstructions: NDArray[np.float32]) -> NDArray[np.float64]:
-    r"""Structural similarity of each pair, in -1..1, mean over channels and over all windows that lie within the image.
+    r"""Structural similarity of each pair, in -1..1: mean over channels and over all windows within the image.
 
     .. math:: \frac{2 \mu_x \mu_y + c_1}{\mu_x^2 + \mu_y^2 + c_1}
             \cdot \frac{2 \sigma_{xy} + c_2}{\sigma_x^2 + \sigma_y^2 + c_2}
 
-    with c_1 = 0.01^2, c_2 = 0.03^2 and moments under a Gaussian window of 11 by 11 pixels, sigma 1.5.
+    where c_1 = 0.01^2, c_2 = 0.03^2, and moments are under a Gaussian window of 11 by 11 pixels, sigma 1.5.
 
     Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004
 
@@ -47,7 +47,7 @@ def ssim(images: NDArray[np.float32], reconstructions: NDArray[np.float32]) -> N
         reconstructions: Their reconstructions, with the same shape.
 
     Returns:
-        One value an image, with shape (n,).
+        One value per image, with shape (n,).
     """
     offsets = torch.arange(SSIM_WINDOW, dtype=torch.float32) - SSIM_WINDOW // 2
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
@@ -69,10 +69,10 @@ def ssim(images: NDArray[np.float32], reconstructions: NDArray[np.float32]) -> N
 
 @dataclass
 class ReconstructionScore:
-    """Streaming scores of reconstructions, in float64. Pixels lie in 0..1, whatever the range a network works in.
+    """Streaming scores of reconstructions, in float64. Pixels are in 0..1, whatever the network's range.
 
     Attributes:
-        mse: Squared error, mean over pixels; one value an image.
+        mse: Squared error, mean over pixels; one value per image.
         psnr: Peak signal-to-noise ratio of each image, in dB; its mean is over images.
         ssim: Structural similarity of each image; empty for vectors and for images smaller than 11 pixels.
         pixels: Values in an image, C H W.
@@ -127,7 +127,7 @@ class ReconstructionScore:
 
 @dataclass
 class OpenDimensions:
-    """Squared error against the number k of open dimensions, the others being set to zero.
+    """Squared error against the number k of open dimensions; the others are zero.
 
     Attributes:
         ks: Numbers of open dimensions, ascending.
@@ -143,7 +143,7 @@ class OpenDimensions:
 
     @property
     def squared_error(self) -> NDArray[np.float64]:
-        """Squared error an image, summed over its pixels, with shape (len(ks),)."""
+        """Squared error per image, summed over its pixels, with shape (len(ks),)."""
         return self.total / self.images
 
     @property
@@ -161,7 +161,7 @@ class OpenDimensions:
 
 
 def opened(latent_dim: int) -> tuple[int, ...]:
-    """Numbers of open dimensions to score: all up to 32, and a dozen at equal ratios beyond.
+    """Numbers of open dimensions to score: all if there are up to 32, otherwise a dozen at equal ratios.
 
     Example:
         >>> opened(4), len(opened(200)), opened(200)[-3:]
@@ -211,8 +211,8 @@ class PrincipalComponents:
 
     .. math:: e_k(x) = \| x - \mu \|^2 - \sum_{i \le k} \langle v_i, x - \mu \rangle^2
 
-    Components are found in one pass, in memory of some thousand images (Ross et al., Incremental Learning for Robust Visual
-    Tracking, 2008, as in scikit-learn).
+    Components are computed in one pass; memory holds about a thousand images (Ross et al., Incremental Learning for Robust
+    Visual Tracking, 2008, as in scikit-learn).
 
     Arguments:
         components: Number of components D.
@@ -230,11 +230,11 @@ class PrincipalComponents:
         self.directions: NDArray[np.float64] = np.empty((0, 0))
 
     def fit(self, blocks: Blocks) -> PrincipalComponents:
-        """Finds mean and directions from blocks of images, each with shape (n, ...)."""
+        """Computes mean and directions from blocks of images, each with shape (n, ...)."""
         from sklearn.decomposition import IncrementalPCA  # takes over a second to import
 
         model = IncrementalPCA(self.components)
-        # Large batches lose less of what lies beyond the first components; a last batch smaller than D is refused.
+        # Large batches lose less beyond the first components; scikit-learn refuses a last batch smaller than D.
         for batch in rebatch(blocks(), max(10 * self.components, 1000)):
             if len(batch) >= self.components:
                 model.partial_fit(batch.reshape(len(batch), -1).astype(np.float64))

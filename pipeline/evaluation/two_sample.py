@@ -1,4 +1,4 @@
-"""How far two sets of vectors differ, where there is no likelihood to go by: MMD, and the share within a box."""
+"""How much two sets of vectors differ, for densities without likelihood: MMD, and the share within a box."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pipeline.system.streams import stream
 
 __all__ = ["RELATIVE_BANDWIDTHS", "grid_scores", "median_distance", "mmd_squared", "share_in_box"]
 
-RELATIVE_BANDWIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the median distance: fine structure counts as coarse does
+RELATIVE_BANDWIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the median distance: fine and coarse structure count equally
 TILE = 1024
-COMPARED = 5_000  # samples, and as many test points, whose discrepancy is taken: all pairs count
+COMPARED = 5_000  # samples, and as many test points, in the discrepancy: its cost grows with their square
 SMALLEST_EXPONENT = -80.0
 
 
@@ -47,15 +47,15 @@ def mmd_squared(x: NDArray[np.floating], y: NDArray[np.floating], bandwidths: Se
     .. math:: \mathrm{MMD}^2_u = \frac{\sum_{i \ne j} k(x_i, x_j)}{n (n-1)} + \frac{\sum_{i \ne j} k(y_i, y_j)}{m (m-1)}
         - \frac{2 \sum_{i,j} k(x_i, y_j)}{n m}
 
-    It is 0 on average where the two sets follow one distribution, so it can be negative.
+    It is 0 on average if the two sets follow one distribution, so it can be negative.
 
     Gretton et al., A Kernel Two-Sample Test, 2012
 
     Arguments:
         x: Points of the reference, with shape (n, D).
         y: Samples with shape (m, D).
-        bandwidths: Standard deviations of the kernels in the units of the points; `RELATIVE_BANDWIDTHS` times the median
-            distance within x where none are given.
+        bandwidths: Standard deviations of the kernels in the units of the points; by default `RELATIVE_BANDWIDTHS` times
+            the median distance within x.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -95,7 +95,7 @@ def share_in_box(points: NDArray[np.floating], lower: ArrayLike, upper: ArrayLik
 
 
 def grid_scores(samples: np.ndarray, test: np.ndarray, half_length: float) -> dict[str, float]:
-    """Scores of samples of the grid density, whose truth is known.
+    """Scores of samples of the grid density, whose true density is known.
 
     Arguments:
         samples: Samples with shape (n, 2).
@@ -103,8 +103,8 @@ def grid_scores(samples: np.ndarray, test: np.ndarray, half_length: float) -> di
         half_length: Half the length of a bar.
 
     Returns:
-        The truth's own test log-likelihood in nats; the share of samples in the dropped box, where it has no mass, with its
-        standard error; and the squared maximum mean discrepancy of samples and test points.
+        The test log-likelihood of the true density in nats; the share of samples in the dropped box, where it has no mass, with
+        its standard error; and the squared maximum mean discrepancy of samples and test points.
     """
     low, high = np.array(DROPPED_BOX).T
     share = share_in_box(samples, low, high)

@@ -1,9 +1,9 @@
-"""Settings: params.yaml -> typed, frozen dataclasses that check themselves.
+"""Settings: params.yaml -> typed, frozen dataclasses that check their values.
 
-A table of params.yaml holds rows; a row becomes one dataclass. `build` makes it from the mapping, `rows` has the common keys of
-each table, `params` the tables as a whole. The keys of one source, objective or density family are in the file of its name, as
-a class `Settings` that extends the common one. Unknown keys, wrong types and impossible values are refused with the row and the
-key named.
+A table of params.yaml holds rows; each row becomes a dataclass. `build` makes it from the mapping, `rows` has the common keys
+of each table, `params` the tables as a whole. The keys of one source, objective or density family are in the file of its name,
+as a class `Settings` that extends the common one. Unknown keys, wrong types and impossible values are rejected; the error names
+the row and the key.
 """
 
 from pipeline.settings.build import Checked, build, check_that, file_setting, flatten, named_files

@@ -1,4 +1,4 @@
-"""A mapping, as read from YAML, -> a frozen dataclass that checks itself."""
+"""A mapping, as read from YAML -> a frozen dataclass that checks its values."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MAX_COUNT = 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """Base of all settings, so that each class of several bases checks its own values in `__post_init__`."""
+    """Base of all settings: with several bases, each class checks its own values in `__post_init__`."""
 
     def __post_init__(self) -> None:
-        """Checks values; a subclass calls this first."""
+        """Checks the values; a subclass calls this first."""
         for key, value in vars(self).items():
-            # Products of two such numbers still fit into 64 bits; what is too large for the memory is told by the allocation.
+            # Products of two such numbers still fit into 64 bits; an allocation reports what is too large for the memory.
             if type(value) is int and "seed" not in key:
                 check_that(abs(value) <= MAX_COUNT, key, f"must be at most {MAX_COUNT}")
 
 
 def check_that(condition: bool, key: str, message: str) -> None:
-    """Refuses a value from a dataclass's `__post_init__`.
+    """Rejects a value, from a dataclass's `__post_init__`.
 
     Raises:
         SettingsError: When the condition doesn't hold; `build` puts the row's name before the key.
@@ -44,18 +44,18 @@ def check_that(condition: bool, key: str, message: str) -> None:
 
 
 def file_setting(default: str | None = None) -> Any:
-    """A field of settings whose value is the path of a file, which therefore decides a result by its content.
+    """A field of settings whose value is the path of a file, whose content affects results.
 
     Arguments:
-        default: The value of a row that leaves the key out.
+        default: The value if a row omits the key.
     """
     return dataclasses.field(default=default, metadata={"file": True})
 
 
 def named_files(settings: Any) -> dict[str, Path]:
-    """The files that a row names, by key, with the keys of nested settings dotted.
+    """The files that a row names, by key; keys of nested settings are dotted.
 
-    A value that is no file, such as `imagenet`, is left out: it says by itself what is meant.
+    Values that aren't files, such as `imagenet`, are left out: their meaning is fixed.
 
     Arguments:
         settings: A dataclass of settings, with fields made by `file_setting`.
@@ -84,7 +84,7 @@ def _describe(kind: Any) -> str:
 
 
 def shorten(value: object) -> str:
-    """A value as messages show it: never long, whatever a file holds."""
+    """A value as messages show it, shortened."""
     return reprlib.repr(value)
 
 
@@ -138,12 +138,12 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a mapping, with every key known and every value of its declared type.
+    """A dataclass from a mapping; every key must be known and every value of its declared type.
 
     Arguments:
         cls: The dataclass.
         values: The mapping, as read from YAML.
-        where: What to call it in messages, for example `densities.digits-iae-lde`.
+        where: Its name in messages, for example `densities.digits-iae-lde`.
 
     Raises:
         SettingsError: Naming `where` and the key.

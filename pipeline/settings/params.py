@@ -36,7 +36,7 @@ TABLES = ("datasets", "controls", "autoencoders", "densities", "sampling", "eval
 
 
 def choices(package: str) -> list[str]:
-    """The choices that a package offers: the names of its files, without importing any."""
+    """The choices that a package offers: the names of its files; none is imported."""
     spec = importlib.util.find_spec(package)
     folder = Path(typing.cast(str, typing.cast(Any, spec).origin)).parent
     return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
@@ -62,7 +62,7 @@ def implementation(package: str, name: str, where: str) -> types.ModuleType:
 
 
 def _resolved_once(resolve: Callable[..., T]) -> Callable[..., T]:
-    """Keeps what a method of `Params` made of a row; an error is raised again each time, with the name of who asks."""
+    """Caches a method of `Params` by row. Errors are raised again each time, with the name of the asking row."""
 
     @functools.wraps(resolve)
     def resolved(self: Params, name: str, *arguments: str) -> T:
@@ -93,7 +93,7 @@ class Params:
                 hint = f"did you mean '{close[0]}'?" if close else "known tables: " + ", ".join(TABLES)
                 raise SettingsError(f"{name}: unknown table; {hint}")
             if not isinstance(table, Mapping):
-                hint = f"; write '{name}: {{}}' where there are none" if table is None else ""
+                hint = f"; write '{name}: {{}}' if it has no rows" if table is None else ""
                 raise SettingsError(f"{name}: expected a table, got {'nothing' if table is None else shorten(table)}{hint}")
             for key in _all_keys(table):
                 if key in FORBIDDEN_KEYS:
@@ -182,7 +182,7 @@ class Params:
         return build(EvaluationSettings, self._row("evaluations", dataset, asked_by), f"evaluations.{dataset}")
 
     def problems(self) -> Iterator[str]:
-        """One line for each thing that is wrong, over all rows."""
+        """One line per problem, over all rows."""
         checks: list[Callable[[], object]] = [self.sampling]
         checks += [partial(self.dataset, n) for n in self.rows("datasets")]
         checks += [partial(self._check_evaluation, n) for n in self.rows("evaluations")]
@@ -214,7 +214,7 @@ class Params:
 
 
 def _all_keys(table: Mapping[str, Any]) -> Iterator[str]:
-    """Keys at any depth, each mapping and list visited once, even where YAML's aliases repeat it or put it into itself."""
+    """Keys at any depth. Each mapping and list is visited once, even if YAML's aliases repeat it or put it into itself."""
     waiting: list[Any] = [table]
     seen: set[int] = set()
     while waiting:

@@ -1,4 +1,4 @@
-"""The common keys of each table of params.yaml; the file of a choice extends those of its row by its own."""
+"""The common keys of each table of params.yaml; the file of a choice extends them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class DatasetSettings(Checked):
 
     Attributes:
         source: Name of the module in `pipeline/sources` that reads the raw files.
-        root: Where the raw files lie; for a packaged set, its source module.
-        split_seed: Seed of the split and of whatever the source draws at random.
-        shard_examples: Examples in a shard at most.
-        label: What a label is called in figures; no key of the row.
-        drawn_as: What figures draw a vector as: `points` of its first two numbers, those of the `grid` density, or image
-            `patches`; no key of the row.
+        root: Path of the raw files; for a packaged set, its source module.
+        split_seed: Seed of the split and of the source's other random draws.
+        shard_examples: Examples per shard, at most.
+        label: Name of a label in figures; not a key of the row.
+        drawn_as: How figures draw a vector: as `points` of its first two numbers, as points of the `grid` density, or as
+            image `patches`; not a key of the row.
     """
 
     source: str
@@ -45,24 +45,24 @@ class DatasetSettings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_that(bool(self.root.strip()), "root", "is empty; write the path of the raw files")
-        check_that(not self.root.startswith("~"), "root", "DVC doesn't expand '~'; write the whole path of your home folder")
+        check_that(not self.root.startswith("~"), "root", "DVC doesn't expand '~'; write the full path of your home folder")
         check_that("\0" not in self.root, "root", "no path holds a null character")
         check_that(self.shard_examples >= 1, "shard_examples", "must be at least 1")
         check_that(self.split_seed >= 0, "split_seed", "must be 0 or more")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of an example: (C, H, W) for an image, (D,) for a vector; (0,) where only the file can tell."""
+        """Shape of an example: (C, H, W) for an image, (D,) for a vector; (0,) if only the file determines it."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(Checked):
-    """How a network is trained: what autoencoders and densities have in common.
+    """How a network is trained: common to autoencoders and densities.
 
     Attributes:
         epochs: Passes over the training examples.
-        batch_size: Examples in a step, over all ranks together.
+        batch_size: Examples per step, over all ranks together.
         learning_rate: The highest learning rate.
         betas: Adam's decay rates; (0.5, 0.999) in the paper's supplement, section A.
         weight_decay: Decoupled weight decay, in units of the learning rate; 0 is plain Adam.
@@ -71,11 +71,11 @@ class TrainingSettings(Checked):
         milestones: Epochs at which the schedule `steps` halves the learning rate.
         warm_up: Share of all steps over which `cosine` rises.
         gradient_clip: Largest norm of the gradient; 0 switches clipping off.
-        ema_decay: Decay of the exponential moving average of the weights that is kept in the end; 0 keeps the last weights.
-        precision: `float32`, or `bfloat16` for mixed precision, which is slow where the processor has no such instructions.
-        checkpoint_minutes: Minutes between two checkpoints; one is also written whenever an epoch ends after it.
-        sync_batch_norm: Whether batch norm takes its statistics over all processes; alone it changes nothing.
-        shuffle_examples: Examples held in memory for shuffling, in a window of whole shards that is drawn from at random.
+        ema_decay: Decay of the exponential moving average of the weights, which is the result; 0 keeps the last weights.
+        precision: `float32`, or `bfloat16` for mixed precision, which is slow on processors without such instructions.
+        checkpoint_minutes: Minutes between checkpoints.
+        sync_batch_norm: Whether batch norm takes its statistics over all processes; no effect with one process.
+        shuffle_examples: Size of the shuffle window in memory, in examples; it consists of whole shards.
         seed: Seed of initial weights, order of examples and noise.
     """
 
@@ -115,7 +115,7 @@ class AutoencoderSettings(Checked):
     """Common keys of a row of `autoencoders`; a module of `pipeline/autoencoders` extends them.
 
     Attributes:
-        dataset: Row of `datasets` that it is trained on.
+        dataset: Row of `datasets` to train on.
         objective: Name of the module in `pipeline/autoencoders`: `ae`, `identity`, ..
     """
 
@@ -123,13 +123,13 @@ class AutoencoderSettings(Checked):
     objective: str
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuses a data set that the objective can't take; by default it takes any.
+        """Rejects a data set that the objective doesn't support; by default, all are supported.
 
         Arguments:
-            shape: Shape of an example, (C, H, W) for images, (D,) for vectors, (0,) where only the file can tell.
+            shape: Shape of an example, (C, H, W) for images, (D,) for vectors, (0,) if only the file determines it.
 
         Raises:
-            SettingsError: When it can't.
+            SettingsError: When it isn't supported.
         """
 
 
@@ -138,26 +138,26 @@ class DensitySettings(TrainingSettings):
     """Common keys of a row of `densities`; a module of `pipeline/densities` extends them.
 
     Attributes:
-        codes: Row of `autoencoders` whose codes it is fitted on.
+        codes: Row of `autoencoders` whose codes to fit.
         dataset: Data set of those codes (named again, since DVC can't look it up; checked for agreement).
         family: Density family: `lde`, `gmm`, `maf`, ..
         standardise: `dimension` shifts and scales each code dimension to mean 0 and variance 1 over the training codes,
-            `scalar` uses one mean and one scale for all, `none` nothing; `cholesky` takes from each dimension its linear
-            prediction from those before it, L^-1 (z - mean) with the covariance L L^T, which suits strongly correlated codes
-            such as pixels. The log-determinant is added back in every likelihood.
-        shrinkage: Whether `cholesky` shrinks the correlations towards 0, by as much as Ledoit and Wolf's estimate asks for. It
-            is for few codes, of which there may be fewer than dimensions.
-        transform: A monotone map of each column before that, fitted to training codes, for skewed or heavy-tailed columns:
+            `scalar` uses one mean and one scale for all, `none` changes nothing. `cholesky` subtracts from each dimension its
+            linear prediction from the preceding ones, L^-1 (z - mean) with the covariance L L^T, which suits strongly
+            correlated codes such as pixels. The log-determinant is added back in every likelihood.
+        shrinkage: Whether `cholesky` shrinks the correlations towards 0, by Ledoit and Wolf's estimate. Use it for few codes,
+            even fewer than dimensions.
+        transform: A monotone map of each column before standardising, fitted to training codes, for skewed or long tails:
             `none`; `log` of positive columns; `asinh`, a logarithm in both tails; `power`, that of Yeo and Johnson; `quantile`,
-            a spline to the quantiles of a Gaussian. Its log-determinant is added back too.
-        optimizer: `adamw`, or `muon` for steps of orthogonalised momentum, of decay 0.95, on the weights between hidden layers
-            of an `lde`, and AdamW's on the others; deep networks learn as much in a fraction of the steps.
-        muon_rate: Muon's learning rate, as a multiple of AdamW's; the weights that it moves decay as many times as fast.
-        max_minutes: Minutes of fitting after which it ends, best epoch kept; 0 for no limit. With a limit the result depends
-            on the speed of the machine. `gmm` reads the clock between two numbers of Gaussians.
-        patience: Validations without a new best after which fitting ends with its epoch; 0 for no end.
-        validate_steps: Steps between two validations within an epoch, besides those at its end; 0 for none.
-        shuffle_examples: Codes held in memory for shuffling, in a window of whole files that is drawn from at random.
+            a spline to the quantiles of a Gaussian. Its log-determinant is also added back.
+        optimizer: `adamw`, or `muon`: orthogonalised momentum with decay 0.95 for the weights between hidden layers of an
+            `lde`, AdamW for the others. Deep networks then need a fraction of the steps.
+        muon_rate: Muon's learning rate, as a multiple of AdamW's; the decay of its weights is multiplied too.
+        max_minutes: Time limit of fitting, in minutes; the best epoch is kept. 0 for no limit. With a limit, the result
+            depends on the machine's speed. `gmm` checks the time after each number of Gaussians.
+        patience: Validations without a new best until fitting ends, at the end of an epoch; 0 for no such end.
+        validate_steps: Steps between validations within an epoch, in addition to those at its end; 0 for none.
+        shuffle_examples: Size of the shuffle window in memory, in codes; it consists of whole files.
     """
 
     codes: str
@@ -192,7 +192,7 @@ class SamplingSettings(Checked):
     Attributes:
         count: Samples drawn from each density.
         seed: Seed of the draws.
-        shard_examples: Samples in a shard at most.
+        shard_examples: Samples per shard, at most.
         rounding: `none`, or `8-bit` to round decoded pixels to 256 levels as the paper's authors do.
     """
 
@@ -213,12 +213,12 @@ class ParzenSettings(Checked):
     """Protocol of the Parzen-window score.
 
     Attributes:
-        protocol: Name of the protocol, shown beside each score.
+        protocol: Name of the protocol, shown with each score.
         bandwidth_start: First bandwidth of the grid, in units of the pixel range 0..1.
         bandwidth_stop: Last bandwidth of the grid.
         bandwidth_count: Number of bandwidths.
         spacing: `linear` or `log`.
-        validation_count: Validation examples used for the search, the first of the split; 0 takes all.
+        validation_count: Validation examples for the search, the first of the split; 0 takes all.
     """
 
     protocol: str = "gmmn"
@@ -251,16 +251,15 @@ class ParzenSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySettings(Checked):
-    """How samples of images are compared with test images in the features of a network.
+    """How samples are compared with test images in the features of a network.
 
     Attributes:
         network: `classifier`: a small one, trained on the labelled training images; `vgg19`: up to relu3_1; `inception`: that
-            of published scores. Scores of two networks don't compare.
-        weights: Where the weights come from: a file, or `imagenet` for torchvision's official VGG19, downloaded once; null for
-            the classifier.
-        samples: Samples compared, at most, the first drawn.
+            of published scores. Scores of two networks aren't comparable.
+        weights: The weights: a file, or `imagenet` for torchvision's official VGG19, downloaded once; null for the classifier.
+        samples: Samples to compare, at most: the first drawn.
         neighbours: k of precision and recall.
-        classifier_examples: Training images that the classifier is trained on, at most, the first of the split.
+        classifier_examples: Training images for the classifier, at most: the first of the split.
         classifier_epochs: Passes over them.
         seed: Seed of the classifier and of the subsets of KID.
     """
@@ -324,17 +323,16 @@ class EvaluationSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlSettings(Checked):
-    """A row of `controls`: what a data set's own images score where samples and reconstructions of a model do.
+    """A row of `controls`: scores of a data set's own images, to compare with those of a model's samples and reconstructions.
 
     Attributes:
         dataset: Row of `datasets`, of images.
         seed: Seed of the choice of training images and of k-means.
-        kmeans_centroids: Number of centroids; 0 takes as many as there are samples of the models. A data set with no more
-            training images than that needs fewer, since each image would be its own centroid; their score then has an n of its
-            own.
-        kmeans_batch_size: Images in a step of mini-batch k-means.
+        kmeans_centroids: Number of centroids; 0 takes as many as the models have samples. A data set with no more training
+            images than that needs fewer, since each image would be its own centroid; their score then has a different n.
+        kmeans_batch_size: Images per step of mini-batch k-means.
         kmeans_epochs: Passes over the training images.
-        pca_components: Numbers of a code up to which principal components are reconstructed from, beside the autoencoders'
+        pca_components: Number of principal components up to which PCA reconstructions are scored, next to the autoencoders'
             open dimensions; 0 for none.
     """
 

@@ -1,11 +1,11 @@
-"""BSDS300 (Martin et al. 2001): 8x8 grey patches of natural images, in the two splits that are in use (section 4.1.2).
+"""BSDS300 (Martin et al. 2001): 8x8 grey patches of natural images, in the two published splits (section 4.1.2).
 
 `rnade` draws patches from the images: 180 of the 200 training images to train, the other 20 to validate, the 100 test images
-to test. Patch i of a split lies in image i modulo their number; its position and noise follow from seed, split and i, so the
-patches of a split are fixed, and none is held in memory. The shards hold the patches: `train_count` is to be so large that
-an epoch or a few use them up, which comes to fresh patches throughout; a row with another seed has others.
+to test. Patch i of a split is from image i modulo their number. Its position and noise depend only on seed, split and i, so
+the patches of a split are fixed, and none is kept in memory. The shards hold the patches: choose `train_count` so large that
+training takes one or a few epochs, which amounts to fresh patches throughout. Another seed gives other patches.
 
-`maf` reads the patches that Papamakarios et al. (2017) prepared, from BSDS300.hdf5. Scores of the two don't compare.
+`maf` reads the patches that Papamakarios et al. (2017) prepared, from BSDS300.hdf5. Scores of the two aren't comparable.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["DrawnPatches", "PreparedPatches", "Settings", "open_source"]
 ARCHIVE, FOLDER, TABLE = "BSDS300-images.tgz", "BSDS300", "BSDS300.hdf5"
 TABLE_NAMES = {"train": "train", "valid": "validation", "test": "test"}
 DIM = 63
-MAX_DEFLATE = 1032  # no compressed table is larger than this many times its storage
-CACHE_BYTES = 2**20  # of h5py, for the chunks of a table
+MAX_DEFLATE = 1032  # highest possible compression ratio
+CACHE_BYTES = 2**20  # of h5py, for a table's chunks
 MAX_CHUNK_BYTES = 2**30
 
 
@@ -45,7 +45,7 @@ class Settings(DatasetSettings):
         train_count: For `rnade`: patches to train on; the paper's authors drew 2,700,000.
         valid_count: For `rnade`: patches to validate with.
         test_count: For `rnade`: patches to test with.
-        valid_images: For `rnade`: how many of the training images are kept for validation.
+        valid_images: For `rnade`: number of training images for validation.
     """
 
     split: Literal["rnade", "maf"] = "rnade"
@@ -118,7 +118,7 @@ class DrawnPatches(Source):
                 f"expected more than valid_images ({settings.valid_images}) and at least one (200 and 100 in BSDS300)"
             )
         parts = seeded_split(len(names["train"]), settings.valid_images, 0, settings.split_seed)
-        # In the order of their names, so that an image's number can be told.
+        # In the order of their names, which defines an image's number.
         self.names = {split: tuple(names["train"][i] for i in np.sort(parts[split])) for split in ("train", "valid")}
         self.names["test"] = names["test"]
         self.counts = {"train": settings.train_count, "valid": settings.valid_count, "test": settings.test_count}
@@ -146,16 +146,16 @@ def _open_tables(path: Path, stamp: tuple[int, int], process: int) -> dict[str, 
     try:
         file = h5py.File(path, "r")
         for name in TABLE_NAMES.values():
-            # Neither links nor tables whose data lie in other files are followed.
+            # Neither links nor tables with data in other files are followed.
             if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
                 raise DataError(f"{path} holds no dataset '{name}'; expected train, validation and test")
             _check_table(file[name], f"{path}: '{name}'")
-        # The cache must hold a chunk, or each read would inflate it again.
+        # The cache must hold a chunk; otherwise each read would inflate it again.
         chunk_bytes = max(_chunk_bytes(file[name]) for name in TABLE_NAMES.values())
         if chunk_bytes > CACHE_BYTES:
             file.close()
             file = h5py.File(path, "r", rdcc_nbytes=chunk_bytes)
-        tables = {name: file[name] for name in TABLE_NAMES.values()}  # kept open, since a cache belongs to an open table
+        tables = {name: file[name] for name in TABLE_NAMES.values()}  # stay open, since a cache belongs to an open table
     except DataError:
         raise
     except Exception as error:  # h5py raises whatever it came across in a broken file
@@ -175,7 +175,7 @@ def _check_table(table: Any, where: str) -> None:
 
 
 def _chunk_bytes(table: Any) -> int:
-    """Length of a chunk of a table once it's read."""
+    """Length of a table's chunk after inflating."""
     return math.prod(table.chunks) * int(table.dtype.itemsize) if table.chunks else 0
 
 

@@ -1,7 +1,7 @@
 """CelebA: 202,599 aligned faces (Liu et al. 2015, "Deep Learning Face Attributes in the Wild"), as a zip or a folder.
 
-The official split is taken where its list is there, `list_eval_partition.txt` or Kaggle's `.csv`, next to the images or inside
-their zip; else the split is drawn by seed.
+The official split is used if its list, `list_eval_partition.txt` or Kaggle's `.csv`, is next to the images or inside their
+zip; otherwise the split is drawn by seed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class Settings(SplitSettings):
     """A row of `datasets` with `source: celeba`.
 
     Attributes:
-        crop: Side of the centre square as a share of the width, so that copies of another size work; 0.79 is 140 of the
-            official 178 pixels.
+        crop: Side of the centre square as a share of the width, for copies of any size; 0.79 is 140 of the official 178 pixels.
     """
 
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
@@ -43,7 +42,7 @@ class Settings(SplitSettings):
 
 
 def _find_partition(root: Path, path: Path) -> tuple[str, bytes] | None:
-    """The list of the official split and what to call it: next to the images, below the root, or among the images."""
+    """The list of the official split and its name in messages: next to the images, below the root, or among the images."""
     folders = dict.fromkeys([path.parent, *([root, root / "Eval", path] if root.is_dir() else [])])
     for list_file in (folder / name for folder in folders for name in PARTITIONS):
         if list_file.is_file():
@@ -99,7 +98,7 @@ def open_source(settings: Settings, root: Path) -> ImageFiles:
     """The source of a row; `root` holds `img_align_celeba` or `img_align_celeba.zip`, or is one of them.
 
     Raises:
-        DataError: When the images are missing, or the list of the split doesn't fit to them.
+        DataError: When the images are missing, or the list of the split doesn't match them.
     """
     places = [f"{folder}{name}" for folder in ("", "celeba/") for name in ("img_align_celeba.zip", "img_align_celeba")]
     path = find_images(root, WANTED, places)
@@ -112,11 +111,11 @@ def download(settings: Settings, root: Path) -> None:
     """Downloads the images through torchvision into `root/celeba`.
 
     Raises:
-        DataError: When they can't be had.
+        DataError: When the download fails.
     """
     from torchvision.datasets import CelebA
 
     try:
         CelebA(str(root), download=True)
-    except Exception as error:  # gdown, network and archives each raise errors of their own
+    except Exception as error:  # gdown, network and archives each raise their own errors
         raise DataError(f"{root}: CelebA can't be downloaded ({' '.join(str(error).split())}); {WANTED}") from None

@@ -19,9 +19,9 @@ from pipeline.sources.common.source import Block, Source, check_digest, generato
 
 __all__ = ["Digits5k", "Settings", "open_source"]
 
-# SHA-256 of the table (5000, 785) of uint8, so that another release of the package can't change the data unnoticed.
+# SHA-256 of the table (5000, 785) of uint8: another release of the package can't change the data unnoticed.
 DIGEST = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
-BOUNDS = {"train": (0, 400), "valid": (400, 450), "test": (450, 500)}  # places among the 500 shuffled images of a digit
+BOUNDS = {"train": (0, 400), "valid": (400, 450), "test": (450, 500)}  # positions among the 500 shuffled images of a digit
 
 
 @dataclass(frozen=True, kw_only=True)

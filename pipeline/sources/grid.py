@@ -34,7 +34,7 @@ class Settings(DatasetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that(self.half_length >= 4, "half_length", "must be at least 4, so that the bars cross")
+        check_that(self.half_length >= 4, "half_length", "must be at least 4; otherwise the bars don't cross")
         check_that(self.train_count >= 1, "train_count", "must be at least 1")
         check_that(self.valid_count >= 1, "valid_count", "must be at least 1")
         check_that(self.test_count >= 1, "test_count", "must be at least 1")
@@ -67,7 +67,7 @@ class Grid(Source):
             across = random.choice(CENTRES, GROUP) + DEVIATION * random.standard_normal(GROUP)
             horizontal = random.random(GROUP) < 0.5
             points = np.stack([np.where(horizontal, along, across), np.where(horizontal, across, along)], axis=1)
-            # Rounded before the test, since rounding may carry a point over an edge, where the truth is zero.
+            # Rounded before the test, since rounding may move a point across an edge, where the truth is zero.
             points = points.astype(np.float32)
             kept.append(points[np.isfinite(log_density(points, self.half_length))])
         return np.concatenate(kept)[:GROUP]

@@ -1,6 +1,7 @@
-"""A person's own images: a folder or a zip of them, at any depth.
+"""Your own images: a folder or a zip of them, at any depth.
 
-Folders `train`, `val` (or `valid`, `validation`, `dev`) and `test`, at any one depth, are the split; else it is drawn by seed.
+Folders `train`, `val` (or `valid`, `validation`, `dev`) and `test`, all at one depth, are the split. Otherwise
+it is drawn by seed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def open_source(settings: Settings, root: Path) -> ImageFiles:
     Raises:
         DataError: When there are no images, or too few for an image in each split.
     """
-    path = find_images(root, "put a folder or a zip of images there, or mend the row's root")
+    path = find_images(root, "put a folder or a zip of images there, or correct the row's root")
     names = image_names(path)
     own = folder_split(path, names, settings.split_seed) if settings.split == "own" else None
     return ImageFiles(path, divide(names, settings, own), settings, settings.crop if settings.fit == "crop" else None)

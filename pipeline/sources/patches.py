@@ -1,7 +1,7 @@
 """8x8 grey patches of the two photographs that scikit-learn holds, by the preprocessing of BSDS300.
 
 Each photograph (427x640) is cut into 10 x 16 tiles of 42x40 pixels. Tile (r, c) takes turn (2 r + c) mod 5: 0, 1 and 2
-train, 3 validates, 4 tests. A patch lies within one tile, so the splits share no pixel, and each sees every part of the scene.
+train, 3 validates, 4 tests. A patch is within one tile, so the splits share no pixel, and each covers every part of the scene.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.sources.common.source import GROUP, Block, Source, check_digest, g
 
 __all__ = ["PhotoPatches", "Settings", "open_source"]
 
-# By name, the SHA-256 of the file, so that another release of the package can't change the data unnoticed.
+# By name, the SHA-256 of the file: another release of the package can't change the data unnoticed.
 PHOTOGRAPHS = {
     "china": "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
     "flower": "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",

@@ -1,6 +1,6 @@
-"""UT Zappos50K: photographs of shoes on white (Yu and Grauman 2014), as a zip or a folder with a folder for each category.
+"""UT Zappos50K: photographs of shoes on white (Yu and Grauman 2014), as a zip or a folder with one folder per category.
 
-The images are padded to a square on white, as their ground is. The test images are balanced over the categories; the label
+The images are padded to a square on white, like their background. The test images are balanced over the categories; the label
 is the category.
 """
 
@@ -27,7 +27,7 @@ class Settings(ImageSettings):
     """A row of `datasets` with `source: shoes`.
 
     Attributes:
-        valid_count: Images for validation, drawn from all that are not for the test.
+        valid_count: Images for validation, drawn from all that aren't test images.
         test_count: Images for the test, balanced over the categories; 2,000 in the paper.
     """
 
@@ -46,7 +46,7 @@ def _categories(names: tuple[str, ...], folders: tuple[str, ...], path: Path) ->
     folders_of_files = [name.split("/")[:-1] for name in names]
     depth = 0
     while all(len(f) > depth for f in folders_of_files) and len({f[depth] for f in folders_of_files}) == 1:
-        # The one folder of all files is a category where another one, without any file, stands beside it.
+        # A single folder with all files is a category if there is another folder, without files, next to it.
         shared = "/".join(folders_of_files[0][:depth])
         if sum(_is_below(folder, shared, depth) for folder in folders) > 1:
             break

@@ -30,7 +30,7 @@ class Settings(DatasetSettings):
 
     Attributes:
         fold: Fold of the labelled images, 0 to 4.
-        train_on: `unlabelled` images, as in the literature on samples, or `all` but those that validate and test.
+        train_on: `unlabelled` images, as in the literature on samples, or `all` except those for validation and test.
     """
 
     fold: int = 0
@@ -55,7 +55,7 @@ def _read_mat(path: Path, stamp: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
         found = {name: (shape, kind) for name, shape, kind in whosmat(path)}
         shape, kind = found.get("images", ((), "nothing"))
         folds_shape, _ = found.get("folds", ((), "nothing"))
-        # What is declared is looked at before anything is loaded.
+        # Check the declared shapes before loading anything.
         if len(shape) != 3 or shape[1:] != (48, 48) or kind != "uint8" or not 0 < shape[0] <= MAX_IMAGES:
             raise DataError(f"{path}: expected 'images' of uint8 with shape (N, 48, 48), found {kind} {tuple(shape)}")
         if tuple(folds_shape) != (shape[0], 5):
@@ -66,7 +66,7 @@ def _read_mat(path: Path, stamp: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
         raise
     except NotImplementedError:
         raise DataError(f"{path} has MATLAB's format 7.3; save it again with -v7") from None
-    except Exception as error:  # scipy raises whatever it came across in a broken file
+    except Exception as error:  # scipy raises errors of many types for broken files
         raise DataError(f"{path} is damaged ({' '.join(str(error).split())}); get it again") from None
     if images.shape != shape or folds.shape != (shape[0], 5) or not np.isin(folds, range(4)).all():
         raise DataError(f"{path} is damaged: 'folds' must hold 0, 1, 2 and 3; get it again")

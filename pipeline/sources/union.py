@@ -30,9 +30,9 @@ class Settings(ImageSettings):
 
     Attributes:
         sources: The source of each domain: `celeba`, `shoes` or `images`, with its default settings.
-        roots: Where the raw files of each domain lie, relative to `root`.
-        domains: Names of the domains; those of the sources where it's left out.
-        split: `own` takes the split that a domain's files bring, where they bring one; `seeded` always draws one.
+        roots: Path of the raw files of each domain, relative to `root`.
+        domains: Names of the domains; by default, those of the sources.
+        split: `own` uses the split that a domain's files include, if any; `seeded` always draws one.
     """
 
     pixel_range: tuple[float, ...] = (-1.0, 1.0)
@@ -46,7 +46,7 @@ class Settings(ImageSettings):
         super().__post_init__()
         for name in self.sources:
             check_that(name in _modules(), "sources", f"'{name}' is none of {', '.join(_modules())}")
-        check_that(len(self.sources) >= 2, "sources", "must be two at least")
+        check_that(len(self.sources) >= 2, "sources", "must be at least two")
         check_that(len(self.roots) == len(self.sources), "roots", "must name one for each of sources")
         check_that(all(root.strip() and root[0] not in "/~" for root in self.roots), "roots", "must be paths below root")
         names = self.domains or self.sources
@@ -54,7 +54,7 @@ class Settings(ImageSettings):
 
 
 class Union(Source):
-    """Sources read side by side: the order of the domains is drawn by seed, the order within each is its own.
+    """Sources read together: the order of the domains is drawn by seed, each source keeps its own order.
 
     Arguments:
         sources: The source of each domain.
@@ -89,7 +89,7 @@ class Union(Source):
             if not block.unreadable:
                 examples[places] = block.examples
                 continue
-            # Rare: which ones are missing only shows one by one.
+            # Rare: only reading one by one shows which are missing.
             for i, place in enumerate(places):
                 single = source.read(split, first + i, first + i + 1)
                 unreadable += single.unreadable

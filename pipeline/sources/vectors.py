@@ -1,4 +1,4 @@
-"""A person's own vectors, such as the codes of another model or a table: `.npy`, `.safetensors`, Parquet, `.csv` or `.tsv`.
+"""Your own vectors, such as the codes of another model or a table: `.npy`, `.safetensors`, Parquet, `.csv` or `.tsv`.
 
 The file is read in stretches and split by seed: the same shares of every 1,000 consecutive rows go to validation and test, or,
 with `groups`, whole groups of rows.
@@ -20,7 +20,7 @@ from pipeline.sources.common.tables import Table, open_table
 __all__ = ["GroupSplit", "Settings", "Vectors", "open_source"]
 
 SCAN_ROWS = 8192
-PROBE_ROWS = 20_000  # the first rows, in which values of a column that occur again are counted
+PROBE_ROWS = 20_000  # the first rows, in which repeated values of a column are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class Settings(DatasetSettings):
     Attributes:
         valid_share: Share of the rows for validation.
         test_share: Share of the rows for the test.
-        tensor: Name of the tensor in a `.safetensors` file; may be left out where there is only one.
-        columns: Names of the columns that are the dimensions, in order; all where it's left out. Columns without names are
-            called 0, 1, ..
-        labels: Name of the column that holds labels, numbers or text; none where it's left out.
+        tensor: Name of the tensor in a `.safetensors` file; may be left out if there is only one.
+        columns: Names of the columns that are the dimensions, in order; by default all. Columns without names are called
+            0, 1, ..
+        labels: Name of the column that holds labels, numbers or text; by default none.
         groups: Name of a column whose equal values belong together: rows of a group go to the same split.
         drop_constant: Leave out the columns that hold one value.
         centre: Subtract the mean of each column, in float64, before the values become float32: for timestamps and the like.
@@ -58,7 +58,7 @@ class Settings(DatasetSettings):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(0,): the file tells."""
+        """(0,): only the file determines it."""
         return (0,)
 
 
@@ -68,8 +68,8 @@ class GroupSplit:
 
     Arguments:
         groups: Group of each row, with shape (N,).
-        valid_share: Share of the rows for validation, about.
-        test_share: Share of the rows for the test, about.
+        valid_share: Approximate share of the rows for validation.
+        test_share: Approximate share of the rows for the test.
         seed: Seed of the order.
 
     Raises:
@@ -118,7 +118,7 @@ class Vectors(Source):
         settings: The row of `datasets`.
 
     Raises:
-        DataError: When the file is missing, isn't of a known kind, has the wrong type or shape, or values that are missing.
+        DataError: When the file is missing, isn't of a known kind, has the wrong type or shape, or missing values.
     """
 
     kind = "vectors"
@@ -163,7 +163,7 @@ class Vectors(Source):
         return open_table(self.path, self.tensor, self.names, self.extras)
 
     def _scan(self, table: Table, settings: Settings) -> np.ndarray:
-        """Which columns vary, with shape (D,); missing values and those that float32 can't tell apart are refused."""
+        """Which columns vary, with shape (D,); missing values and those that float32 can't distinguish are rejected."""
         total = np.zeros(len(self.columns))
         low, high = np.full(len(self.columns), np.inf), np.full(len(self.columns), -np.inf)
         wrong_count, first = 0, ""
@@ -200,11 +200,7 @@ class Vectors(Source):
             *(["each column is less its mean; reports/runs/prepare holds the means"] if settings.centre else []),
             *([f"no dimension, since they are an index: {_some(table.ignored)}"] if table.ignored else []),
             *([f"columns that hold one value {_constant_words(settings)}: {_some(names)}"] if names else []),
-            *(
-                [f"columns whose values repeat, so that no likelihood of them has a bound: {_some(repeating)}"]
-                if repeating
-                else []
-            ),
+            *([f"columns whose values repeat, for which likelihoods are unbounded: {_some(repeating)}"] if repeating else []),
         )
         return varies
 
@@ -218,11 +214,11 @@ class Vectors(Source):
             return rows if self.columns == list(range(len(table.names))) else rows[:, self.columns]
         except DataError:
             raise
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library has its own errors
             raise DataError(f"{self.path} can't be read ({' '.join(str(error).split())})") from None
 
     def read(self, split: str, start: int, stop: int) -> Block:
-        """Vectors, float32 with shape (n, D), and labels where there are any."""
+        """Vectors, float32 with shape (n, D), and labels if there are any."""
         if start >= stop:
             return Block(examples=np.empty((0, self.dim), np.float32))
         numbers, table = self.split.locate(split, start, stop), self._table()

@@ -1,7 +1,7 @@
 """Shuffled batches from parts (shards, or files of codes), the same whatever the number of loader workers.
 
-The order of an epoch is a function of (seed, epoch, rank) alone, so a resumed run reads on where the killed one stopped, with
-no state to keep. Memory is bounded by the shuffle window and the cache, not by the data set.
+The order of an epoch is a function of (seed, epoch, rank) alone, so a resumed run continues where the killed one stopped
+without any saved state. Memory is bounded by the shuffle window and the cache, not by the data set.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from pipeline.system.watchdog import stall_seconds, stalled
 
 __all__ = ["Batches"]
 
-CACHE_MIB = 512  # parts are kept in memory up to this much in all, so that small data sets are read once
+CACHE_MIB = 512  # parts are kept in memory up to this total, so small data sets are read only once
 
 
 class Batches:
     """Shuffled batches of equal length, one epoch after another.
 
     Each rank reads its share of the parts, in an order drawn for each epoch; parts are gathered into a window of at least
-    `window` examples, which is shuffled as a whole. All ranks take the same number of steps: where the parts don't divide
-    evenly, a rank that runs out starts again from its first part of the epoch.
+    `window` examples, which is shuffled as a whole. All ranks take the same number of steps: if the parts don't divide evenly,
+    a rank that runs out starts again from its first part of the epoch.
 
     Arguments:
         load: Gives the arrays of part i, each with shape (n_i, ...).
         counts: The n_i.
-        batch_size: Examples in a step, over all ranks together.
+        batch_size: Examples per step, over all ranks together.
         seed: Seed of the order.
         window: Examples that are shuffled together.
         rank, world: This process and the number of processes.
-        workers: Loader processes that read ahead; they change nothing but the time. By default the environment's
-            LOADER_WORKERS, or 0.
-        cache_mib: Memory for parts that are kept from epoch to epoch, in MiB; it changes nothing but the time. By default the
+        workers: Loader processes that read ahead; they affect only the speed. By default the environment's LOADER_WORKERS,
+            or 0.
+        cache_mib: Memory for parts that are kept from epoch to epoch, in MiB; it affects only the speed. By default the
             environment's CACHE_MIB, or 512.
 
     Raises:
-        SettingsError: When a number of the environment isn't one, or there are fewer examples than processes.
+        SettingsError: When an environment variable isn't a number, or there are fewer examples than processes.
 
     Example:
         >>> batches = Batches(lambda i: {"x": np.arange(4) + 4 * i}, [4, 4], batch_size=3, seed=0)
@@ -74,7 +74,7 @@ class Batches:
             examples = f"{total} example{'s' * (total != 1)}"
             raise SettingsError(f"{examples} can't be shared by {world} processes: set PROCESSES to {max(total, 1)} or fewer")
         self.load, self.counts, self.seed = load, list(counts), seed
-        self._starts = np.cumsum([0, *counts])  # of each part, among the examples of all
+        self._starts = np.cumsum([0, *counts])  # index of each part's first example
         self.window, self.rank, self.world = window, rank, world
         self.workers = _from_environment("LOADER_WORKERS", 0) if workers is None else workers
         self._cache_bytes = (_from_environment("CACHE_MIB", CACHE_MIB) if cache_mib is None else cache_mib) * 2**20
@@ -118,13 +118,13 @@ class Batches:
                 return
             left = permutation[stop:]
             rest = {k: v[left] for k, v in gathered.items()} if len(left) else {}
-            del gathered, pieces, part  # else they stay in memory beside the next window
+            del gathered, pieces, part  # otherwise they stay in memory with the next window
 
     def _parts(self, order: np.ndarray, by_rows: bool, wanted: int) -> Iterator[Arrays]:
         seen = 0
         while seen < wanted:
             for number, part in zip(order, self._read(order), strict=True):
-                # Row i of all parts together falls to rank i mod world, so that none is left without.
+                # Row i of all parts together goes to rank i mod world, so every rank gets rows.
                 first = (self.rank - self._starts[number]) % self.world
                 if by_rows:
                     part = {k: v[first :: self.world] for k, v in part.items()}
@@ -141,7 +141,7 @@ class Batches:
         if self.workers and missing:
             from torch.utils.data import DataLoader
 
-            # One item a part, in the order asked for: the number of workers changes nothing but the time.
+            # One item per part, in the requested order: the number of workers affects only the speed.
             loader: Iterator[Arrays] = iter(
                 DataLoader(
                     cast(Any, _Parts(self.load)),
@@ -177,7 +177,7 @@ class _Parts:
         try:
             return self.load(i)
         except PipelineError as error:
-            return error  # raised in the loader process it would come back with its traceback in its message
+            return error  # if raised in the loader process, its message would contain the traceback
 
 
 def _start_worker(parent: int, _number: int) -> None:
@@ -197,7 +197,7 @@ def _next(loader: Iterator[Any]) -> Arrays:
         if "timed out" in str(error):
             for worker in multiprocessing.active_children():
                 with contextlib.suppress(RuntimeError):  # PyTorch's, when it notices
-                    worker.kill()  # a stopped one would be waited for
+                    worker.kill()  # joining a stopped one would wait for it
                     worker.join()
             raise PipelineError(f"{stalled('a loader process', stall_seconds())}; run the stage again") from None
         raise PipelineError("a loader process was killed, probably for memory: lower LOADER_WORKERS") from None

@@ -1,9 +1,8 @@
 """Latent codes on disk: write, check, stream.
 
-`data/codes/<name>` is complete in itself: a safetensors file a shard, `{train,valid,test}-%06d.safetensors`, with "codes" (n,
-D) float32 and, where there are any, "labels" (n,) int64; an `index.json` with counts and digests; the mean and the standard
-deviation of the training codes; and `decoder.safetensors`, which turns codes back into images. Codes that are vectors to begin
-with have no decoder.
+`data/codes/<name>` is self-contained. It holds one safetensors file per shard, `{train,valid,test}-%06d.safetensors`, with
+"codes" (n, D) float32 and "labels" (n,) int64 if there are any; an `index.json` with counts, digests, and the training codes'
+mean and standard deviation; and `decoder.safetensors`, which turns codes back into images. Codes of vectors have no decoder.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ __all__ = ["ArrayCodes", "CodeIndex", "CodeReader", "VectorMoments", "write_part
 
 @dataclass(frozen=True, kw_only=True)
 class CodeIndex(PartIndex):
-    """What a folder of codes holds.
+    """Index of a folder of codes.
 
     Attributes:
         dim: Length D of a code.
         mean: Mean of the training codes, D numbers.
         std: Standard deviation of the training codes, D numbers.
-        source_digest: Digest of the shards that were encoded.
+        source_digest: Digest of the encoded shards.
         decoder_sha256: Digest of `decoder.safetensors`; null for vectors.
         value_range: Range of the decoded pixels; null for vectors.
-        label_names: Names of the labels; null where there are none.
+        label_names: Names of the labels; null if there are none.
         train, valid, test: The files of each split, in order.
     """
 
@@ -68,7 +67,7 @@ class VectorMoments:
         self._squares = np.zeros(dim)
 
     def update(self, vectors: np.ndarray) -> None:
-        """Takes in vectors with shape (n, D)."""
+        """Adds vectors with shape (n, D)."""
         n = len(vectors)
         if n == 0:
             return
@@ -82,7 +81,7 @@ class VectorMoments:
 
     @property
     def std(self) -> np.ndarray:
-        """Standard deviation (the population's, divided by n), with shape (D,)."""
+        """Population standard deviation (divisor n), with shape (D,)."""
         return np.sqrt(self._squares / max(self.count, 1))
 
 
@@ -91,10 +90,10 @@ def write_part(folder: str | Path, split: str, number: int, codes: np.ndarray, l
 
     Arguments:
         folder: An existing folder.
-        split: The split, which is the first part of the file name.
+        split: The split, the first part of the file name.
         number: Number of the file.
         codes: Codes, with shape (n, D).
-        labels: Labels, with shape (n,), or none.
+        labels: Labels, with shape (n,), or None.
 
     Raises:
         DataError: When a code isn't finite.
@@ -138,7 +137,7 @@ class CodeReader(PartReader[CodeIndex]):
 
     @property
     def decoder_path(self) -> Path | None:
-        """Where the decoder lies, its digest checked; none for vectors."""
+        """Path of the decoder, after checking its digest; None for vectors."""
         if self.index.decoder_sha256 is None:
             return None
         path = self.folder / "decoder.safetensors"
@@ -147,7 +146,7 @@ class CodeReader(PartReader[CodeIndex]):
         return path
 
     def load(self, split: str, number: int) -> Arrays:
-        """One file: "codes" with shape (n, D), and "labels" (n,) where there are any."""
+        """One file: "codes" with shape (n, D), and "labels" (n,) if there are any."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -187,7 +186,7 @@ class CodeReader(PartReader[CodeIndex]):
 
 
 class ArrayCodes(CodeReader):
-    """Codes that are in memory, with the interface of a folder of codes.
+    """Codes in memory, with the interface of a folder of codes.
 
     Arguments:
         train: Training codes, float32 with shape (N, D).

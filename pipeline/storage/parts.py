@@ -1,4 +1,4 @@
-"""What shards and codes have in common: numbered files by split, and an `index.json` with count, length and digest of each."""
+"""Common to shards and codes: numbered files by split, and an `index.json` with count, length and digest of each."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class PartIndex:
 
     @property
     def digest(self) -> str:
-        """One digest for all that the folder holds, made from those of its files."""
+        """Digest of the folder's content, made from those of its files."""
         return sha256_bytes("\n".join(self._digests()).encode())
 
     def _digests(self) -> list[str]:
         return [f"{part.name} {part.sha256}" for split in self.splits for part in self.parts(split)]
 
     def as_json(self) -> dict[str, Any]:
-        """The index as it's written to `index.json`."""
+        """The index as written to `index.json`."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         return values | {split: [vars(part) for part in self.parts(split)] for split in self.splits}
 
@@ -101,7 +101,7 @@ class PartReader(Generic[Index]):
         remedy: What to do about a damaged file; the end of every message.
 
     Raises:
-        DataError: When the index is missing or says something impossible, or a file is missing or has another length.
+        DataError: When the index is missing or inconsistent, or a file is missing or has another length.
     """
 
     index_type: type[Index]
@@ -126,20 +126,20 @@ class PartReader(Generic[Index]):
             for number, part in enumerate(self.index.parts(split)):
                 expected = part_name(split, number, self.ending)
                 if part.name != expected:
-                    raise self._error(f"{path}: {part.name[:80]!r} stands where {expected} should")
+                    raise self._error(f"{path}: expected {expected}, got {part.name[:80]!r}")
                 if part.count < 1 or part.bytes < part.count * example_bytes:
                     counts = f"{str(part.count)[:30]} examples in {str(part.bytes)[:30]} bytes"
                     raise self._error(f"{path}: {part.name} can't hold {counts}")
                 self._check_length(part)
 
-    # What a kind of files implements
+    # To be implemented for each kind of files
 
     def _impossible(self, index: Index) -> str:
-        """What is wrong with an index beyond its files, or nothing."""
+        """What is wrong with an index, apart from its files; empty if nothing is."""
         raise NotImplementedError
 
     def _example_bytes(self, index: Index) -> int:
-        """Bytes that an example takes at least."""
+        """Least number of bytes per example."""
         raise NotImplementedError
 
     def load(self, split: str, number: int) -> Arrays:
@@ -150,14 +150,14 @@ class PartReader(Generic[Index]):
         """
         raise NotImplementedError
 
-    # What they have in common
+    # Common to all kinds
 
     def counts(self, split: str) -> list[int]:
         """Number of examples in each file of a split."""
         return self.index.counts(split)
 
     def _bytes(self, part: Part) -> bytes:
-        """The content of a file, its length and digest checked."""
+        """The content of a file, after checking its length and digest."""
         self._check_length(part)
         path = self.folder / part.name
         try:

@@ -2,8 +2,8 @@
 
 A data set is a folder of tar files `{train,valid,test}-%06d.tar` and an `index.json`. Each tar holds blocks of at most 256
 examples: `000000.examples.npy` with shape (n, C, H, W) uint8 or (n, D) float32, and `000000.labels.npy` with shape (n,) int64
-where there are labels. A block a member, instead of an image a member, reads about a hundred times as fast. The index carries
-counts, shape, range and a SHA-256 digest for each shard, which is checked whenever a shard is read.
+if there are labels. One block per member, instead of one image per member, reads about a hundred times as fast. The index has
+counts, shape, range and a SHA-256 digest per shard, which is checked whenever a shard is read.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MEMBERS = ("examples", "labels", "codes")  # the arrays that a block may hold
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex(PartIndex):
-    """What a folder of shards holds.
+    """Index of a folder of shards.
 
     Attributes:
         kind: `images` (uint8, or float32 in 0..1 for decoded samples) or `vectors` (float32).
         shape: Shape of an example: (C, H, W) or (D,).
         dtype: `uint8` or `float32`.
-        value_range: What the pixels 0..255 stand for, (0, 1) or (-1, 1); null for vectors.
-        label_names: Names of the labels; null where there are no labels or no names.
+        value_range: Range that the pixels 0..255 are scaled to, (0, 1) or (-1, 1); null for vectors.
+        label_names: Names of the labels; null if there are no labels or no names.
         train, valid, test, samples: The shards of each split, in order.
     """
 
@@ -62,7 +62,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 class _Member(NamedTuple):
-    """A member of a tar file: whether it's a plain file that lies within, and where."""
+    """A member of a tar file: its position, and whether it's a plain file within it."""
 
     name: str
     plain: bool
@@ -74,9 +74,9 @@ class ShardWriter:
     """Writes the shards of one split into a folder; the same arrays give the same bytes.
 
     Arguments:
-        folder: An existing folder, best a temporary one that is renamed when all is written.
-        split: The split, which is the first part of each file name.
-        shard_examples: Examples in a shard at most.
+        folder: An existing folder, preferably a temporary one that is renamed when everything is written.
+        split: The split, the first part of each file name.
+        shard_examples: Examples per shard, at most.
         first: Number of the first shard; several writers (ranks) may each write their own.
 
     Example:
@@ -96,11 +96,11 @@ class ShardWriter:
         self._tar_count = self._tar_blocks = 0
 
     def write(self, **arrays: np.ndarray) -> None:
-        """Appends examples: `examples` and, for all or none, `labels` and `codes`, of equal length."""
+        """Appends examples: `examples`, and `labels` and `codes` in every call or in none, all of equal length."""
         count = len(arrays["examples"])
         start = 0
         while start < count:
-            # Blocks are cut at fixed places, whatever pieces the examples come in, so that the bytes are the same.
+            # Blocks are cut at fixed positions: the bytes don't depend on how the examples arrive.
             room = min(BLOCK_EXAMPLES, self.shard_examples - self._tar_count) - self._pending_count
             stop = min(start + room, count)
             self._pending.append({name: array[start:stop] for name, array in arrays.items() if array is not None})
@@ -116,7 +116,7 @@ class ShardWriter:
         if self._tar is None:
             import webdataset
 
-            # mtime: else the bytes differ in each run, and everything downstream reruns.
+            # mtime: otherwise the bytes differ in each run, and everything downstream reruns.
             self._tar = webdataset.TarWriter(str(self._path()), mtime=0, encoder=False)
         block = {name: np.concatenate([part[name] for part in self._pending]) for name in self._pending[0]}
         self._tar.write({"__key__": f"{self._tar_blocks:06d}"} | {f"{n}.npy": _npy(block[n]) for n in MEMBERS if n in block})
@@ -132,7 +132,7 @@ class ShardWriter:
         self._tar, self._tar_count, self._tar_blocks = None, 0, 0
 
     def close(self) -> None:
-        """Writes what is left. No shard is ever empty."""
+        """Writes the remaining examples. No shard is ever empty."""
         if self._pending_count:
             self._write_block()
         if self._tar is not None:
@@ -176,12 +176,12 @@ class ShardReader(PartReader[ShardIndex]):
         return math.prod(index.shape) * np.dtype(index.dtype).itemsize
 
     def load(self, split: str, number: int) -> Arrays:
-        """All examples of one shard: "examples" (n, ...), and "labels" (n,) or "codes" (n, D) where there are any."""
+        """All examples of one shard: "examples" (n, ...), and "labels" (n,) or "codes" (n, D) if there are any."""
         blocks = list(self.blocks(split, [number]))
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
     def first(self, split: str, count: int) -> Arrays:
-        """The first `count` examples of a split, or all where there are fewer."""
+        """The first `count` examples of a split, or all if there are fewer."""
         blocks: list[Arrays] = []
         for block in self.blocks(split):
             blocks.append(block)
@@ -190,7 +190,7 @@ class ShardReader(PartReader[ShardIndex]):
         return {name: np.concatenate([part[name] for part in blocks])[:count] for name in blocks[0]}
 
     def blocks(self, split: str, numbers: Iterable[int] | None = None) -> Iterator[Arrays]:
-        """The blocks of a split in order, or of some of its shards.
+        """The blocks of a split, or of some of its shards, in order.
 
         Memory holds one shard.
         """
@@ -211,7 +211,7 @@ class ShardReader(PartReader[ShardIndex]):
                 raise self._error(f"{path} doesn't hold the {shard.count} examples that its index says")
 
     def _blocks(self, path: Path, data: bytes) -> Iterator[Arrays]:
-        """The blocks of a shard. Only plain files with the names that `ShardWriter` gives are understood, only as arrays."""
+        """The blocks of a shard. Only plain files with `ShardWriter`'s names are accepted, and only as arrays."""
         block: Arrays = {}
         number = 0
         for member in self._members(path, data):
@@ -229,7 +229,7 @@ class ShardReader(PartReader[ShardIndex]):
             yield self._whole(block, path)
 
     def _members(self, path: Path, data: bytes) -> Iterator[_Member]:
-        # By offsets, uncompressed: a compressed or sparse member could claim more memory than the file has bytes.
+        # By offsets, uncompressed: a compressed or sparse member could expand to more memory than the file has bytes.
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
                 for info in tar:
@@ -255,16 +255,16 @@ class ShardReader(PartReader[ShardIndex]):
             if np.lib.format.read_magic(stream) != (1, 0):
                 raise ValueError("not version 1.0")
             header_shape, fortran, header_dtype = np.lib.format.read_array_header_1_0(stream)
-        except Exception as error:  # NumPy parses the header as Python literals, and passes on whatever that raises
+        except Exception as error:  # NumPy parses the header as Python literals, which can raise errors of many types
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise self._error(f"{path}: {name} isn't a plain .npy array ({reason})") from None
         right = header_dtype == np.dtype(dtype) and not fortran and len(header_shape) >= 1 and min(header_shape) >= 1
         right = right and (header_shape[1:] == shape if shape is not None else len(header_shape) == 2)
-        # The declared size is checked against what is there before anything is allocated.
+        # Check the declared size against the actual one before allocating anything.
         right = right and math.prod(header_shape) * header_dtype.itemsize == len(data) - stream.tell()
         if not right:
             raise self._error(f"{path}: {name} has type {header_dtype} and shape {header_shape}")
-        # A copy of its own: torch warns of arrays that can't be written to.
+        # A copy: torch warns of read-only arrays.
         array = np.frombuffer(data, header_dtype, offset=stream.tell()).reshape(header_shape).copy()
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise self._error(f"{path}: {name} aren't finite")
@@ -276,7 +276,7 @@ def scale_pixels(examples: np.ndarray, value_range: tuple[float, ...] | None) ->
 @overload
 def scale_pixels(examples: Tensor, value_range: tuple[float, ...] | None) -> Tensor: ...
 def scale_pixels(examples: Any, value_range: tuple[float, ...] | None) -> Any:
-    """Pixels as float32 in a range: x = low + (high - low) * pixel / 255 for uint8; anything else is returned as it is.
+    """Pixels as float32 in a range: x = low + (high - low) * pixel / 255 for uint8; other types are returned unchanged.
 
     Arrays and tensors give the same numbers.
 

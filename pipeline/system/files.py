@@ -21,13 +21,13 @@ from pipeline.errors import DataError
 
 __all__ = ["atomic_file", "atomic_folder", "read_json", "sha256_bytes", "sha256_file", "write_json", "write_text"]
 
-ABANDONED_SECONDS = 24 * 3600.0  # another machine's temporary file that hasn't grown for so long
-JSON_BYTES = 64 * 2**20  # no index is longer; a longer one would be read into memory for nothing
+ABANDONED_SECONDS = 24 * 3600.0  # age at which another machine's temporary file is deleted
+JSON_BYTES = 64 * 2**20  # no index is longer; don't read larger files into memory
 
 
 @functools.cache
 def _machine() -> str:
-    """Eight digits that tell apart machines, and containers of one machine: a process number means something in one only."""
+    """Eight digits that identify a machine, or a container on it: process numbers are only unique within one."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -36,7 +36,7 @@ def _machine() -> str:
 
 
 def _temporary_name(path: Path, kind: str = "") -> Path:
-    # Same folder, so that the rename stays within one file system; a dot, so that no reader's glob finds it.
+    # The same folder keeps the rename within one file system; the dot hides the file from readers' globs.
     return path.with_name(f".{path.name}{kind}.{_machine()}-{os.getpid()}.partial")
 
 
@@ -48,10 +48,10 @@ def _remove(path: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what processes that were killed while they wrote `path` left beside it."""
+    """Deletes temporary files that killed processes left next to `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         machine, _, number = left.name.split(".")[-2].partition("-")
-        with contextlib.suppress(OSError):  # it lives and is another user's, or someone else has removed it
+        with contextlib.suppress(OSError):  # it is alive and another user's, or another process has deleted it
             if machine == _machine() and number.isdecimal():
                 alive = _lives(int(number))
             else:
@@ -70,7 +70,7 @@ def _lives(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _system_errors(path: Path) -> Iterator[None]:
-    """Errors of the system that a library has wrapped, such as a full disk, as the OSError that they are."""
+    """Raises system errors that a library has wrapped, such as a full disk, as OSError."""
     try:
         yield
     except OSError:
@@ -122,7 +122,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with _system_errors(path):
             yield temporary
-            # Two renames: whoever is killed between them, or in the midst of a removal, leaves no half-filled folder behind.
+            # Two renames: a kill between them, or during the deletion, leaves no half-filled folder.
             if os.path.lexists(path):
                 os.replace(path, replaced)
             os.replace(temporary, path)
@@ -150,7 +150,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     path = Path(path)
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would block
             raise FileNotFoundError(path)
         if path.stat().st_size > JSON_BYTES:
             raise DataError(f"{path} is longer than {JSON_BYTES >> 20} MiB; run the stage that writes it again")

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines in a log."""
+"""Progress of long tasks: a bar with rate and time left on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["Progress", "track"]
 Block = TypeVar("Block", bound=Sized)
 
 LOG_SECONDS = 20.0  # between two lines of a log
-BAR_DELAY = 1.0  # work that is done sooner shows no bar
+BAR_DELAY = 1.0  # shorter tasks show no bar
 
 
 class Progress:
-    """Counts work done out of a total and shows it.
+    """Counts and shows how much of a total is done.
 
     On a terminal it's a tqdm bar with rate and time left; elsewhere a line every 20 seconds.
 
     Arguments:
-        total: How much there is to do, in `unit`.
-        label: What is being done.
-        unit: What is counted, for example "images".
-        initial: How much was done before, when resuming.
+        total: Amount of work, in `unit`.
+        label: Name of the task.
+        unit: Unit of the count, for example "images".
+        initial: Amount done before, when resuming.
         quiet: Whether to show nothing, as on every rank but the first.
-        seconds: Time after which the work ends, all done or not; what can be done by then is shown as the total.
+        seconds: Time limit; the amount that can be done by then is shown as the total.
 
     Example:
         >>> with Progress(2, "counting", unit="steps", quiet=True) as progress:
@@ -53,9 +53,9 @@ class Progress:
             )
 
     def advance(self, count: int = 1, **values: float | str) -> None:
-        """Notes `count` more done; `values` (a loss, say) stand beside the count."""
+        """Adds `count` to the amount done; `values` (for example a loss) are shown next to it."""
         worked()
-        # One process speaks for all, whose last blocks may be shorter than its own.
+        # One rank logs for all; the last blocks of the others may be shorter than its own.
         count = min(count, max(self.total - self.done, 0))
         self.done += count
         if self.quiet:
@@ -79,17 +79,17 @@ class Progress:
             )
 
     def _rate(self, now: float) -> float:
-        """What is done in a second."""
+        """Amount done per second."""
         return max(self.done - self.initial, 1) / max(now - self._start, 1e-9)
 
     def _expected(self, now: float) -> int:
-        """What will have been done at the end."""
+        """Expected amount done at the end."""
         if self.seconds == math.inf:
             return self.total
         return min(self.total, max(self.done, round(self.initial + self._rate(now) * self.seconds)))
 
     def note(self, **values: float) -> None:
-        """Prints a line of results, such as those of a validation, above the bar; nothing for work that is quick."""
+        """Prints a line of results, such as those of a validation, above the bar; nothing for short tasks."""
         if self.quiet or not values or time.monotonic() - self._logged < LOG_SECONDS:
             return
         self._logged = time.monotonic()
@@ -113,13 +113,13 @@ def _shown(value: float | str) -> str:
 
 
 def track(blocks: Iterable[Block], total: int, label: str, unit: str = "images", quiet: bool = False) -> Iterator[Block]:
-    """Yields blocks one after another and shows how many of their examples are done.
+    """Yields the blocks in order and shows how many of their examples are done.
 
     Arguments:
         blocks: The blocks.
         total: Examples of all blocks together.
-        label: What is being done with them.
-        unit: What an example is.
+        label: Name of the task.
+        unit: Name of the examples.
         quiet: Whether to show nothing.
 
     Example:

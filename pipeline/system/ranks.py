@@ -1,7 +1,7 @@
-"""Processes that work together: rank, device, and the few things they tell each other.
+"""Processes that work together: rank, device, and the values that they exchange.
 
-Under `torchrun`, which sets RANK and WORLD_SIZE, the processes join a group (gloo on CPUs, NCCL on GPUs); alone, everything
-here costs nothing.
+Under `torchrun`, which sets RANK and WORLD_SIZE, the processes join a group (gloo on CPUs, NCCL on GPUs). With one process,
+everything here costs nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.system.watchdog import Watchdog, stall_seconds, worked
 
 __all__ = ["Ranks", "batch_mean", "join", "shared_folder", "synchronise_batch_norm"]
 
-PATIENCE = datetime.timedelta(days=1)  # the first rank scores and writes alone, while the others wait; the watchdog looks on
+PATIENCE = datetime.timedelta(days=1)  # the others wait while the first rank scores and writes; the watchdog still runs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
     def mean(self, values: list[float]) -> list[float]:
@@ -52,7 +52,7 @@ class Ranks:
         return self._reduced(values, dist.ReduceOp.SUM, self.world)
 
     def greatest(self, *values: float) -> list[float]:
-        """The greatest over all ranks of each number, so that all ranks decide alike."""
+        """The greatest over all ranks of each number, for decisions that all ranks must share."""
         return self._reduced(list(values), dist.ReduceOp.MAX)
 
     def _reduced(self, values: list[float], operation: Any, divisor: int = 1) -> list[float]:
@@ -74,11 +74,11 @@ class Ranks:
         return values
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Gives each tensor the values that it has on the first rank, in place."""
+        """Copies the first rank's values of each tensor to all ranks, in place."""
         if self.world > 1:
             worked()
             for tensor in tensors:
-                dense = tensor.contiguous()  # which channels-last weights aren't
+                dense = tensor.contiguous()  # channels-last weights aren't
                 dist.broadcast(dense, src=0)
                 tensor.copy_(dense)
 
@@ -89,15 +89,15 @@ class Ranks:
             dist.barrier()
 
     def share(self, count: int) -> range:
-        """The numbers among 0..count-1 that fall to this rank."""
+        """The numbers among 0..count-1 that belong to this rank."""
         return range(self.rank, count, self.world)
 
 
 @functools.cache
 def join() -> Ranks:
-    """Joins the group that `torchrun` set up, or stands alone.
+    """Joins the group that `torchrun` set up, if any.
 
-    The device comes from the environment's DEVICE: `auto` (a GPU where there is one), `cpu`, `cuda`.
+    The device comes from the environment's DEVICE: `auto` (a GPU if there is one), `cpu`, `cuda`.
 
     Raises:
         SettingsError: When there is no such device, or STALL_MINUTES isn't a number.
@@ -125,7 +125,7 @@ def join() -> Ranks:
 
 @contextlib.contextmanager
 def shared_folder(path: str | Path, ranks: Ranks) -> Iterator[Path]:
-    """An `atomic_folder` that all ranks fill together; it stands in the place of `path` once all have left it."""
+    """An `atomic_folder` that all ranks fill together; it replaces `path` once all have left the context."""
     with contextlib.ExitStack() as stack:
         temporary = str(stack.enter_context(atomic_folder(path))) if ranks.first else ""
         yield Path(ranks.gather(temporary)[0])
@@ -153,23 +153,23 @@ class _SynchronisedVectorNorm(nn.BatchNorm1d):
     """Weights and statistics of a batch norm that `batch_mean` computes over all ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Refused in training mode: its owner normalises."""
+        """Raises an error in training mode, where its owner normalises."""
         if self.training:
             raise NotImplementedError("a batch norm over vectors is synchronised by its owner, with batch_mean")
         return super().forward(x)
 
 
 def batch_mean(norm: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, int]:
-    r"""Mean over all but the last dimension, of all ranks where the norm is synchronised, with its gradient.
+    r"""Mean over all but the last dimension, and over all ranks if the norm is synchronised, with its gradient.
 
     .. math:: \frac{\sum_r \sum_i x_{ri}}{\sum_r n_r}
 
     Arguments:
-        norm: The batch norm that the mean is for.
+        norm: The batch norm that uses the mean.
         x: The features of this rank, with shape (*, C).
 
     Returns:
-        The mean, with shape (C), and the number of vectors that it is taken over.
+        The mean, with shape (C), and the number of vectors in it.
     """
     dims = tuple(range(x.ndim - 1))
     count = x.numel() // x.shape[-1]
@@ -189,7 +189,7 @@ class _SynchronisedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised features, with the shape (B, C, H, W) of the features given."""
+        """Normalised features, with the input's shape (B, C, H, W)."""
         if not self.training:
             return super().forward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -211,7 +211,7 @@ class _SynchronisedBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Makes every batch norm take its statistics over all ranks; names of weights stay as they are."""
+    """Makes every batch norm take its statistics over all ranks; names of weights don't change."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = _SynchronisedBatchNorm

@@ -1,9 +1,9 @@
-"""Ends a run whose processes wait for one that does nothing any more.
+"""Ends a run whose processes wait for one that no longer does anything.
 
-Each process tells its peers, by way of the store that they met at (MASTER_ADDR), how often it has done something and how much
-of a processor it has used. A process that is silent for STALL_MINUTES minutes (an environment variable; 10 by default, 0 waits
-for ever), since it was stopped or its machine is gone, ends the run with its number in one line. So does the one furthest
-behind when all of them do nothing. The processes that read raw files in `prepare` are watched for as long.
+Through their common store (MASTER_ADDR), each process reports how often it has done something and how much processor time it
+has used. If a process is silent for STALL_MINUTES minutes (an environment variable; default 10, 0 waits for ever), because it
+was stopped or its machine is gone, the run ends with a one-line message that names it. If all processes do nothing, the message
+names the one furthest behind. The processes that read raw files in `prepare` are watched in the same way.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pipeline.errors import SettingsError
 __all__ = ["Watchdog", "stall_seconds", "stalled", "worked"]
 
 STALL_MINUTES = 10.0
-LONGEST_INTERVAL = 5.0  # seconds between two looks
+LONGEST_INTERVAL = 5.0  # seconds between two checks
 JOIN_SECONDS = 2.0  # for the thread to end with its process
 
 _beats = 0
 
 
 def worked() -> None:
-    """Notes that this process has done something: a step, a block of examples, a meeting with the others."""
+    """Records that this process has done something: a step, a block of examples, a synchronisation."""
     global _beats
     _beats += 1
 
@@ -49,15 +49,15 @@ def stall_seconds() -> float:
 
 
 def stalled(who: str, seconds: float) -> str:
-    """What is said of a process that does nothing."""
+    """The message about a process that does nothing."""
     return f"{who} has done nothing for {seconds / 60:.3g} minutes (STALL_MINUTES): it is stopped or waits for something"
 
 
 class Watchdog:
-    """A thread that tells the peers what this process does, and one that looks at what they tell.
+    """One thread reports what this process does; another checks the peers' reports.
 
     Arguments:
-        store: The connection to a store of torch.distributed that all peers use; no one else may use this connection.
+        store: A connection to the torch.distributed store of all peers; nothing else may use this connection.
         rank, world: This process and the number of processes.
         seconds: How long a process may do nothing.
     """
@@ -67,8 +67,8 @@ class Watchdog:
         self.interval = min(seconds / 20, LONGEST_INTERVAL)
         self._keys = [f"watchdog/{rank}" for rank in range(world)]
         self._ended = threading.Event()
-        self._told: list[str] = []  # by each rank, at the last exchange
-        self._exchanged = 0  # how often there was one
+        self._told: list[str] = []  # reports of all ranks at the last exchange
+        self._exchanged = 0  # number of exchanges
 
     def start(self) -> None:
         """Starts both threads; they end with the process."""
@@ -79,7 +79,7 @@ class Watchdog:
 
         def end() -> None:
             self._ended.set()
-            exchange.join(JOIN_SECONDS)  # a thread within the store's code must not outlive the interpreter
+            exchange.join(JOIN_SECONDS)  # a thread inside the store's code must not outlive the interpreter
 
         atexit.register(end)
 
@@ -93,21 +93,21 @@ class Watchdog:
                 self._exchanged += 1
                 self._ended.wait(self.interval)
             self.store.set(self._keys[self.rank], "")  # this one is done
-        except RuntimeError:  # the store's process has ended: whoever started it notices
+        except RuntimeError:  # the store's process has ended; its parent notices
             self._ended.set()
 
     def _look(self) -> None:
         now = time.monotonic()
-        heard = [now] * self.world  # when each rank last told something new
-        active, exchanged = now, now  # when any rank last did something, and when there was an exchange
+        heard = [now] * self.world  # time of each rank's last new report
+        active, exchanged = now, now  # time of the last activity of any rank, and of the last exchange
         before, count = [""] * self.world, 0
         while not self._ended.wait(self.interval):
             last, now = now, time.monotonic()
-            if now - last > 2 * self.interval + 1:  # this process was itself stopped, and knows nothing of the others
+            if now - last > 2 * self.interval + 1:  # this process was stopped itself and has no news of the others
                 heard, active, exchanged = [now] * self.world, now, now
             if self._exchanged == count:
                 if self.rank and now - exchanged >= self.seconds:
-                    self._end(0)  # it has the store, and doesn't answer
+                    self._end(0)  # rank 0 has the store and doesn't answer
                 continue
             exchanged, count, told = now, self._exchanged, self._told
             heard = [now if new != old or not new else at for new, old, at in zip(told, before, heard, strict=True)]
@@ -122,7 +122,7 @@ class Watchdog:
                 self._end(min(beats, key=beats.__getitem__))
 
     def _end(self, culprit: int) -> None:
-        # One process speaks, the first that can; the others follow when it is gone.
+        # The first process that can prints the message; the others end when it is gone.
         self._ended.wait(self.rank * self.interval if culprit else (self.rank - 1) * self.interval)
         name = " ".join(sys.argv[1:3])
         print(f"error: {name}: {stalled(f'process {culprit}', self.seconds)}", file=sys.stderr, flush=True)

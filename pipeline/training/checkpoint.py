@@ -1,4 +1,4 @@
-"""The resume state of a run, kept under a name made of everything that decides its result."""
+"""The resume state of a run, in a file named by everything that affects its result."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pipeline.system.files import atomic_file, sha256_file
 __all__ = ["Checkpoint", "code_digest", "identity"]
 
 PACKAGE = Path(__file__).parents[1]
-KEPT, KEPT_DAYS = 10, 14  # checkpoints of other settings of a row
+KEPT, KEPT_DAYS = 10, 14  # checkpoints of a row's other settings
 
 
 def code_digest() -> str:
-    """Digest of the library's source, so that a checkpoint of other code is never picked up."""
+    """Digest of the library's source: a checkpoint of other code is never used."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
@@ -34,11 +34,11 @@ def code_digest() -> str:
 
 
 def identity(settings: Any, data: str, world: int) -> dict[str, Any]:
-    """Everything that decides the weights of a run: settings, files that they name, data, code, number of processes.
+    """Everything that affects the weights of a run: settings, files that they name, data, code, number of processes.
 
     Arguments:
         settings: The row's settings.
-        data: Digest of the shards, or codes, that it is trained on.
+        data: Digest of the shards or codes to train on.
         world: Number of processes.
     """
     files = {key: sha256_file(path) for key, path in named_files(settings).items()}
@@ -46,14 +46,14 @@ def identity(settings: Any, data: str, world: int) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """The resume state of one run, in a file named by what the run is made of.
+    """The resume state of one run, in a file named by the digest of its identity.
 
-    A checkpoint is removed when its run is done. Those of other settings stay, since another run of the row may be using them:
-    the `KEPT` newest, for `KEPT_DAYS` days.
+    A checkpoint is deleted when its run is done. Those of other settings are kept, since another run of the row may be using
+    them: the `KEPT` newest, for `KEPT_DAYS` days.
 
     Arguments:
         folder: Folder of this stage and row.
-        identity: Settings, digests of data and code: a checkpoint is found again only if all of it is the same.
+        identity: Settings, digests of data and code: a checkpoint is used only if all of them are the same.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
@@ -65,9 +65,9 @@ class Checkpoint:
     def save(self, state: Mapping[str, Any]) -> bool:
         """Writes tensors and plain types, whole or not at all, with their digest, since PyTorch checks only part of its file.
 
-        Gives whether it could: training goes on without checkpoints where the disk is full or can't be written.
+        Returns whether it succeeded: training continues without checkpoints if the disk is full or read-only.
         """
-        # By way of memory: of a full disk PyTorch's own writer says no more than that something went wrong.
+        # Through memory: PyTorch's own writer doesn't say that the disk is full.
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         try:
@@ -92,11 +92,11 @@ class Checkpoint:
                 path.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
-        """The state, or none where there is no checkpoint of this very run; one that can't be read is removed."""
+        """The state, or None if there is no checkpoint of exactly this run; an unreadable one is deleted."""
         if not os.path.lexists(self.path):
             return None
         try:
-            if not self.path.is_file():  # a pipe would be waited for
+            if not self.path.is_file():  # reading a pipe would block
                 raise DataError("it isn't a file")
             with self.path.open("rb") as file:
                 digest, data = file.read(32), file.read()
@@ -109,13 +109,13 @@ class Checkpoint:
         return state
 
     def ignore(self, reason: str) -> None:
-        """Warns of a checkpoint that can't be used, and removes it."""
+        """Warns of an unusable checkpoint, and deletes it."""
         _warn(f"{self.path} can't be read ({reason}); starting from the beginning")
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Removes the checkpoint, once what it leads to is safely written."""
+        """Deletes the checkpoint, once the run's outputs are written."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
             self.folder.rmdir()

@@ -1,7 +1,7 @@
-"""The one loop for everything that is trained.
+"""The training loop of all models.
 
-A killed and resumed run ends with the same bits as one that never was interrupted. The order of examples, the noise and the
-learning rate are functions of the seed and the number of the step; everything else is in the checkpoint.
+A killed and resumed run ends with the same bits as an uninterrupted one. The order of examples, the noise and the learning rate
+are functions of the seed and the step; everything else is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.training.trainable import Step, Trainable, Training
 
 __all__ = ["train"]
 
-CURVE_POINTS = 200  # rows of a training curve, about
+CURVE_POINTS = 200  # approximate number of rows of a training curve
 CALM = "lower learning_rate or set gradient_clip"
 RESUMED = (
     "curve",
@@ -42,7 +42,7 @@ RESUMED = (
     "best",
     "seconds",
     "ended_by",
-)  # what a resumed run's record starts from
+)  # fields of the record that a resumed run restores
 
 
 def train(
@@ -72,14 +72,14 @@ def train(
         label: Prefix of progress messages.
         checkpoint: Where to save and look for the resume state.
         validate: Called at the end of an epoch in evaluation mode, on all ranks: numbers to keep in the curve.
-        best: Key of `validate`'s numbers whose largest value says which weights are kept; none keeps the last.
-        validate_steps: Steps between two more validations within an epoch; 0 for none.
-        extra: More columns of the curve, from where training stands.
-        max_minutes: Time after which training ends as if the epochs were over; 0 for none.
-        patience: Validations without a new best after which training ends with its epoch; 0 for no end.
+        best: Key of `validate`'s numbers whose largest value chooses the weights; None keeps the last.
+        validate_steps: Steps between further validations within an epoch; 0 for none.
+        extra: More columns of the curve, given the current step.
+        max_minutes: Time limit, after which training ends as after the last epoch; 0 for none.
+        patience: Validations without a new best until training ends, at the end of an epoch; 0 for no such end.
 
     Raises:
-        TrainingError: When a loss isn't finite, with the step and the likely cause; the last checkpoint stays.
+        TrainingError: When a loss isn't finite, with the step and the likely cause; the last checkpoint is kept.
         PipelineError: On SIGINT or SIGTERM, after a checkpoint was written.
     """
     run = _Run(model, settings, ranks, batches.steps_per_epoch, label, checkpoint, max_minutes, patience)
@@ -97,22 +97,22 @@ def train(
                 if validate_steps and run.index % validate_steps == 0:
                     run.validate(validate, best)
                 run.save_if_due(received)
-            # At the end of an epoch the validation comes first, so that a resumed run has it too.
+            # At the end of an epoch the validation comes first: a resumed run then has it too.
             run.validate(validate, best)
             run.save_if_due(received)
     return run.finish(batches.batch_size)
 
 
 class _Run:
-    """What the steps of one training run share: optimizers, averages, the record, the step, the checkpoint.
+    """State of one training run: optimizers, averages, the record, the step, the checkpoint.
 
     Arguments:
         model, settings, ranks, label, checkpoint, max_minutes, patience: As for `train`.
-        steps_per_epoch: Steps in an epoch.
+        steps_per_epoch: Steps per epoch.
 
     Attributes:
         index: Steps done.
-        record: What the run has left so far.
+        record: The record so far.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class _Run:
         self.rate = 0.0
         self.saved_step: int | None = None  # of the checkpoint
 
-    # Where training stands --------------------------------------------------------------------------------------------
+    # Progress ---------------------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
@@ -161,19 +161,19 @@ class _Run:
 
     @property
     def over(self) -> bool:
-        """Whether no step is left."""
+        """Whether all steps are done."""
         return self.index >= self.total or self.record.ended_by != "epochs" or self.out_of_patience
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether as many validations as are allowed have passed since the best."""
+        """Whether the allowed number of validations without a new best is reached."""
         best = self.record.best
         return bool(self.patience and best) and (
             sum(row["step"] > best["step"] for row in self.record.validations) >= self.patience
         )
 
     def out_of_time(self) -> bool:
-        """Notes the time; whether any rank has used up what there was, so that all stop alike."""
+        """Updates the time; whether any rank has reached the limit, which then stops all ranks."""
         self._note_time()
         if self.limit < math.inf and self.ranks.greatest(self.record.seconds / self.limit)[0] >= 1:
             self.record.ended_by = "max_minutes"
@@ -212,13 +212,13 @@ class _Run:
         self.sums, self.summed = state["sums"], int(state["summed"])
 
     def resume(self) -> None:
-        """Goes on from the checkpoint, where there is one, and joins the ranks."""
+        """Resumes from the checkpoint, if any, and synchronises the ranks."""
         state = self.checkpoint.load() if self.checkpoint is not None else None
         if self.checkpoint is not None and state is not None:
             initial = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             try:
                 self._restore(state)
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # it is whole, but not of this run
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # complete, but not of this run
                 self.checkpoint.ignore(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 self.model.load_state_dict(initial)
                 self._begin()
@@ -240,15 +240,15 @@ class _Run:
                 find_unused_parameters=len(self.model.phases) > 1,
             )
         if self.settings.precision == "bfloat16" and not has_bfloat16(device) and self.ranks.first:
-            imitated = f"this {device.type} imitates bfloat16, slowly; try precision: float32"
-            print(f"warning: {self.label}: {imitated}", file=sys.stderr)
+            emulated = f"this {device.type} emulates bfloat16, slowly; try precision: float32"
+            print(f"warning: {self.label}: {emulated}", file=sys.stderr)
         self.saved = time.monotonic()
         self.started = self.saved - self.record.seconds
         left = self.limit - self.record.seconds
         self.progress = Progress(self.total, self.label, "steps", initial=self.index, quiet=not self.ranks.first, seconds=left)
 
     def save_if_due(self, received: list[int]) -> None:
-        """Saves the state when it's time for it, and ends the run after a signal.
+        """Saves the state when it's due, and ends the run after a signal.
 
         Raises:
             PipelineError: After a signal.
@@ -263,7 +263,7 @@ class _Run:
             )
 
     def _save(self) -> None:
-        # Best weights and losses are checked, so that a checkpoint is always a good state.
+        # Best weights and losses are checked: a checkpoint is always a good state.
         written = (
             self.checkpoint is not None
             and self.ranks.first
@@ -291,8 +291,8 @@ class _Run:
         return Step(self.index, self.index / self.steps_per_epoch, self.generator)
 
     def optimise(self, step: Step, batch: dict[str, Tensor]) -> float:
-        """Takes a step in every phase and gives the loss of the first."""
-        worked()  # the batch is here; if one process doesn't get its batch, the others wait within the step
+        """Takes a step in every phase and returns the loss of the first."""
+        worked()  # the batch has arrived; if one process doesn't get its batch, the others wait within the step
         share = self.ranks.greatest(self.record.seconds / self.limit)[0] if self.limit < math.inf else None
         self.rate = learning_rate(self.settings, self.index, self.steps_per_epoch, share)
         shown = 0.0
@@ -338,7 +338,7 @@ class _Run:
     # The record -------------------------------------------------------------------------------------------------------
 
     def add_to_curve(self, step: Step, extra: Callable[[Step], dict[str, float]] | None) -> None:
-        """Counts the step's losses, and adds a row of their means to the curve when it's time for one."""
+        """Adds the step's losses, and a row of their means to the curve when it's due."""
         self.summed += 1
         if self.index % max(self.total // CURVE_POINTS, 1) and self.index != self.total:
             return
@@ -351,10 +351,10 @@ class _Run:
         self.sums, self.summed = {}, 0
 
     def validate(self, validate: Callable[[], dict[str, float]] | None, best: str | None) -> None:
-        """Validates the averaged weights, and keeps them if they are the best so far.
+        """Validates the averaged weights, and keeps a copy if they are the best so far.
 
         Raises:
-            TrainingError: When the number that decides isn't finite.
+            TrainingError: When the number to choose by isn't finite.
         """
         if validate is None:
             return
@@ -375,17 +375,17 @@ class _Run:
         self.progress.note(**values)
 
     def last_validation(self) -> dict[str, float]:
-        """Scores of the last validation, to be shown with each loss."""
+        """Scores of the last validation, to show with each loss."""
         row = self.record.validations[-1] if self.record.validations else {}
         return {name: value for name, value in row.items() if name not in ("step", "epoch")}
 
     def finish(self, batch_size: int) -> Training:
-        """Puts the best, or averaged, weights into the model of every rank, and gives the record."""
+        """Puts the best, or averaged, weights into the model of every rank, and returns the record."""
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         elif self.averages is not None:
             self.model.load_state_dict(self.averages.values)
-        # Running statistics that aren't synchronised differ between ranks; what the first one saves is what all of them score.
+        # Running statistics that aren't synchronised differ between ranks; all ranks score those that the first one saves.
         self.ranks.take_from_first(self.model.state_dict().values())
         self.model.eval()
         if self.record.ended_by == "epochs" and self.index < self.total:
@@ -421,7 +421,7 @@ class _Averages:
         self._float = [n for n, v in self.values.items() if v.is_floating_point()]
 
     def update(self, model: nn.Module, step: int) -> None:
-        # The average of few steps follows the weights closely, else the start would weigh too much.
+        # Over the first steps the average follows the weights closely; otherwise the start would weigh too much.
         decay = min(self.decay, (1 + step) / (10 + step))
         current = model.state_dict()
         torch._foreach_lerp_([self.values[n] for n in self._float], [current[n] for n in self._float], 1 - decay)
@@ -442,7 +442,7 @@ class _Averages:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the loop ends between two steps. The second one ends at once."""
+    """Collects SIGINT and SIGTERM: the loop ends between two steps. The second signal ends it at once."""
     received: list[int] = []
 
     def note(number: int, _frame: object) -> None:
@@ -452,7 +452,7 @@ def _signals() -> Iterator[list[int]]:
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: signals aren't ours
+    except ValueError:  # outside the main thread, handlers can't be set
         yield received
         return
     try:
@@ -463,8 +463,8 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _seed_global_generators(seed: int, device: torch.device) -> None:
-    # torch.manual_seed also leaves a seed, with a trace of the stack, for each kind of device that isn't in use: that took a
-    # fifth of a small step.
+    # torch.manual_seed also queues a seed, with a stack trace, for each kind of device that isn't in use, which took a fifth
+    # of a small step.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

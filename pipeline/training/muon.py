@@ -13,17 +13,17 @@ from pipeline.system.devices import has_bfloat16
 
 __all__ = ["Muon", "orthogonalised"]
 
-# Of the quintic x -> a x + b x^3 + c x^5, chosen by Jordan so that small singular values rise as fast as can be; five rounds
+# Of the quintic x -> a x + b x^3 + c x^5, chosen by Jordan to raise small singular values as fast as possible. Five rounds
 # bring most of them into [0.7, 1.2], which trains as well as 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest matrices with orthogonal rows or columns, roughly: singular vectors stay, singular values come close to 1.
+    """Roughly the nearest matrices with orthogonal rows or columns: the same singular vectors, singular values close to 1.
 
     Arguments:
-        matrices: A stack of matrices, with shape (N, A, B). What is computed on it is bfloat16 where the device has it.
+        matrices: A stack of matrices, with shape (N, A, B). The computation is in bfloat16 if the device supports it.
 
     Returns:
         Matrices of the same shape and type.
@@ -44,13 +44,13 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    r"""Muon for parameters that are matrices or stacks of them, all of one shape orthogonalised at once.
+    r"""Muon for parameters that are matrices or stacks of them; matrices of one shape are orthogonalised together.
 
     .. math:: B \leftarrow \mu B + (1 - \mu) G, \quad W \leftarrow (1 - \eta \lambda) W - 0.2 \, \eta \sqrt{\max(A, B)} \,
         \mathrm{orth}((1 - \mu) G + \mu B)
 
-    A step is about as long as one of Adam, so that learning rates are of the same size. `torch.optim.Muon` with
-    `adjust_lr_fn="match_rms_adamw"` makes the same steps, of single matrices, one after another.
+    A step is about as long as one of Adam, so learning rates are similar. `torch.optim.Muon` with
+    `adjust_lr_fn="match_rms_adamw"` takes the same steps, but only for single matrices, one after another.
 
     References:
         | Muon: An optimizer for hidden layers in neural networks (Jordan et al., 2024)
@@ -59,11 +59,10 @@ class Muon(torch.optim.Optimizer):
         | https://arxiv.org/abs/2502.16982
 
     Raises:
-        ValueError: For a parameter that is no matrix.
+        ValueError: For a parameter that isn't a matrix.
 
     Arguments:
-        parameters: Weights between hidden layers, each with shape (\*, A, B), or groups of them. Others are better off with
-            AdamW.
+        parameters: Weights between hidden layers, each with shape (\*, A, B), or groups of them. Use AdamW for others.
         lr: The learning rate :math:`\eta`.
         momentum: The decay :math:`\mu` of the mean of gradients.
         weight_decay: The decoupled weight decay :math:`\lambda`.
@@ -83,7 +82,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Moves the parameters once, by their gradients, after a call of the closure where there is one; returns its loss."""
+        """Takes one step, after a call of the closure, if any; returns its loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -19,7 +19,7 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, p
         settings: Schedule and highest learning rate.
         step: Steps done before.
         steps_per_epoch: Steps in an epoch.
-        progress: Share of the training that is done, where time and not epochs sets its end.
+        progress: Share of the training done, if time and not epochs sets its end.
 
     Example:
         >>> settings = TrainingSettings(epochs=10, learning_rate=0.4, schedule="steps", milestones=(2, 5))
@@ -32,7 +32,7 @@ def learning_rate(settings: TrainingSettings, step: int, steps_per_epoch: int, p
         total = settings.epochs * steps_per_epoch
         done = max(step / total, progress or 0.0)
         if done < settings.warm_up:
-            # Not from zero, and with fewer than 1 / w steps not above the highest rate.
+            # Not from zero, and never above the highest rate, even with fewer than 1 / w steps.
             return min(settings.learning_rate * max(done, 1 / total) / settings.warm_up, settings.learning_rate)
         return (
             settings.learning_rate

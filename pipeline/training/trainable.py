@@ -1,4 +1,4 @@
-"""What the training loop trains, where it stands, and what it leaves."""
+"""The training loop's model, current step, and record."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Step", "Trainable", "Training"]
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands when a loss is computed.
+    """The current step of training, when a loss is computed.
 
     Attributes:
         index: Steps done before this one.
-        epoch: Fractional epoch, index / steps an epoch.
-        generator: Source of all randomness of the step. It is seeded again from (seed, index, rank) at every step, so a resumed
-            run draws the same numbers with no state to keep. It lives on the CPU.
+        epoch: Fractional epoch, index / steps per epoch.
+        generator: Source of all randomness of the step, on the CPU. It is seeded from (seed, index, rank) at every step, so a
+            resumed run draws the same numbers without saved state.
     """
 
     index: int
@@ -39,40 +39,40 @@ class Trainable(nn.Module):
     muon_rate: float = 1.0
 
     def phase_parameters(self, phase: str) -> Iterable[nn.Parameter]:
-        """The parameters that the phase's optimizers move."""
+        """The parameters that the phase's optimizers update."""
         return self.parameters()
 
     def muon_parameters(self, phase: str) -> Iterable[Tensor]:
-        """Those of them that Muon moves; AdamW moves the others."""
+        """The phase's parameters that Muon updates; AdamW updates the others."""
         return ()
 
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
-        """The loss of a phase under the key "loss", and what else is to be logged, each a scalar.
+        """The loss of a phase under the key "loss", and other values to log, each a scalar.
 
         Arguments:
             phase: One of `phases`.
             batch: "images" with shape (B, C, H, W) in the range of the data set, or "codes" with shape (B, D); "labels" (B,)
-                where there are any.
-            step: Where training stands.
+                if there are any.
+            step: The current step.
         """
         raise NotImplementedError
 
 
 @dataclass
 class Training:
-    """What a training run leaves besides the weights.
+    """Record of a training run, in addition to the weights.
 
     Attributes:
         curve: Rows of the training curve: step, epoch, learning_rate, the means of the logged losses since the row before.
-        validations: A row for each validation: step, epoch, and what `validate` gave.
-        validation_seconds: When each validation ended, in seconds of the loop; apart, since the rows are the same in every run.
-        best: Step and value of the best validation, where a key was given.
+        validations: One row per validation: step, epoch, and the numbers of `validate`.
+        validation_seconds: When each validation ended, in seconds of the loop; separate, since the rows don't vary across runs.
+        best: Step and value of the best validation, if a key was given.
         steps: Steps taken in all.
         seconds: Time spent in the loop, over all pieces of a resumed run.
         examples: Examples seen.
-        resumed_at: Step of the checkpoint that this process went on from; none for a fresh start.
+        resumed_at: Step of the checkpoint that this process resumed from; None for a fresh start.
         ended_by: `epochs`, `max_minutes` or `patience`.
-        contest: Of the family `auto`, a row for each contestant: family, held-out score, seconds, weight in the result.
+        contest: For the family `auto`, one row per contestant: family, held-out score, seconds, weight in the result.
     """
 
     curve: list[dict[str, float]] = field(default_factory=list)

@@ -20,7 +20,7 @@ __all__ = ["ImageAutoencoderSettings", "ImageObjective", "Objective"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, ConvolutionOptions):
-    """Keys of every objective that trains the network of Figure 9, besides the network's own options.
+    """Keys of every objective that trains the network of Figure 9, in addition to the network's own options.
 
     Attributes:
         incremental: Opens the code dimension by dimension (section 3.4); null trains all of it from the start.
@@ -83,8 +83,8 @@ class Objective(Trainable):
 
     Attributes:
         trained: Whether there is anything to train.
-        latent_dim: Length D of the code; None where only the data can tell.
-        decoder: The network that turns codes into images; None where codes are the data themselves.
+        latent_dim: Length D of the code; None if only the data determine it.
+        decoder: The network that turns codes into images; None if codes are the data themselves.
     """
 
     trained: bool = True
@@ -115,7 +115,7 @@ class ImageObjective(Objective):
         settings: The row's settings.
         shape: Shape (C, H, W) of an image.
         value_range: Least and greatest value of a pixel, (0, 1) or (-1, 1).
-        variational: Whether the encoder gives log-variances too.
+        variational: Whether the encoder also outputs log-variances.
 
     Raises:
         SettingsError: When the images don't fit the network.
@@ -140,7 +140,7 @@ class ImageObjective(Objective):
         self.initial = torch.Generator().manual_seed(stream_seed("autoencoder weights", settings.seed))
         network = Autoencoder(settings, shape, value_range, variational=variational, generator=self.initial)
         self.encoder, self.decoder = network.encoder, network.decoder
-        # In a tuple PyTorch doesn't see it: VGG19 is no part of the weights that are trained, averaged or saved.
+        # In a tuple, PyTorch doesn't see it: VGG19 is not among the weights that are trained, averaged or saved.
         self._perceptual: tuple[PerceptualLoss, ...] = ()
         if settings.perceptual_weight > 0:
             weights = vgg19_weights(settings.perceptual_weights or "")
@@ -162,7 +162,7 @@ class ImageObjective(Objective):
         return self.latent_dim if incremental is None else incremental.open_dimensions(step.epoch, self.latent_dim)
 
     def mask(self, codes: Tensor, step: Step) -> Tensor | None:
-        """The mask of closed dimensions, or None where all are open: without `incremental`, and in evaluation mode."""
+        """The mask of closed dimensions, or None if all are open: without `incremental`, and in evaluation mode."""
         if self.settings.incremental is None or not self.training:
             return None
         return mask(self.settings.incremental, codes, step.epoch, step.generator)
@@ -175,7 +175,7 @@ class ImageObjective(Objective):
             reconstructions: Their reconstructions, with the same shape.
 
         Returns:
-            `reconstruction`; `mse`, the squared error per pixel and channel; and `perceptual`, where it has a weight.
+            `reconstruction`; `mse`, the squared error per pixel and channel; and `perceptual`, if it has a weight.
         """
         mse = nn.functional.mse_loss(reconstructions.float(), images.float())
         losses = {"reconstruction": mse, "mse": mse}

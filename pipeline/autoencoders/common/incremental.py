@@ -1,4 +1,4 @@
-"""Incremental learning of the latent vector: few dimensions first, the others as training goes on (section 3.4)."""
+"""Incremental learning of the latent vector: few dimensions at first, more as training goes on (section 3.4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class IncrementalSettings:
         warm_up_epochs: Epochs until all are open, for `linear` and `stepwise`. In the paper 96 for MNIST, 120 for TFD.
         steps: Parts in which `stepwise` opens the code.
         cut_off: Distribution of k for `nested_dropout`: `uniform` over 1..D, or `geometric`.
-        geometric_rate: Rate p of the geometric distribution, P(k) = p (1 - p)^(k-1) for k < D; what is left falls on D.
+        geometric_rate: Rate p of the geometric distribution, P(k) = p (1 - p)^(k-1) for k < D; the rest falls on D.
     """
 
     mode: Literal["linear", "stepwise", "nested_dropout"] = "linear"
@@ -82,7 +82,7 @@ def open_dimensions(epoch: float, latent_dim: int, warm_up: float, steps: int | 
 def mask(settings: IncrementalSettings, codes: Tensor, epoch: float, generator: torch.Generator) -> Tensor:
     """The mask of a batch of codes: 1 where a dimension is open, 0 where it is closed.
 
-    What is multiplied by it is zero in the closed dimensions and gets no gradient from them.
+    Masked codes are zero in the closed dimensions and get no gradient there.
 
     References:
         | Learning Ordered Representations with Nested Dropout (Rippel et al., 2014)

@@ -43,7 +43,7 @@ def image_side(blocks: int, filter_side: int) -> int:
 
 
 def filter_side(blocks: int, image_side: int) -> int | None:
-    """Filter side S for which images have the side S * 2^(N+1), None where there is none.
+    """Filter side S for which images have the side S * 2^(N+1); None if no S fits.
 
     Example:
         >>> filter_side(blocks=2, image_side=48), filter_side(blocks=2, image_side=28)
@@ -54,7 +54,7 @@ def filter_side(blocks: int, image_side: int) -> int | None:
 
 
 class _Half(nn.Module):
-    """What both halves share: options, memory format, initial weights, and their file.
+    """Base of both halves: options, memory format, initial weights, and their file.
 
     Arguments:
         options: What the network is made of.
@@ -62,8 +62,8 @@ class _Half(nn.Module):
 
     Attributes:
         filter_side: Filter side S, in pixels.
-        extras: Names of what a file says of this half beyond the options, in the metadata's words.
-        ignored: Options that concern the other half alone.
+        extras: Keys that a file's metadata hold for this half, in addition to the options.
+        ignored: Options that concern only the other half.
 
     Raises:
         SettingsError: When images of this shape don't fit the options.
@@ -101,7 +101,7 @@ class _Half(nn.Module):
         return torch.channels_last if self.options.channels_last else torch.contiguous_format
 
     def _metadata(self) -> dict[str, Any]:
-        """What tells the network's shapes, as it is saved."""
+        """The metadata that determine the network's shapes, as saved."""
         names = [f.name for f in dataclasses.fields(ConvolutionOptions) if f.name not in self.ignored]
         options = {name: getattr(self.options, name) for name in names}
         extras = {name: getattr(self, name) for name in self.extras}
@@ -109,7 +109,7 @@ class _Half(nn.Module):
 
     @classmethod
     def _built(cls, metadata: dict[str, Any]) -> Self:
-        """The network that metadata tells of."""
+        """The network that the metadata describe."""
         extras = {name: metadata.pop(name) for name in cls.extras}
         channels = metadata.pop("channels")
         options = build(ConvolutionOptions, metadata, cls.__name__)
@@ -119,7 +119,7 @@ class _Half(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes weights and settings as one safetensors file, whole or not at all; the same bytes for the same weights."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        # One key alone: safetensors writes several in an order that changes from run to run.
+        # Only one key: safetensors writes several in an order that changes from run to run.
         metadata = {"settings": json.dumps({"class": type(self).__name__, **self._metadata()}, sort_keys=True)}
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata)
@@ -138,7 +138,7 @@ class _Half(nn.Module):
             kind = metadata.pop("class")
             if kind != cls.__name__:
                 raise ValueError(f"it holds {kind}; give the other file of the pair")
-            with torch.device("meta"):  # no weights are drawn, nor memory taken, before the shapes are known to agree
+            with torch.device("meta"):  # neither draws weights nor allocates memory until the shapes are known to agree
                 network = cls._built(metadata)
             network.load_state_dict(tensors, assign=True)
             network.to(memory_format=network._memory_format)
@@ -177,7 +177,7 @@ class Encoder(_Half):
     Arguments:
         options: What the network is made of: blocks N, length D of the code, ..
         shape: Shape (C, H, W) of an image, S * 2^(N+1) pixels wide and high.
-        variational: Whether a second head gives log-variances, starting at 0.
+        variational: Whether a second head outputs log-variances, which start at 0.
         generator: Source of the initial weights; PyTorch's own when None.
 
     Example:
@@ -212,11 +212,11 @@ class Encoder(_Half):
             nn.init.zeros_(self.log_variance_head.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The codes, with shape (B, D), of images with shape (B, C, H, W); the means where the encoder is variational."""
+        """The codes, with shape (B, D), of images with shape (B, C, H, W); the means if the encoder is variational."""
         return self._read(self.head, self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the heads read, with shape (B, base_channels * 2^N, S, S)."""
+        """The heads' input, with shape (B, base_channels * 2^N, S, S)."""
         if self.training and len(images) == 1 and self.filter_side == 1 and type(self.layers[-2]) is nn.BatchNorm2d:
             raise SettingsError(f"batch_size: {ONE_VALUE}")
         features: Tensor = self.layers(images.contiguous(memory_format=self._memory_format))
@@ -225,8 +225,8 @@ class Encoder(_Half):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         r"""Mean and log-variance of the variational posterior, each with shape (B, D).
 
-        The log-variance l that the head gives is bounded as :math:`10 \tanh(l / 10)`: in the first steps nothing else keeps it
-        from growing until the noise overflows, least of all with a divergence of small weight.
+        The head's log-variance l is bounded as :math:`10 \tanh(l / 10)`. Otherwise it could grow in the first steps until the
+        noise overflows, in particular if the divergence has a small weight.
         """
         if self.log_variance_head is None:
             raise TypeError("this encoder has no log-variances: it was built with variational=False")
@@ -311,7 +311,7 @@ class Autoencoder(nn.Module):
         options: What the network is made of.
         shape: Shape (C, H, W) of an image.
         value_range: Least and greatest value of a pixel, (0, 1) or (-1, 1).
-        variational: Whether the encoder gives log-variances too.
+        variational: Whether the encoder also outputs log-variances.
         generator: Source of the initial weights; PyTorch's own when None.
 
     Raises:
@@ -337,7 +337,7 @@ class Autoencoder(nn.Module):
         if output is None:
             low, high = value_range
             raise SettingsError(f"dataset: its pixels lie in {low:g}..{high:g}; the network needs 0..1 or -1..1")
-        # A seeded generator leaves PyTorch's own where it was: layers draw weights of their own before ours.
+        # A seeded generator leaves PyTorch's own unchanged: layers draw default weights before ours.
         with torch.random.fork_rng(devices=[], enabled=generator is not None):
             self.encoder = Encoder(options, shape, variational=variational, generator=generator)
             self.decoder = Decoder(options, shape, output=output, generator=generator)

@@ -17,7 +17,7 @@ __all__ = ["PerceptualLoss", "vgg19_weights"]
 
 # torchvision's numbers of VGG19's convolutions up to relu3_1, with input and output channels.
 CONVOLUTIONS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256)}
-READ_AFTER = (0, 5, 10)  # conv1_1, conv2_1, conv3_1: the features read are their ReLUs
+READ_AFTER = (0, 5, 10)  # conv1_1, conv2_1, conv3_1: the features are their ReLUs
 POOL_BEFORE = (5, 10)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,7 +27,7 @@ def vgg19_weights(source: str) -> dict[str, Tensor]:
     """The weights of VGG19's convolutions up to relu3_1, under torchvision's names, `features.0.weight` and so on.
 
     Arguments:
-        source: A file, safetensors or a PyTorch state dict, which may hold other layers or none; or `imagenet` for
+        source: A file, safetensors or a PyTorch state dict, with or without the other layers; or `imagenet` for
             torchvision's `IMAGENET1K_V1`, downloaded once into PyTorch's cache.
 
     Raises:
@@ -47,7 +47,7 @@ def vgg19_weights(source: str) -> dict[str, Tensor]:
             tensors: Mapping[str, Tensor] = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds, and each means the same
+    except Exception as error:  # the readers raise many kinds of error, all with the same meaning
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"perceptual_weights: {path} can't be read as a state dict ({reason}); fetch it again") from None
     return _select(tensors, str(path))
@@ -62,7 +62,7 @@ def _official_weights() -> Mapping[str, Tensor]:
     except (OSError, URLError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PipelineError(
-            f"perceptual_weights: the official VGG19 weights can't be had ({reason}); download {url} on another machine and "
+            f"perceptual_weights: can't download the official VGG19 weights ({reason}); download {url} on another machine and "
             "give the file's path, or set perceptual_weight to 0"
         ) from None
 
@@ -84,8 +84,8 @@ class PerceptualLoss(nn.Module):
 
     .. math:: L(x, \hat{x}) = \frac{1}{2} \sum_l \mathrm{MSE}\left( \phi_l(x), \phi_l(\hat{x}) \right)
 
-    It is the second term of (5). Only the five convolutions up to relu3_1 are built; they are never trained, and the targets'
-    features carry no gradient. Images are turned into ImageNet-normalised RGB first, grey ones with the channel repeated.
+    This is the second term of (5). Only the five convolutions up to relu3_1 are built. They are never trained, and the targets'
+    features carry no gradient. Images are first converted to ImageNet-normalised RGB, grey ones by repeating the channel.
     The scale of the loss is the scale of the features: a weight tuned on one set of VGG19 weights doesn't carry over to
     rescaled ones.
 
@@ -151,7 +151,7 @@ class PerceptualLoss(nn.Module):
     def forward(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """The loss, a scalar in float32, between images and reconstructions, each with shape (B, C, H, W)."""
         if self.mean.device != images.device:
-            # Who holds this module keeps it out of its own parameters, so it follows the images by itself.
+            # This module isn't among its owner's parameters, so it must move to the images' device here.
             self.to(images.device)
         with torch.no_grad():
             targets = self.features(images)

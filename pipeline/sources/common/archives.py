@@ -1,7 +1,7 @@
 """Files of a folder, a zip or a gzipped tar, read by name and never unpacked to disk.
 
-Names are relative, with forward slashes, and the same for a folder and its zip. A name that is absolute or climbs out of its
-archive is refused, links are never followed, and nothing is read that declares more bytes than an image has any use for.
+Names are relative, with forward slashes, and the same for a folder and its zip. A name that is absolute or leads out of its
+archive is rejected, links are never followed, and files that declare more bytes than any image needs aren't read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Files", "FolderFiles", "TarFiles", "ZipFiles", "file_stamp", "open_f
 MAX_FILE_BYTES = 256 * 2**20
 MAX_TAR_BYTES = 2**30  # of all files together, since a tar is held in memory
 MAX_DEPTH = 100  # folders within folders
-# Read at a time, by method: a few bytes of the last two can become a thousand times as many.
+# Bytes read at a time, by method: the last two can inflate a few bytes a thousandfold.
 PIECE_BYTES = {zipfile.ZIP_STORED: 2**20, zipfile.ZIP_DEFLATED: 2**20, zipfile.ZIP_BZIP2: 4096, zipfile.ZIP_LZMA: 4096}
 MS_DOS = 0  # the system that made a member of a zip
 UTF8_NAME, ENCRYPTED = 0x800, 0x1  # flags of a member of a zip
@@ -36,7 +36,7 @@ class Files(ABC):
     Attributes:
         path: The folder or the archive.
         names: Names of all files, in order, without hidden ones (those with a part that starts with a dot, and `__MACOSX`).
-        folders: Names of all folders, in order, also of those that hold no file.
+        folders: Names of all folders, in order, including those without files.
     """
 
     path: Path
@@ -48,12 +48,12 @@ class Files(ABC):
         """The bytes of a file.
 
         Raises:
-            OSError, ValueError: When it can't be read, with the reason.
+            OSError, ValueError: When it can't be read; the message says why.
         """
 
 
 def _checked(name: str, path: Path) -> str:
-    """A file's name in its plain form, or a DataError when it leads out of the archive or lies too deep."""
+    """A file's normalised name, or a DataError when it leads out of the archive or is too deep."""
     # Backslashes are separators on some systems, where such a name would lead out.
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:[/\\]", name) or "\0" in name:
         raise DataError(f"{path} holds a member '{name[:100]}' whose path leads out of the archive; rename it, or get it again")
@@ -63,10 +63,10 @@ def _checked(name: str, path: Path) -> str:
 
 
 def _zip_names(members: list[zipfile.ZipInfo]) -> list[str]:
-    """The names of a zip's members as a folder has them.
+    """The names of a zip's members as they would be in a folder.
 
-    Names that aren't marked as UTF-8 are taken as the bytes that they are, since nothing tells their encoding. Some programs
-    on Windows write backslashes between folders, against the standard; they are told by having written no slash at all.
+    Names that aren't marked as UTF-8 are taken as bytes, since their encoding is unknown. Some Windows programs write
+    backslashes between folders, against the standard; they are recognised by zips without any slash.
     """
     dos_separators = not any("/" in member.filename for member in members)
     names = []
@@ -75,7 +75,7 @@ def _zip_names(members: list[zipfile.ZipInfo]) -> list[str]:
         marked = member.flag_bits & UTF8_NAME or not _in_cp437(name)
         raw = name.encode("utf-8", "surrogateescape") if marked else name.encode("cp437")
         if dos_separators and member.create_system == MS_DOS:
-            # Within a Japanese or Chinese character, 0x5c is no backslash: it follows a byte above 0x80.
+            # In Japanese or Chinese encodings, 0x5c after a byte above 0x80 is part of a character, not a backslash.
             raw = raw.replace(b"\\", b"/") if marked else re.sub(rb"(?<![\x81-\xfe])\\", b"/", raw)
         names.append(os.fsdecode(raw))
     return names
@@ -90,7 +90,7 @@ def _in_cp437(name: str) -> bool:
 
 
 def _words(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -99,7 +99,7 @@ def _hidden(name: str) -> bool:
 
 
 def _with_parents(names: set[str]) -> tuple[str, ...]:
-    """Folders with the folders that they lie in, in order."""
+    """Folders and their parent folders, in order."""
     every = {str(parent) for name in names for parent in (PurePosixPath(name), *PurePosixPath(name).parents)}
     return tuple(sorted(every - {".", ""}))
 
@@ -160,7 +160,7 @@ class ZipFiles(Files):
         self.path = path
         try:
             self._zip = zipfile.ZipFile(path)
-        except Exception as error:  # zipfile raises whatever it came across
+        except Exception as error:  # zipfile raises errors of many types
             raise DataError(f"{path} isn't a whole zip ({_words(error)}); get it again") from None
         self._members: dict[str, zipfile.ZipInfo] = {}
         folders: set[str] = set()
@@ -182,7 +182,7 @@ class ZipFiles(Files):
         self.folders = tuple(name for name in _with_parents(folders) if not _hidden(name))
 
     def read(self, name: str) -> bytes:
-        """The bytes of a member, its checksum tested."""
+        """The bytes of a member; its checksum is verified."""
         member = self._members[name]
         if member.file_size > MAX_FILE_BYTES:
             raise ValueError(f"its {member.file_size} bytes are more than {MAX_FILE_BYTES}")
@@ -191,21 +191,21 @@ class ZipFiles(Files):
         if member.compress_type not in PIECE_BYTES:
             method = METHODS.get(member.compress_type, f"method {member.compress_type}")
             raise ValueError(
-                f"it is compressed by {method}, which can't be read here; pack it again by deflate, the usual method"
+                f"it is compressed by {method}, which can't be read here; pack it again with deflate, the usual method"
             )
-        # In pieces, so that memory follows the length that is declared and not what the data inflate to.
+        # In pieces, so memory is bounded by the declared length, not by what the data inflate to.
         data = bytearray()
         try:
             with self._zip.open(member) as file:
                 while piece := file.read(PIECE_BYTES[member.compress_type]):
                     data += piece
-        except Exception as error:  # zipfile and its decompressors raise whatever they came across
+        except Exception as error:  # zipfile and its decompressors raise errors of many types
             raise ValueError(f"the zip's member is damaged: {_words(error)}") from None
         return bytes(data)
 
 
 class TarFiles(Files):
-    """The files of a gzipped tar, held in memory since it can only be read from its start.
+    """The files of a gzipped tar, kept in memory since it can only be read from its start.
 
     Arguments:
         path: The tar.
@@ -230,12 +230,12 @@ class TarFiles(Files):
                         raise DataError(f"{path} unpacks to more than {MAX_TAR_BYTES} bytes; get the archive again")
                     file = tar.extractfile(member)
                     self._files[name] = file.read() if file is not None else b""
-                # To the end, where the checksum of all stands: a broken header would end the list of members unnoticed.
+                # To the end, where the checksum of the whole file is: a broken header would end the list of members unnoticed.
                 while (chunk := stream.read(2**20)) and total <= MAX_TAR_BYTES:
                     total += len(chunk)
         except DataError:
             raise
-        except Exception as error:  # tarfile and gzip raise whatever they came across
+        except Exception as error:  # tarfile and gzip raise errors of many types
             raise DataError(f"{path} isn't a whole .tgz ({_words(error)}); get it again") from None
         self.names = tuple(sorted(self._files))
         self.folders = _with_parents({str(PurePosixPath(name).parent) for name in self.names})
@@ -246,7 +246,7 @@ class TarFiles(Files):
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
-    """What tells one version of a file from another, for caches: the time of its last change and its length.
+    """Identifies a version of a file, for caches: the time of its last change and its length.
 
     Raises:
         DataError: When it's gone.
@@ -264,7 +264,7 @@ def open_files(path: Path) -> Files:
     Raises:
         DataError: When it's neither, or isn't whole.
     """
-    # A process of its own file: forked processes that share one move each other's place in it.
+    # One open file per process: forked processes that share one would move each other's position in it.
     return _open_files(path, file_stamp(path), os.getpid())
 
 

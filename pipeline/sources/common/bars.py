@@ -4,7 +4,7 @@ r"""The grid density of section 4.1.1 (Figure 5): six bars that cross, of which 
     \Big( U(x_1; -L, L) \, N(x_2; b, 0.1^2) + N(x_1; b, 0.1^2) \, U(x_2; -L, L) \Big)
 
 The stretch 1.6 < x1 < 2.6 of the upper horizontal bar is dropped: nothing is drawn from the box 1.6 < x1 < 2.6,
-2.5 < x2 < 3.5, and the truth is p_0 outside of it, divided by the mass that is left. All splits are drawn from the truth.
+2.5 < x2 < 3.5, and the truth is p_0 outside of it, divided by the remaining mass. All splits are drawn from the truth.
 
 The paper writes U(-10, 10), but its "10 %" for a stretch of length 1 and its range of -5..5 fit a half length L = 5 only.
 """

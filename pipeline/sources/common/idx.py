@@ -1,6 +1,6 @@
 """MNIST's format: 70,000 grey images of 28x28 pixels in four IDX files, gzipped or not.
 
-To train on are the first images of the training file, to validate with are its last ones.
+The first images of the training file are for training, the last ones for validation.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class IdxSettings(DatasetSettings):
 
 
 def _find(root: Path, name: str, torchvision_name: str) -> Path:
-    """An IDX file, gzipped or not, in the root or where torchvision puts it."""
+    """An IDX file, gzipped or not, in the root or in torchvision's folder."""
     for folder in (root, root / torchvision_name / "raw"):
         for written in (name, name.replace("-idx", ".idx")):
             for ending in ("", ".gz"):
@@ -83,7 +83,7 @@ def _parse(file: IO[bytes], path: Path, dims: int) -> np.ndarray:
     shape = struct.unpack(f">{dims}I", header[4:])
     if shape[0] > MAX_IMAGES or (dims == 3 and shape[1:] != (28, 28)):
         raise DataError(f"{path} declares shape {shape}; expected {'(N, 28, 28)' if dims == 3 else '(N,)'}; download it again")
-    # In chunks, so that memory follows what the file holds and not what it declares.
+    # In chunks, so memory is bounded by what the file holds, not by what it declares.
     data = bytearray()
     length = int(np.prod(shape))
     while len(data) <= length and (chunk := file.read(CHUNK_BYTES)):
@@ -101,7 +101,7 @@ class IdxImages(Source):
         root: The folder.
         settings: The row of `datasets`.
         label_names: Names of the labels 0, 1, ..
-        torchvision_name: What torchvision calls the data set, and the folder that it downloads it into.
+        torchvision_name: torchvision's name for the data set, and for the folder that it downloads to.
 
     Raises:
         DataError: When a file is missing or damaged, or holds too few images.
@@ -144,11 +144,11 @@ def download_by_torchvision(root: Path, name: str) -> None:
     """Downloads the files of a data set of torchvision into `root/NAME/raw`.
 
     Raises:
-        DataError: When they can't be had.
+        DataError: When the download fails.
     """
     from torchvision import datasets
 
     try:
         getattr(datasets, name)(str(root), download=True)
-    except Exception as error:  # network, archives and files each raise errors of their own
+    except Exception as error:  # network, archives and files each raise their own errors
         raise DataError(f"{root}: {name} can't be downloaded ({' '.join(str(error).split())})") from None

@@ -55,7 +55,7 @@ FORMATS = {
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 MAX_PIXELS = 100_000_000
 WHITE = 65_535
-DARK = 16  # of 255: what 12 bits in 16 come to
+DARK = 16  # of 255: white of 12 bits in 16
 SPLIT_FOLDERS = {"train": ("train", "training"), "valid": ("valid", "val", "validation", "dev"), "test": ("test", "testing")}
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags; photometric 0 is white-is-zero
 
@@ -67,7 +67,7 @@ class ImageSettings(DatasetSettings):
     Attributes:
         image_px: Side of the square that each image becomes.
         channels: 3 for colour, 1 for grey.
-        pixel_range: What the pixels 0..255 stand for: [0, 1] or [-1, 1].
+        pixel_range: Range that the pixels 0..255 are scaled to: [0, 1] or [-1, 1].
         train_limit: Images to train on at most; 0 for all.
         valid_limit: Images to validate with at most; 0 for all.
         test_limit: Images to test with at most; 0 for all.
@@ -101,18 +101,18 @@ class ImageSettings(DatasetSettings):
 
     @property
     def value_range(self) -> tuple[float, float] | None:
-        """What the pixels 0..255 stand for."""
+        """Range that the pixels 0..255 are scaled to."""
         return self.pixel_range[0], self.pixel_range[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings(ImageSettings):
-    """Keys of sources whose files may bring a split of their own.
+    """Keys of sources whose files may include a split.
 
     Attributes:
-        split: `own` takes the split that the data bring, where they bring one; `seeded` always draws one from all images.
-        valid_share: Share of the images for validation, where it is drawn.
-        test_share: Share of the images for the test, where it is drawn.
+        split: `own` uses the split that the data include, if any; `seeded` always draws one from all images.
+        valid_share: Share of the images for validation, if it is drawn.
+        test_share: Share of the images for the test, if it is drawn.
     """
 
     split: Literal["own", "seeded"] = "own"
@@ -133,8 +133,8 @@ def decode(data: bytes, name: str = "", white_level: int = WHITE) -> Image:
 
     Arguments:
         data: The bytes of the file.
-        name: Name of the file. Only a name ending in .tga makes it one, since that format can't be told by its content.
-        white_level: Level that becomes white in 16-bit grey images whose format has no white level of its own.
+        name: Name of the file. Only the ending identifies .tga files, since that format can't be recognised by its content.
+        white_level: Level that becomes white in 16-bit grey images whose format doesn't define one.
 
     Returns:
         An image of mode RGB or L.
@@ -150,7 +150,7 @@ def decode(data: bytes, name: str = "", white_level: int = WHITE) -> Image:
             warnings.simplefilter("ignore")
             file = Image.open(io.BytesIO(data), formats=formats)
             width, height = file.size
-            # The declared size is looked at before anything is decoded.
+            # Check the declared size before decoding anything.
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
             file.load()
@@ -172,9 +172,9 @@ def decode(data: bytes, name: str = "", white_level: int = WHITE) -> Image:
             return picture
     except ValueError:
         raise
-    except UnidentifiedImageError:  # its own words name an address in memory
+    except UnidentifiedImageError:  # its own message names an address in memory
         raise ValueError(f"it is damaged or none of {', '.join(formats)}") from None
-    except Exception as error:  # broken files raise whatever the decoder came across
+    except Exception as error:  # broken files raise errors of many types
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
@@ -193,7 +193,7 @@ def _eight_bit(picture: Image, white_level: int, inverted: bool) -> Image:
 
 
 def kept_side(picture: Image, crop: float | None = None) -> int:
-    """Side in pixels of the square that `fit` resizes.
+    """Side in pixels of the square before `fit` resizes it.
 
     Arguments:
         picture: An image.
@@ -225,19 +225,19 @@ def fit(picture: Image, image_px: int, crop: float | None = None) -> Image:
 
 
 def _ending(name: str) -> str:
-    """The ending of a file name, in lower case; empty where it has none that looks like one."""
+    """The ending of a file name, in lower case; empty if there is none."""
     ending = os.path.splitext(name)[1].lower()
     return ending if 1 < len(ending) <= 12 and ending[1:].isalnum() else ""
 
 
 def _skipped(path: Path) -> dict[str, int]:
-    """Number of files of each ending that no image has, the most frequent first."""
+    """Number of files of each ending that isn't an image's, the most frequent first."""
     endings = collections.Counter(_ending(name) for name in open_files(path).names if not name.lower().endswith(ENDINGS))
     return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _no_image(path: Path, wanted: str) -> DataError:
-    """The error that names the endings which were seen."""
+    """The error for a folder or zip without images; it lists the endings of the other files."""
     seen = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in list(_skipped(path).items())[:10])
     return DataError(f"{path} holds no image ({f'but files: {seen}' if seen else 'nor any other file'}); {wanted}")
 
@@ -259,11 +259,11 @@ def find_images(root: Path, wanted: str, preferred: Sequence[str] = ()) -> Path:
 
     Arguments:
         root: A zip, a folder of images, or a folder that holds one of them.
-        wanted: What to say when it's missing: what to download, and where from.
-        preferred: Paths below the root that are taken first, when they exist.
+        wanted: What to do if it's missing: what to download, and where from.
+        preferred: Paths below the root that are tried first.
 
     Raises:
-        DataError: When it's missing, or when there are several zips or a zip beside images.
+        DataError: When it's missing, or when there are several zips, or a zip and images.
     """
     if not root.exists():
         raise DataError(f"{root} is missing; {wanted}")
@@ -282,7 +282,7 @@ def find_images(root: Path, wanted: str, preferred: Sequence[str] = ()) -> Path:
     if len(zips) > 1:
         raise DataError(f"{root} holds {zips[0].name} and {zips[1].name}; let the row's root name one of them")
     if any(name.lower().endswith(ENDINGS) for name in open_files(root).names):
-        raise DataError(f"{root} holds {zips[0].name} and images beside it; let the row's root name one of them")
+        raise DataError(f"{root} holds both {zips[0].name} and images; let the row's root name one of them")
     return zips[0]
 
 
@@ -299,11 +299,11 @@ def seeded_split(count: int, valid: int, test: int, seed: int) -> dict[str, np.n
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSplit:
-    """The split that a data set brings.
+    """The split that a data set includes.
 
     Attributes:
-        names: Names of the files of each split; a split may be empty, but for `train`.
-        origin: Where it comes from, in words.
+        names: Names of the files of each split; any split but `train` may be empty.
+        origin: Description of where it comes from.
     """
 
     names: Mapping[str, Sequence[str]]
@@ -311,15 +311,15 @@ class OwnSplit:
 
 
 def folder_split(path: Path, names: Sequence[str], seed: int) -> OwnSplit | None:
-    """The split by folders such as `train`, `val` and `test`, all at one depth; None where there are no such folders.
+    """The split by folders such as `train`, `val` and `test`, all at one depth; None if there are no such folders.
 
     Arguments:
-        path: What to call the images in messages.
+        path: Name of the images in messages.
         names: Names of the image files.
-        seed: Seed of the order within each split, so that limits take images of every folder.
+        seed: Seed of the order within each split; with it, limits take images of every folder.
 
     Raises:
-        DataError: When images lie beside such folders.
+        DataError: When there are images outside such folders.
     """
     split_of = {folder: split for split, folders in SPLIT_FOLDERS.items() for folder in folders}
     paths = [name.lower().split("/")[:-1] for name in names]
@@ -342,12 +342,12 @@ def folder_split(path: Path, names: Sequence[str], seed: int) -> OwnSplit | None
 
 
 def divide(names: Sequence[str], settings: SplitSettings, own: OwnSplit | None) -> OwnSplit:
-    """The split of a row: the data's own or a seeded one. What the data's own lacks is drawn from its training images.
+    """The split of a row: the data's own or a seeded one. Parts that the data's own lacks are drawn from its training images.
 
     Arguments:
         names: Names of all image files.
         settings: The row of `datasets`.
-        own: The split that the data bring, if any.
+        own: The split that the data include, if any.
     """
     if own is None or settings.split == "seeded":
         own = OwnSplit(names={"train": names, "valid": (), "test": ()}, origin="")
@@ -365,11 +365,11 @@ def divide(names: Sequence[str], settings: SplitSettings, own: OwnSplit | None) 
 
 
 class ImageFiles(Source):
-    """Image files of a folder or a zip, decoded when they're read.
+    """Image files of a folder or a zip, decoded on reading.
 
     Arguments:
         path: The folder or zip.
-        split: Names of the files of each split, and where the split comes from.
+        split: Names of the files of each split, and its origin.
         settings: Size, channels and range.
         crop: Side of the centre square as a share of the width; None pads to a square on white.
         labels: Labels of the files of each split, if any.
@@ -404,7 +404,7 @@ class ImageFiles(Source):
                 raise DataError(f"{path}: split '{part}' ({split.origin}) has no image; there are {total} in all")
 
     def read(self, split: str, start: int, stop: int) -> Block:
-        """Images, uint8 with shape (n, C, H, W); a file that can't be decoded is left out and named."""
+        """Images, uint8 with shape (n, C, H, W); files that can't be decoded are skipped and listed."""
         files = open_files(self.path)
         mode, side = "L" if self.settings.channels == 1 else "RGB", self.settings.image_px
         images, kept, unreadable, enlarged, dark = [], [], [], 0, 0

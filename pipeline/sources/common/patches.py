@@ -25,7 +25,7 @@ PATCH_PX = 8
 
 
 def to_grey(pixels: np.ndarray) -> np.ndarray:
-    """Grey levels 0.299 R + 0.587 G + 0.114 B, rounded to integers (halves up), so that noise in [0, 1) dequantises them.
+    """Grey levels 0.299 R + 0.587 G + 0.114 B, rounded to integers (halves up): noise in [0, 1) then dequantises them.
 
     Arguments:
         pixels: RGB pixels, uint8 with shape (H, W, 3).
@@ -37,7 +37,7 @@ def to_grey(pixels: np.ndarray) -> np.ndarray:
         >>> to_grey(np.array([[[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8))
         array([[255,  76, 150,  29]], dtype=uint8)
     """
-    # In integers, so that the halves that three decimals allow are rounded alike on every machine.
+    # In integers: the halves that three decimals allow are then rounded the same way on every machine.
     sums = pixels.astype(np.int32) @ np.array([299, 587, 114], np.int32)
     grey: np.ndarray = ((sums + 500) // 1000).astype(np.uint8)
     return grey
@@ -48,7 +48,7 @@ class PatchPool:
 
     Arguments:
         images: Grey images, each uint8 with shape (H, W).
-        names: What to call each image in messages.
+        names: Name of each image in messages.
 
     Raises:
         DataError: When an image is smaller than 8x8; the message names it.
@@ -63,18 +63,18 @@ class PatchPool:
         for image, name in zip(images, names, strict=True):
             if min(image.shape) < PATCH_PX:
                 raise DataError(f"{name}: {image.shape[0]}x{image.shape[1]} pixels are too few for a patch of 8x8")
-        # All images in one row of pixels, so that patches of many images are gathered in one step.
+        # All images as one array of pixels, to gather patches of many images in one step.
         self.pixels = np.concatenate([image.ravel() for image in images])  # (sum of H * W,)
         self.starts = np.cumsum([0, *(image.size for image in images)])[:-1]
         self.heights = np.array([image.shape[0] for image in images])
         self.widths = np.array([image.shape[1] for image in images])
 
     def draw(self, members: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """One patch of each named image, its position uniform, independent of the others.
+        """One patch per image number, at independent uniform positions.
 
         Arguments:
             members: Numbers of the images, with shape (N,).
-            generator: Where the positions come from.
+            generator: Source of the positions.
 
         Returns:
             Patches, uint8 with shape (N, 8, 8).
@@ -102,7 +102,7 @@ class PatchPool:
 
 
 def dequantise(patches: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Patches with noise in [0, 1) added to the grey levels, as 63 numbers each; the formula stands above.
+    """Patches with noise in [0, 1) added to the grey levels, as 63 numbers each; the formula is in the module's docstring.
 
     Arguments:
         patches: Grey levels 0..255 with shape (N, 8, 8).
@@ -127,7 +127,7 @@ def preprocess(patches: np.ndarray, generator: np.random.Generator) -> np.ndarra
 
     Arguments:
         patches: Grey levels 0..255 with shape (N, 8, 8).
-        generator: Where the noise comes from.
+        generator: Source of the noise.
 
     Returns:
         Vectors, float32 with shape (N, 63).

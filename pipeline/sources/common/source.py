@@ -1,8 +1,8 @@
-"""What every data source gives: examples by split, read by range.
+"""The interface of data sources: examples by split, read by range.
 
-A source is cheap to make and to pickle, so that each process of a pool reads ranges of its own; whatever it keeps in memory
-stays in that process. The examples of a split have fixed numbers 0, 1, .., and `read` gives the same bytes however the ranges
-are cut: what is random is derived from the split seed and the example's number, never from the order of calls.
+A source is cheap to make and to pickle: each process of a pool gets its own copy, with its own cache, and reads its own
+ranges. The examples of a split have fixed numbers 0, 1, .., and `read` gives the same bytes however the ranges are cut:
+randomness is derived from the split seed and the example's number, never from the order of calls.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Block:
 
     Attributes:
         examples: Raw pixels 0..255, uint8 with shape (n, C, H, W), or vectors, float32 with shape (n, D).
-        labels: Labels, int64 with shape (n,); None where there are none.
-        unreadable: A line for each file of the range that can't be read and was left out: its name and why.
-        enlarged: Images that had fewer pixels than they were brought to.
+        labels: Labels, int64 with shape (n,); None if there are none.
+        unreadable: One line per file of the range that can't be read and was skipped: its name and why.
+        enlarged: Images that were enlarged from fewer pixels.
         dark: Images that are nearly black everywhere.
     """
 
@@ -50,14 +50,14 @@ class Source(ABC):
     """Examples by split, read by range.
 
     Attributes:
-        counts: Number of examples of each split `train`, `valid`, `test`; an upper bound where files may prove unreadable.
+        counts: Number of examples of each split `train`, `valid`, `test`; an upper bound if files may be unreadable.
         kind: `images` or `vectors`.
-        value_range: What the pixels 0..255 stand for, (0, 1) or (-1, 1); None for vectors.
-        label_names: Names of the labels 0, 1, ..; None where there are no labels, or no names for them.
-        split_origin: Where the split of the files comes from, in words; empty where the source's documentation says all.
-        notes: What else a person should know of how the data were read, a line each.
+        value_range: Range that the pixels 0..255 are scaled to, (0, 1) or (-1, 1); None for vectors.
+        label_names: Names of the labels 0, 1, ..; None if there are no labels, or no names for them.
+        split_origin: Description of where the split comes from; empty if the source's documentation says it.
+        notes: Further remarks on how the data were read, one line each.
         means: What was subtracted from each dimension of the vectors; empty for nothing.
-        skipped: Number of files of each ending that were left out since no image has it.
+        skipped: Number of files of each ending that isn't an image's, which were skipped.
     """
 
     counts: dict[str, int]
@@ -79,7 +79,7 @@ class Source(ABC):
 
 
 def generator(seed: int, *key: int | str) -> np.random.Generator:
-    """A random generator of its own for each seed and key, for example `generator(seed, "grid", "train", 7)`.
+    """A separate random generator for each seed and key, for example `generator(seed, "grid", "train", 7)`.
 
     Example:
         >>> generator(0, "digits").integers(1000, size=3).tolist() == generator(0, "digits").integers(1000, size=3).tolist()
@@ -91,13 +91,13 @@ def generator(seed: int, *key: int | str) -> np.random.Generator:
 
 
 def read_in_groups(draw: Callable[[int], np.ndarray], start: int, stop: int, group: int = GROUP) -> np.ndarray:
-    """Rows start, .., stop - 1 of an endless table whose groups of rows are drawn one by one.
+    """Rows start, .., stop - 1 of an endless table that is drawn by groups of rows.
 
     Arguments:
-        draw: Gives group g, rows g * group, .., (g + 1) * group - 1, with shape (group, ...); the same for each call.
+        draw: Gives group g, rows g * group, .., (g + 1) * group - 1, with shape (group, ...); always the same for one g.
         start: First row.
         stop: Row after the last.
-        group: Rows in a group.
+        group: Rows per group.
 
     Example:
         >>> read_in_groups(lambda g: 10 * g + np.arange(4), 2, 6, group=4)
@@ -112,8 +112,8 @@ def read_in_groups(draw: Callable[[int], np.ndarray], start: int, stop: int, gro
 class BlockwiseSplit:
     """A seeded split of the rows of a long file that needs no memory and reads the file nearly in order.
 
-    Out of every 1,000 consecutive rows the same share, chosen at random, goes to validation and test, so the split is
-    stratified over the file, and any range of a split lies in a short stretch of it.
+    Of every 1,000 consecutive rows the same share, chosen at random, goes to validation and test. So the split is stratified
+    over the file, and any range of a split is within a short stretch of it.
 
     Arguments:
         rows: Number of rows of the file.
@@ -148,7 +148,7 @@ class BlockwiseSplit:
         object.__setattr__(self, "counts", counts)
 
     def _bounds(self, rows: int) -> dict[str, tuple[int, int]]:
-        """First place and count of each split in the shuffled order of a block of `rows` rows."""
+        """Start and count of each split in the shuffled order of a block of `rows` rows."""
         valid, test = round(rows * self.valid_share), round(rows * self.test_share)
         return {"valid": (0, valid), "test": (valid, test), "train": (valid + test, rows - valid - test)}
 
@@ -156,7 +156,7 @@ class BlockwiseSplit:
         """Row numbers in the file, ascending, of the examples start, .., stop - 1 of a split, with shape (stop - start,)."""
         each = self._bounds(self.BLOCK)[split][1]
         whole = self.rows // self.BLOCK
-        # A split of an incomplete last block only has each == 0 elsewhere.
+        # each == 0 if the split has examples only in the incomplete last block.
         first = min(start // each, whole) if each else whole
         last = min(max(stop - 1, start) // each, whole) if each else whole
         parts = []
@@ -184,15 +184,15 @@ def packaged_file(package: str, *parts: str) -> Path:
 
 
 def check_digest(data: bytes, digest: str, path: Path, package: str, module: str) -> None:
-    """Refuses packaged data other than those that a source was written for.
+    """Rejects packaged data other than those that a source was written for.
 
-    The digest is in the source's module, which is the row's `root`: so the bytes are part of what DVC compares.
+    The digest is in the source's module, which is the row's `root`, so DVC notices when the bytes change.
 
     Arguments:
         data: The bytes.
-        digest: Their SHA-256 digest as the module has it.
+        digest: The SHA-256 digest in the source's module.
         path: The packaged file.
-        package: The package with its version, as pip takes it.
+        package: The package with its version, in pip's notation.
         module: Name of the source.
 
     Raises:

@@ -20,7 +20,7 @@ from pipeline.sources.common.archives import file_stamp
 
 __all__ = ["ENDINGS", "Table", "open_table"]
 
-MAX_TEXT_BYTES = 2**31  # of a text file, unpacked, since its numbers are held in memory
+MAX_TEXT_BYTES = 2**31  # of an unpacked text file, since its numbers are kept in memory
 MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"]
 SAFETENSORS_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "BOOL": "bool"}
 SAFETENSORS_DTYPES |= {
@@ -35,8 +35,8 @@ class Table(ABC):
         path: The file.
         count: Number of rows, N.
         names: Names of the D columns.
-        dtype: What the file holds, in words.
-        ignored: Names of columns that are an index and no dimension.
+        dtype: Type of the file's numbers, for messages.
+        ignored: Names of columns that are an index, not a dimension.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class Table(ABC):
 
 class _Npy(Table):
     def __init__(self, path: Path, tensor: str, columns: tuple[str, ...], extras: tuple[str, ...]) -> None:
-        # Memory-mapped: a declared length beyond the file's is refused, and only the rows asked for are read.
+        # Memory-mapped: NumPy refuses a declared length beyond the file's, and reads only the requested rows.
         self.path, self.array = path, np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(self.array, np.ndarray):
             raise DataError(f"{path} isn't a single .npy array")
@@ -100,7 +100,7 @@ class _Safetensors(Table):
 
 
 def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuses names of columns that a file doesn't have."""
+    """Rejects names of columns that a file doesn't have."""
     for name in wanted:
         if name not in names:
             raise DataError(f"{path} has no column '{name}'; it has {', '.join(names)}")
@@ -114,14 +114,14 @@ def _index_columns(schema: Any) -> set[str]:
 
 
 class _Parquet(Table):
-    """D columns of numbers, or one column of lists of D floats. A row group at a time is in memory."""
+    """D columns of numbers, or one column of lists of D floats. Memory holds one row group."""
 
     def __init__(self, path: Path, tensor: str, columns: tuple[str, ...], extras: tuple[str, ...]) -> None:
         from pyarrow import types
         from pyarrow.parquet import ParquetFile
 
         self.path = path
-        # A folder is what partitioned writers leave; the parts of a path such as year=2024 are no columns.
+        # Partitioned writers leave a folder; the parts of a path such as year=2024 aren't columns.
         paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         self.files = [ParquetFile(part) for part in paths]
         if not self.files:
@@ -165,7 +165,7 @@ class _Parquet(Table):
             import pyarrow.compute as pc
 
             file, group = self.groups[number]
-            table: Any = file.read_row_group(group, columns=self.columns, use_threads=False)  # a forked process has none
+            table: Any = file.read_row_group(group, columns=self.columns, use_threads=False)  # a forked process has no threads
             if self.is_list:
                 column = table.column(0).combine_chunks()
                 if column.null_count:
@@ -174,7 +174,7 @@ class _Parquet(Table):
                 dim = self.dim or int(lengths[0])
                 if np.any(lengths != dim):
                     raise DataError(f"{self.path}: its lists differ in length")
-                # Empty cells inside a list become NaN, which is refused where the vectors are read.
+                # Empty cells inside a list become NaN, which is rejected on reading the vectors.
                 values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
             else:
                 numbers = [pc.cast(column, pa.float64()) if column.null_count else column for column in table.columns]
@@ -292,11 +292,11 @@ def open_table(path: Path, tensor: str = "", columns: tuple[str, ...] = (), extr
     Arguments:
         path: The file, or a folder of .parquet files.
         tensor: Name of the tensor in a .safetensors file.
-        columns: Columns that are the dimensions; others may hold anything. All where it's empty.
+        columns: Columns that are the dimensions, all if empty; others may hold anything.
         extras: Columns that aren't dimensions, such as labels; they may hold text.
 
     Raises:
-        DataError: When it's missing, of no known kind, or not whole.
+        DataError: When it's missing, of an unknown kind, or incomplete.
     """
     if path.is_dir():
         if not any(path.rglob("*.parquet")):
@@ -317,6 +317,6 @@ def _open_table(
         table: Table = READERS[ending](path, tensor, columns, extras)
     except DataError:
         raise
-    except Exception as error:  # four libraries, each with errors of its own
+    except Exception as error:  # four libraries, each with its own errors
         raise DataError(f"{path} can't be read as {ending} ({' '.join(str(error).split())})") from None
     return table
