@@ -49,10 +49,10 @@ COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200)
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1)
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
-NETWORK_CODES = 1_000  # training codes from which networks take part
+NETWORK_CODES = 1_000  # training codes from which networks are tried
 NETWORK_SHARE = 0.85  # of a network's time, for its training
-NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
-SEPARATE_DIM = 16  # dimensions up to which each has a network of its own
+NETWORK_EPOCHS = 10_000  # always ended earlier by the clock or the patience
+SEPARATE_DIM = 16  # up to so many dimensions, each has its own network
 PARTS = 5  # of held-out codes, each scored by weights that were chosen on the others
 LEAST_WEIGHT = 0.003
 

@@ -418,7 +418,7 @@ def test_roots_that_hold_nothing_or_too_much(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds a\.zip and b\.zip"):
         open_row("images", two)
     beside = write_folder(tmp_path / "beside", {"a.zip": b"x", "1.png": plain(1)})
-    with pytest.raises(DataError, match="holds both .* and images"):
+    with pytest.raises(DataError, match=r"holds both .* and images"):
         open_row("images", beside)
     with pytest.raises(DataError, match="has no image; there are 2 in all"):
         open_row("images", write_folder(tmp_path / "few", {"1.png": plain(1), "2.png": plain(2)}))
