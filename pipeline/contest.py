@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from pipeline.errors import DataError, TrainingError
 from pipeline.evaluation.moments import Mean, mean_and_error
 from pipeline.settings import DensitySettings, build, implementation
 from pipeline.storage.codes import ArrayCodes, CodeReader
+from pipeline.storage.parts import Part
 from pipeline.system.streams import stream
 
 __all__ = ["Contest", "Contestant", "hold_contest"]
@@ -51,8 +52,11 @@ FRUITLESS = 4  # numbers of components without a gain after which a lane ends; o
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
 NETWORK_CODES = 1_000  # training codes from which networks are tried
 NETWORK_SHARE = 0.85  # of a network's time, for its training
-NETWORK_EPOCHS = 10_000  # always ended earlier by the clock or the patience
-SEPARATE_DIM = 16  # up to so many dimensions, each has its own network
+NETWORKS = ((32, 10), (128, 30))  # width, Gaussians of a conditional
+NETWORK_STEPS = 1_000  # that a network must have time for, where a larger one is to follow
+OPERATIONS = 1e10  # of floating point in a second of training, about
+NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
+SEPARATE_DIM = 16  # dimensions up to which each has a network of its own
 PARTS = 5  # of held-out codes, each scored by weights that were chosen on the others
 LEAST_WEIGHT = 0.003
 
@@ -160,7 +164,8 @@ class _Judge:
         self.started, self.limit = time.monotonic(), settings.max_minutes * 60
         self.dim = codes.index.dim
         self.folds = _folds(codes, settings.folds, settings.seed)
-        self.network_folds = self.folds if len(self.folds) > 1 else [codes]  # networks read all training codes
+        # Networks read all training codes.
+        self.network_folds = self.folds if len(self.folds) > 1 else [_AllTraining(codes, self.folds[0].load("valid", 0))]
         self.held_out = [fold.load("valid", 0)["codes"] for fold in self.folds]
         self.contest = Contest()
         self.best = -math.inf
@@ -250,40 +255,23 @@ class _Judge:
         return not fewest and lane.seconds * growth < (MIXTURE_SHARE - self._spent()) * self.limit
 
     def _networks(self) -> None:
-        for number, (name, values) in enumerate(rows := list(self._network_rows())):
-            left = (1 - self._spent()) * self.limit / (len(rows) - number)
-            if left > 0.02 * self.limit:  # the rest of it is for maps, factors and scores
-                self._enter(name, "lde", max_minutes=NETWORK_SHARE * left / len(self.folds) / 60, **values)
-
-    def _network_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """A small and a larger network for the map that suited best; none for few codes, where none has been worth its time."""
         count = self.network_folds[0].index.count("train")
-        if count < NETWORK_CODES or not self.contest.contestants:
+        contestants = self.contest.contestants
+        if count < NETWORK_CODES or not contestants:
             return
-        transform = max(self.contest.contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
-        # One network per dimension if there are few, otherwise convolutions.
-        blocks = {"blocks": "separate"} if self.dim <= SEPARATE_DIM else {"blocks": "residual", "position_embedding": True}
-        for width, components in ((32, 10), (128, 30)):
-            yield (
-                f"{transform}, LDE of width {width}",
-                {
-                    **blocks,
-                    "width": width,
-                    "components": components,
-                    "start": "gaussian",
-                    "transform": transform,
-                    "standardise": "cholesky",
-                    "shrinkage": True,
-                    "noise": 0.0 if self.dim <= 3 else min(0.2, (self.dim / count) ** 0.5),
-                    "batch_size": min(512, max(32, count // 40)),
-                    "epochs": NETWORK_EPOCHS,
-                    "learning_rate": 3e-3,
-                    "schedule": "cosine",
-                    "gradient_clip": 1.0,
-                    "ema_decay": 0.99,
-                    "patience": 20,
-                },
-            )
+        transform = max(contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
+        waiting = list(NETWORKS)
+        while waiting:
+            width, components = waiting.pop(0)
+            seconds = NETWORK_SHARE * (1 - self._spent()) * self.limit / (1 + len(waiting)) / len(self.folds)
+            values = _network(self.dim, count, width, components)
+            if waiting and _steps(self.dim, values, seconds / 2) < NETWORK_STEPS:
+                waiting = []  # no time for the larger ones: this one gets it all
+                seconds = NETWORK_SHARE * (1 - self._spent()) * self.limit / len(self.folds)
+            if seconds > 0:
+                self._enter(
+                    f"{transform}, LDE of width {width}", "lde", transform=transform, max_minutes=seconds / 60, **values
+                )
 
     def _weights(self, held_out: np.ndarray) -> np.ndarray:
         weights = stacked_weights(torch.from_numpy(held_out)).numpy()
@@ -324,6 +312,49 @@ class _Judge:
         if self._spent() >= 1:
             self.contest.ended_by = "max_minutes"
         return Mixture.of(members, shares), self.contest
+
+
+def _network(dim: int, count: int, width: int, components: int) -> dict[str, Any]:
+    """Settings of an LDE for so many codes: a network for each dimension, while there are few; else convolutions."""
+    separate = dim <= SEPARATE_DIM
+    return {
+        **({"blocks": "separate"} if separate else {"blocks": "residual", "position_embedding": True}),
+        "width": width,
+        "components": components,
+        "start": "gaussian",
+        "standardise": "cholesky",
+        "shrinkage": True,
+        "noise": 0.0 if dim <= 3 else min(0.2, math.sqrt(dim / count)),
+        "batch_size": min(512 if separate else 128, max(32, count // 40)),
+        "epochs": NETWORK_EPOCHS,
+        "learning_rate": 3e-3,
+        "schedule": "cosine",
+        "gradient_clip": 1.0,
+        "ema_decay": 0.99,
+        "patience": 20,
+    }
+
+
+def _steps(dim: int, network: dict[str, Any], seconds: float) -> float:
+    """Training steps that an LDE takes in so many seconds, about."""
+    width = network["width"]
+    layers = 2 if network["blocks"] == "separate" else math.ceil(math.log2(dim))
+    weights = width * (3 * width * layers + 3 * network["components"])  # of a dimension
+    # Each is used twice forward and four times backward.
+    return float(seconds * OPERATIONS / (6 * weights * dim * network["batch_size"]))
+
+
+class _AllTraining(CodeReader):
+    """A folder of codes with other validation codes."""
+
+    def __init__(self, codes: CodeReader, valid: dict[str, np.ndarray]) -> None:
+        self.codes, self.valid = codes, valid
+        part = Part(name="valid", count=len(valid["codes"]), bytes=0, sha256="")
+        self.index = replace(codes.index, valid=(part,))
+
+    def load(self, split: str, number: int) -> dict[str, np.ndarray]:
+        """One file of training codes, or the validation codes."""
+        return self.valid if split == "valid" else self.codes.load(split, number)
 
 
 def _log_mixture(each: np.ndarray, weights: np.ndarray) -> np.ndarray:
