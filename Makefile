@@ -22,7 +22,7 @@ repro: install  ## Build everything that is out of date, and print the scoreboar
 	@python -m stages report --show
 
 test: install  ## Run the tests
-	python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: install  ## Run the slow tests: kills, memory, long fuzzing
 	python -m pytest -m "slow and not gpu"
