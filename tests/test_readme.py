@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from ruamel.yaml import YAML
 
 from stages.__main__ import STAGES, TOOLS, cli
+from stages.reporting.metrics import METRICS, Metric
 from stages.reporting.scoreboard import plus_minus
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -163,6 +164,15 @@ def test_every_metric_on_record_is_explained() -> None:
             for key in metrics if isinstance(metrics, dict) else ():  # one row was recorded before there were stages
                 stage = name.split()[0]
                 assert key == "run" or any(s == stage and p.fullmatch(key) for s, p in patterns), (path.parent.name, stage, key)
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_docs_agree_with_the_table_of_metrics(metric: Metric) -> None:
+    key = re.sub("^(test)_(mse)$", r"SPLIT_\2", metric.key)
+    arrow = {"higher": " ↑", "lower": " ↓", "neither": ""}[metric.better]
+    rows = [line.split(" | ") for line in PAGES[Path("docs/scores.md")].splitlines() if line.startswith("| `")]
+    (unit,) = [cells[-1] for cells in rows if f"`{key}`{arrow}" in re.split(", |[|] ", cells[0])]
+    assert metric.unit in unit.removesuffix(" |").split("; ")
 
 
 def test_speeds_are_those_measured() -> None:

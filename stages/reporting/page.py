@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.settings import Params, flatten
 from pipeline.storage.parts import SPLITS
 from stages.reporting.graph import Graph, StageState
+from stages.reporting.metrics import METRICS, NETWORKS, Metric
 from stages.reporting.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
 from stages.reporting.published import BENCHMARKS, PUBLISHED
 from stages.reporting.scoreboard import (
-    NETWORKS,
     OF_CODES,
     against,
     contenders,
@@ -278,6 +278,17 @@ def _markdown(value: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(str(value).split()))
 
 
+def _initial(heading: str) -> str:
+    """A heading with a capital."""
+    return heading[:1].upper() + heading[1:]
+
+
+def _quality_cell(line: Mapping[str, Any], metric: Metric, network: str) -> str:
+    """A score in the features of a network, with its standard error where it has one."""
+    value = line[metric.key.replace("NETWORK", network)]
+    return plus_minus(value, line[metric.error.replace("NETWORK", network)]) if metric.error else metric.show(value)
+
+
 def _environment(html: bool) -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -291,7 +302,8 @@ def _environment(html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"plus_minus": plus_minus, "duration": duration, "against": against, "remark": remark}
-    environment.filters["score_names"] = score_names
+    environment.filters |= {"score_names": score_names, "initial": _initial, "cell": _quality_cell}
+    environment.globals |= {"metrics": METRICS, "quality": [metric for metric in METRICS.values() if metric.in_features]}
     environment.tests["missing"] = is_missing
     return environment
 

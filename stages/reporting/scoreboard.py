@@ -14,6 +14,7 @@ from pipeline.settings import Params
 from pipeline.system.files import read_json
 from stages import workspace
 from stages.arrays import check_output, read_run
+from stages.reporting.metrics import METRICS, NETWORKS
 from stages.reporting.published import BENCHMARKS, benchmark_of, best_published, paper_value
 from stages.workspace import CHAIN, TABLE_OF_STAGE
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLUMNS",
-    "NETWORKS",
     "as_text",
     "build_scoreboard",
     "contenders",
@@ -32,24 +32,18 @@ __all__ = [
     "plus_minus",
     "read_metrics",
     "read_run",
+    "runs_of",
     "stages_and_rows",
 ]
 
-# Networks in whose features samples are compared with test images. Their scores aren't comparable, so each has its own columns.
-NETWORKS = ("classifier", "vgg19", "inception")
+# Scores in the features of a network: key without the network's name -> what it is.
 QUALITY: Mapping[str, str] = {
-    "kid": "kernel distance of samples and test images; lower is better, 0 where they agree",
-    "kid_se": "its standard error over subsets",
-    "fid": "Frechet distance of samples and test images; lower is better, and it depends on their numbers",
-    "precision": "share of samples that lie among test images",
-    "precision_se": "its standard error over samples",
-    "recall": "share of test images that lie among samples",
-    "recall_se": "its standard error over test images",
-    "density": "number of test images that a sample lies near, over the number of neighbours; 1 where the two agree",
-    "density_se": "its standard error over samples",
-    "coverage": "share of test images with a sample near",
-    "coverage_se": "its standard error over test images",
+    key.removeprefix("NETWORK_"): what
+    for metric in METRICS.values()
+    for key, what in ((metric.key, metric.meaning), (metric.error, f"its standard error over {metric.over}"))
+    if key.startswith("NETWORK_")
 }
+OF_THEIR_OWN = ("test_mse", "gap_to_truth", "samples_in_dropped_box", "mmd_squared")  # columns named as their metrics
 
 # Column of the scoreboard -> what it holds. Likelihoods are means over test points, in nats.
 COLUMNS: Mapping[str, str] = {
@@ -80,10 +74,7 @@ COLUMNS: Mapping[str, str] = {
     "bandwidth": "chosen bandwidth h, in units of the pixel range 0..1",
     "bandwidth_at_edge": "whether h is an end of the grid; if so, a wider grid might score higher",
     **{f"{network}_{key}": f"{what}, in the features of {network}" for network in NETWORKS for key, what in QUALITY.items()},
-    "test_mse": "mean squared error of reconstructed test images, in 0..1",
-    "gap_to_truth": "nats by which the density falls short of the true one",
-    "samples_in_dropped_box": "share of samples where the true density is 0",
-    "mmd_squared": "squared maximum mean discrepancy of samples and test points, unbiased; lower is better, 0 where they agree",
+    **{key: METRICS[key].meaning for key in OF_THEIR_OWN},
     "autoencoder_parameters": "numbers trained in the autoencoder",
     "density_parameters": "numbers trained in the density",
     "seconds": "total of train, extract, fit, sample and evaluate, or of control, each in its last run",
@@ -92,10 +83,10 @@ COLUMNS: Mapping[str, str] = {
 
 COUNTS = ("trials", "latent_dim", "components", "samples", "test_points", "autoencoder_parameters", "density_parameters")
 AVERAGED = (
-    *("value", "test_mse", "gap_to_truth", "samples_in_dropped_box", "mmd_squared"),
+    *("value", *OF_THEIR_OWN),
     *(f"{network}_{key}" for network in NETWORKS for key in QUALITY if not key.endswith("_se")),
 )
-PARZEN, LIKELIHOOD = "Parzen test log-likelihood", "test log-likelihood"
+PARZEN, LIKELIHOOD = METRICS["parzen_test_log_likelihood"].title, METRICS["test_log_likelihood"].title
 OF_CODES = f"{LIKELIHOOD} of the codes"  # of images without a Parzen score
 CONTROLS = {"training_images": "training-images", "kmeans": "kmeans"}  # prefix of the metric -> end of the row's name
 
@@ -141,6 +132,12 @@ def read_metrics(stage: str, row: str) -> Metrics:
     return Metrics(metrics, problem)
 
 
+def runs_of(params: Params, name: str) -> list[dict[str, Any]]:
+    """What is known of the runs of each stage from the autoencoder to the scores of a row of `densities`."""
+    codes = params.density(name).codes
+    return [read_run(stage, codes if stage in ("train", "extract") else name) for stage in CHAIN]
+
+
 def build_scoreboard(params: Params) -> pd.DataFrame:
     """One line per density and per mean of trials, two per control, sorted by value within each data set.
 
@@ -184,15 +181,11 @@ def _model(params: Params, name: str) -> dict[str, Any]:
         "latent_dim": read_metrics("extract", density.codes).get("dimensions"),
         "family": density.family,
         "components": fitted.get("components", getattr(density, "components", None)),
-        "test_mse": trained.get("test_mse"),
-        "gap_to_truth": scored.get("gap_to_truth"),
-        "samples_in_dropped_box": scored.get("samples_in_dropped_box"),
-        "mmd_squared": scored.get("mmd_squared"),
+        **{key: (trained if key == "test_mse" else scored).get(key) for key in OF_THEIR_OWN},
         "autoencoder_parameters": read_run("train", density.codes).get("parameters"),
         "density_parameters": fitted.get("parameters"),
     }
-    runs = [read_run(stage, density.codes if stage in ("train", "extract") else name) for stage in CHAIN]
-    line |= _cost(runs)
+    line |= _cost(runs_of(params, name))
     images = len(dataset.shape) == 3
     # For vectors an exact log-likelihood takes precedence over a Parzen-window estimate.
     if "parzen_test_log_likelihood" in scored and (images or "test_log_likelihood" not in scored):

@@ -19,12 +19,13 @@ from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
 from pipeline.system.files import atomic_folder, write_json, write_text
 from stages import workspace
+from stages.reporting.metrics import METRICS
 from stages.run import one_line_errors
 
 __all__ = [
     "COLUMNS",
     "EXPERIMENTS",
-    "METRICS",
+    "RECORDED",
     "Experiment",
     "Line",
     "markdown_tables",
@@ -59,7 +60,7 @@ class Experiment:
     Attributes:
         title: Its heading.
         benchmarks: Keys of `stages.reporting.published.BENCHMARKS` whose scores are listed below it.
-        leading: Key of `METRICS`: the first column, by which rows are sorted.
+        leading: One of `RECORDED`: the first column, by which rows are sorted.
     """
 
     title: str
@@ -80,33 +81,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
 }
 
-# Metric of results.csv -> (heading, metric of `evaluate`, its standard error there). {network} is that of the quality scores.
-METRICS: Mapping[str, tuple[str, str, str]] = {
-    "test_log_likelihood": ("test log-likelihood, nats", "test_log_likelihood", "test_log_likelihood_se"),
-    # Standard error of the same score over the images that test patches come from.
-    "test_log_likelihood_group_se": ("± over images", "test_log_likelihood_group_se", ""),
-    "gap_to_truth": ("gap to the truth, nats", "gap_to_truth", ""),
-    "samples_in_dropped_box": ("share in the dropped box", "samples_in_dropped_box", "samples_in_dropped_box_se"),
-    "mmd_squared": ("squared MMD", "mmd_squared", ""),
-    "kid": ("KID", "{network}_kid", "{network}_kid_se"),
-    "fid": ("FID", "{network}_fid", ""),
-    "precision": ("precision", "{network}_precision", "{network}_precision_se"),
-    "recall": ("recall", "{network}_recall", "{network}_recall_se"),
-    "code_log_likelihood": ("log-likelihood of the codes, nats", "test_log_likelihood", "test_log_likelihood_se"),
-    "test_mse": ("test MSE", "test_mse", "test_mse_se"),
-    # Likelihood of interpolated codes (Figure 10): mean of both ends minus the middle, for pairs within and across domains.
-    **{
-        f"interpolation_{key}_fall": (f"fall {name}, nats", f"interpolation_{key}_fall", f"interpolation_{key}_fall_se")
-        for key, name in (("different", "across domains"), ("same", "within a domain"))
-    },
-}
-IN_FEATURES = ("kid", "fid", "precision", "recall")  # their protocol is the network
-PARZEN_KEYS = ("parzen_test_log_likelihood", "parzen_test_se")
-OF_SAMPLES = ("samples_in_dropped_box", "mmd_squared")
-ERROR_KIND = {"kid": "standard error over subsets"}
-ERROR_KIND |= dict.fromkeys(("precision", "samples_in_dropped_box"), "standard error over samples")
-OF_PAIRS = ("interpolation_different_fall", "interpolation_same_fall")
-ERROR_KIND |= dict.fromkeys(OF_PAIRS, "standard error over pairs")
+# Metrics of results.csv, in the order of its lines and of the columns of tables.
+RECORDED = tuple(name for name in METRICS if name not in ("parzen_test_log_likelihood", "density", "coverage"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +92,7 @@ class Line:
     Attributes:
         experiment: Key of `EXPERIMENTS`.
         row: Row of `densities` without the number of the trial, or a control.
-        metric: Key of `METRICS`; `test_log_likelihood` of images is that of the Parzen window.
+        metric: One of `RECORDED`; `test_log_likelihood` of images is that of the Parzen window.
         value: The score.
         error: The value after +-; empty if there is none.
         error_kind: What the error is.
@@ -191,7 +167,7 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
     Raises:
         PipelineError: When a row is unknown or hasn't been evaluated.
     """
-    from stages.reporting.scoreboard import CONTROLS, read_metrics, read_run
+    from stages.reporting.scoreboard import CONTROLS, read_metrics, read_run, runs_of
 
     table, rows = trials(params, name)
     if table == "controls":
@@ -212,7 +188,7 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
             key: value for key, value in read_metrics("train", density.codes).items() if key in ("test_mse", "test_mse_se")
         }
         scores_of.append(read_metrics("sample", row) | trained | read_metrics("evaluate", row))
-        runs.append([read_run(stage, density.codes if stage in ("train", "extract") else row) for stage in workspace.CHAIN])
+        runs.append(runs_of(params, row))
     yield from _lines(params, params.density(rows[0]).dataset, scores_of, runs, experiment, name)
 
 
@@ -223,7 +199,7 @@ def _lines(
 
     evaluation, settings = params.evaluation(dataset), params.dataset(dataset)
     network = evaluation.quality.network if evaluation.quality is not None else ""
-    images = PARZEN_KEYS[0] in scores[0]
+    images = METRICS["parzen_test_log_likelihood"].key in scores[0]
     split = getattr(settings, "split", "")
     decoded = images or "test_mse" in scores[0]  # then densities are those of codes
     if images:
@@ -237,43 +213,37 @@ def _lines(
     cores = str(max((run["cores"] for run in flat if "cores" in run), default=""))
     cores += "".join(f" + {gpu}" for gpu in dict.fromkeys(run["gpu"] for run in flat if "gpu" in run))
     commits = list(dict.fromkeys(run["commit"][:7] for run in flat if "commit" in run))
-    for metric, (_, key, error_key) in METRICS.items():
-        kind = "standard error over test points"
-        if metric == "test_log_likelihood" and images:
-            key, error_key, kind = *PARZEN_KEYS, "standard error over images"
-        elif metric == "test_log_likelihood" and decoded:
+    for name in RECORDED:
+        parzen = name == "test_log_likelihood" and images
+        metric = METRICS["parzen_test_log_likelihood" if parzen else name]
+        if (name == "test_log_likelihood" and decoded and not images) or (name == "code_log_likelihood" and not decoded):
             continue
-        elif metric == "test_log_likelihood":
-            kind = "standard error over patches" if settings.source == "bsds300" else kind
-        elif (metric == "code_log_likelihood" and not decoded) or (metric in OF_PAIRS and settings.source != "union"):
+        if metric.over == "pairs" and settings.source != "union":
             continue
-        key, error_key = key.format(network=network), error_key.format(network=network)
+        key, error_key = (k.replace("NETWORK", network) for k in (metric.key, metric.error))
         values = [s[key] for s in scores if s.get(key) is not None]
         if len(values) < len(scores):
             continue
         error = scores[0].get(error_key) if error_key else None
-        kind = ERROR_KIND.get(metric, kind) if error is not None else ""
-        over_images = metric == "test_log_likelihood_group_se"
+        over = "patches" if name == "test_log_likelihood" and settings.source == "bsds300" and not images else metric.over
+        kind = f"standard error over {over}" if error is not None else ""
+        over_images = name == "test_log_likelihood_group_se"
         if len(values) > 1 and not over_images:
             error, kind = error_over_trials(values, settings.source)
-        points = scores[0].get("test_scored", scores[0].get("parzen_test_points", ""))
-        count = scores[0].get("test_groups", "") if over_images else points
-        if metric in IN_FEATURES and evaluation.quality is not None:
+        if metric.in_features and evaluation.quality is not None:
             count = evaluation.quality.samples
-        elif metric == "test_log_likelihood" and images:
-            count = scores[0]["parzen_samples"]
-        elif metric in OF_SAMPLES:
-            count = scores[0]["samples"]
-        elif metric in OF_PAIRS:
-            count = scores[0][key.replace("_fall", "_pairs")]
+        elif metric.count:
+            count = scores[0][metric.count]
+        else:
+            count = scores[0].get("test_scored", scores[0].get("parzen_test_points", ""))
         yield Line(
-            experiment, row, metric,
+            experiment, row, name,
             value=f"{statistics.fmean(values):.{2 if over_images else 6}g}",
             error="" if error is None else f"{error:.2g}",
             error_kind=kind,
             seeds=str(len(values)),
             samples=str(count and int(count)),  # metrics hold counts as 1000000.0
-            protocol=network if metric in IN_FEATURES else protocol,
+            protocol=network if metric.in_features else protocol,
             minutes=f"{minutes:.3g}",
             cores=cores,
             commit=" ".join(commits),
@@ -383,19 +353,21 @@ def markdown_tables(lines: Iterable[Line]) -> str:
         headed = {line.row for line in of if line.metric == headline}
         protocols = dict.fromkeys(line.protocol for line in of if line.metric == headline)
         # Rows without that score, such as GMMN's on vectors and controls, join the others if they can.
-        protocols |= dict.fromkeys(line.protocol for line in of if line.row not in headed and line.metric not in IN_FEATURES)
+        protocols |= dict.fromkeys(
+            line.protocol for line in of if line.row not in headed and not METRICS[line.metric].in_features
+        )
         protocols = protocols or dict.fromkeys(line.protocol for line in of)
-        own_protocol = {line.row for line in of if line.metric not in IN_FEATURES}
+        own_protocol = {line.row for line in of if not METRICS[line.metric].in_features}
         for number, protocol in enumerate(protocols):
-            here = [line for line in of if line.protocol == protocol or line.metric in IN_FEATURES]
+            here = [line for line in of if line.protocol == protocol or METRICS[line.metric].in_features]
             rows = dict.fromkeys(
                 line.row
                 for line in here
                 if ((line.metric, line.protocol) == (headline, protocol))
                 or (line.row not in headed and (line.protocol == protocol or (number == 0 and line.row not in own_protocol)))
             )
-            columns = [c for m in METRICS for c in dict.fromkeys(_column(line) for line in of if line.metric == m)]
-            columns.sort(key=lambda column: column != METRICS[known.leading][0])  # stable
+            columns = [c for m in RECORDED for c in dict.fromkeys(_column(line) for line in of if line.metric == m)]
+            columns.sort(key=lambda column: column != METRICS[known.leading].heading)  # stable
             table = []
             for row in rows:
                 own = {_column(line): line for line in here if line.row == row}
@@ -421,8 +393,8 @@ def markdown_tables(lines: Iterable[Line]) -> str:
 
 def _column(line: Line) -> str:
     """Heading of a line's column; each feature network has its own columns."""
-    heading = METRICS[line.metric][0]
-    return f"{heading} ({line.protocol})" if line.metric in IN_FEATURES else heading
+    heading = METRICS[line.metric].heading
+    return f"{heading} ({line.protocol})" if METRICS[line.metric].in_features else heading
 
 
 def _cell(line: Line | None) -> str:
