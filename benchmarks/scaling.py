@@ -32,6 +32,7 @@ from pipeline.autoencoders.common.perceptual import CONVOLUTIONS
 from pipeline.densities import LatentDensityEstimator
 from pipeline.evaluation import parzen
 from pipeline.preparation import prepare_shards
+from pipeline.settings import NamedFile
 from pipeline.sources.images import Settings as ImagesSettings
 from pipeline.storage.batches import Batches
 from pipeline.storage.codes import write_part
@@ -111,7 +112,7 @@ def vgg_weights(path: Path) -> str:
     """Random weights of VGG19's shapes: they cost as much as the trained ones."""
     tensors = {f"features.{i}.weight": 0.02 * torch.randn(o, c, 3, 3) for i, (c, o) in CONVOLUTIONS.items()}
     save_file(tensors | {f"features.{i}.bias": torch.zeros(o) for i, (_, o) in CONVOLUTIONS.items()}, path)
-    return str(path)
+    return NamedFile.of(str(path)).pinned()
 
 
 def step(objective: nn.Module, images: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:

@@ -257,6 +257,35 @@ def test_check_says_what_to_put_where(project):
     assert lines[2].startswith("error: check: datasets.mine.root: ")
 
 
+def test_check_gives_the_digest_of_a_file_that_a_setting_names(project):
+    row = "{dataset: digits, objective: ae, latent_dim: 3, blocks: 1, perceptual_weights: WEIGHTS}"
+    quality = "{quality: {network: vgg19, weights: WEIGHTS}}"
+
+    def problems(source):
+        tables = YAML(typ="safe", pure=True).load(PARAMS)
+        tables["autoencoders"]["pinned"] = YAML(typ="safe").load(row.replace("WEIGHTS", source))
+        tables["evaluations"]["digits"] = YAML(typ="safe").load(quality.replace("WEIGHTS", source))
+        with open("params.yaml", "w") as file:
+            YAML(typ="safe", pure=True).dump(tables, file)
+        return [line.removeprefix("error: check: ") for line in run("check")[2].splitlines()]
+
+    def value(content):
+        return f"vgg19.pth@sha256:{hashlib.sha256(content).hexdigest()[:12]}"
+
+    keys = ("autoencoders.pinned.perceptual_weights", "evaluations.digits.quality.weights")
+    (project / "vgg19.pth").write_bytes(b"one")
+    bare = f"write {value(b'one')} (the file's content), so that a replaced file reruns its rows"
+    assert problems("vgg19.pth") == [f"{key}: {bare}" for key in keys]
+    assert problems(value(b"one")) == []
+    assert problems(f"vgg19.pth@sha256:{hashlib.sha256(b'one').hexdigest()}") == []
+    (project / "vgg19.pth").write_bytes(b"two")
+    digest = value(b"one").partition(":")[2]
+    other = f"vgg19.pth isn't the file with the digest '{digest}'; write {value(b'two')}"
+    assert problems(value(b"one")) == [f"{key}: {other}" for key in keys]
+    assert len(problems(value(b"two")[:-1])) == len(problems("vgg19.pth@sha256:")) == 2
+    assert problems("imagenet") == []
+
+
 # Overview -----------------------------------------------------------------------------------------------------------
 
 

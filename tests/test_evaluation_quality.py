@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, SettingsError
 from pipeline.evaluation import features, interpolation, quality, two_sample
+from pipeline.settings import QualitySettings
 
 GENERATOR = np.random.default_rng(0)
 
@@ -194,6 +195,14 @@ def test_vgg19_features_of_grey_and_coloured_images():
     found = features.extract_features(network, [grey])
     assert found.shape == (3, 256)
     np.testing.assert_allclose(found, features.extract_features(network, [grey.repeat(3, axis=1)]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("network", ["vgg19", "inception"])
+def test_a_file_of_weights_needs_the_digest_of_its_content(network, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    settings = QualitySettings(network=network, weights=str(tmp_path / "weights.pth"))
+    with pytest.raises(SettingsError, match=r"^quality.weights: write .*weights.pth@sha256:[0-9a-f]{12} \("):
+        features._network(settings, tmp_path)
 
 
 def test_inception_without_its_weights_is_refused(tmp_path):

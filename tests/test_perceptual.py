@@ -15,8 +15,8 @@ from torchvision.transforms.functional import normalize
 from pipeline.autoencoders import ae, vae
 from pipeline.autoencoders.common import perceptual as module
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
-from pipeline.errors import DataError, PipelineError
-from pipeline.settings import build
+from pipeline.errors import DataError, PipelineError, SettingsError
+from pipeline.settings import NamedFile, build
 from pipeline.training.trainable import Step
 
 
@@ -43,7 +43,7 @@ def weights(twin) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def weights_file(weights, tmp_path):
     save_file(weights, tmp_path / "vgg19.safetensors")
-    return str(tmp_path / "vgg19.safetensors")
+    return NamedFile.of(str(tmp_path / "vgg19.safetensors")).pinned()
 
 
 def naive(twin, images, reconstructions):
@@ -147,6 +147,22 @@ def test_training_lowers_the_perceptual_loss(weights_file):
         losses[-1]["loss"].backward()
         optimizer.step()
     assert losses[-1]["perceptual"] < 0.6 * losses[0]["perceptual"]
+
+
+def test_a_file_is_read_only_under_the_digest_of_its_content(weights, weights_file):
+    path, _, digest = weights_file.partition("@sha256:")
+    assert len(digest) == 12
+    save_file(weights | {"features.0.bias": torch.ones(64)}, path)
+    replaced = NamedFile.of(path).pinned()
+    assert replaced != weights_file
+    bare = rf"^perceptual_weights: write {replaced} \(the file's content\)"
+    other = rf"^perceptual_weights: {path} isn't the file with the digest '{digest}'; write {replaced}$"
+    for source, expected in ((path, bare), (weights_file, other), (f"{replaced[:-1]}", f"; write {replaced}$")):
+        with pytest.raises(SettingsError, match=expected):
+            ae.build(settings(source), (1, 8, 8), (0.0, 1.0))
+    ae.build(settings(replaced), (1, 8, 8), (0.0, 1.0))
+    with pytest.raises(DataError, match=r"gone.pth is missing; put a state dict"):
+        ae.build(settings("gone.pth@sha256:0123456789ab"), (1, 8, 8), (0.0, 1.0))
 
 
 # Weights ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -428,3 +430,40 @@ def test_the_list_names_each_in_a_line():
 def test_the_readme_speaks_of_each():
     text = (ROOT / "presets" / "README.md").read_text()
     assert all(f"| `{name}` |" in text for name in NAMES)
+
+
+# Files that settings name -------------------------------------------------------------------------------------------
+
+FILES = """\
+description: rows that name files
+tables:
+  datasets:
+    photos: {source: images, root: photos, image_px: 8}
+  autoencoders:
+    photos:
+      dataset: photos
+      objective: ae
+      latent_dim: 3
+      blocks: 1
+      perceptual_weights: there.pth  # VGG19
+  evaluations:
+    photos:
+      quality: {network: vgg19, weights: gone.pth}
+"""
+
+
+def test_a_file_that_is_there_gets_its_digest(project):
+    (project / "presets/files.yaml").write_text(FILES)
+    (project / "there.pth").write_bytes(b"one")
+    assert run("add", "files")[0] == 0
+    pinned = f"there.pth@sha256:{hashlib.sha256(b'one').hexdigest()[:12]}"
+    text = (project / "params.yaml").read_text()
+    assert re.search(f"perceptual_weights: {pinned} +# VGG19\n", text)
+    assert parsed(text)["evaluations"]["photos"]["quality"]["weights"] == "gone.pth"
+    assert run("add", "files")[1].startswith("params.yaml: 3 rows there already")
+
+    (project / "there.pth").write_bytes(b"two")
+    code, _, err = run("add", "files")
+    assert (code, pinned in err) == (1, True)
+    assert run("add", "files", "--replace")[0] == 0
+    assert pinned not in (project / "params.yaml").read_text()

@@ -12,15 +12,19 @@ from project import Project
 PARAMS = """\
 datasets:
   grid: {source: grid, root: data/raw, train_count: 2000, valid_count: 500, test_count: 500}
+  photos: {source: images, root: data/raw, image_px: 8}
 controls: {}
 autoencoders:
   grid: {dataset: grid, objective: identity}
+  photos: {dataset: photos, objective: ae, latent_dim: 3, blocks: 1, perceptual_weights: vgg19.pth@sha256:0123456789ab}
 densities:
   grid-gaussian: {codes: grid, dataset: grid, family: gaussian}
   grid-gmm: {codes: grid, dataset: grid, family: gmm, components: [1]}
   grid-lde: {codes: grid, dataset: grid, family: lde, components: 3, epochs: 1}
 sampling: {count: 200}
-evaluations: {grid: {}}
+evaluations:
+  grid: {}
+  photos: {quality: {network: vgg19, weights: vgg19.pth@sha256:0123456789ab}}
 """
 
 
@@ -66,6 +70,7 @@ def _undone(committed: Committed) -> Iterator[None]:
     """Undoes a test's changes."""
     before = {path: path.read_bytes() for path in (committed.folder / "pipeline").rglob("*.py")}
     yield
+    (committed.folder / "params.yaml").write_text(PARAMS)
     for path in (committed.folder / "pipeline").rglob("*.py"):
         if path not in before:
             path.unlink()
@@ -99,3 +104,8 @@ def test_a_new_choice_reruns_nothing(committed: Committed) -> None:
 def test_an_edit_reruns_what_it_decides(committed: Committed, edited: str, listed: set[str]) -> None:
     committed.append(edited)
     assert committed.changed() == listed
+
+
+def test_the_content_of_a_named_file_decides_its_rows(committed: Committed) -> None:
+    (committed.folder / "params.yaml").write_text(PARAMS.replace("0123456789ab", "ba9876543210"))
+    assert committed.changed() == {"features@photos", "train@photos", "extract@photos", "report"}

@@ -32,6 +32,7 @@ from pipeline.settings import (
     ControlSettings,
     EvaluationSettings,
     InterpolationSettings,
+    NamedFile,
     SamplingSettings,
     TrainingSettings,
     build,
@@ -416,7 +417,8 @@ def test_objectives(images: None, vgg19: Path, objective: str) -> None:
     row, changes = OBJECTIVES[objective]
 
     def look(row: Row) -> object:
-        row = {key: value.replace("WEIGHTS", str(vgg19)) if isinstance(value, str) else value for key, value in row.items()}
+        if source := row.get("perceptual_weights"):
+            row = row | {"perceptual_weights": NamedFile.of(str(source).replace("WEIGHTS", str(vgg19))).pinned()}
         write_params(datasets={"blobs": BLOBS}, autoencoders={"row": row})
         result = small.run("train", "row")
         if result.exit_code:
@@ -643,7 +645,7 @@ def test_controls(marks: None) -> None:
 @pytest.mark.filterwarnings("ignore:Parzen score")
 def test_evaluations(marks: None, vgg19: Path) -> None:
     """Those of a control; interpolation has a separate test."""
-    weights = {name: str(vgg19 / f"{name}.safetensors") for name in ("vgg19", "other")}
+    weights = {name: NamedFile.of(str(vgg19 / f"{name}.safetensors")).pinned() for name in ("vgg19", "other")}
     vgg19 = {**QUALITY, "network": "vgg19", "weights": weights["vgg19"]}
     changes: Row = {"parzen": None, "quality": Change(QUALITY, parzen=WIDE)}
     changes |= {f"parzen.{key}": value for key, value in PARZEN.items()}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.autoencoders import ae
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.settings import EvaluationSettings, QualitySettings, TrainingSettings, named_files, read_params
+from pipeline.settings import EvaluationSettings, NamedFile, QualitySettings, TrainingSettings, named_files, read_params
 from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader
 from pipeline.storage.shards import ShardReader
@@ -264,8 +264,9 @@ def test_a_checkpoint_of_another_run_is_not_picked_up(tmp_path: Path) -> None:
 def test_the_identity_holds_everything_that_decides_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tmp_path / "vgg19.pth"
     weights.write_bytes(b"some weights")
+    digest = "@sha256:0123456789ab"  # compared where the file is read
     network = {"dataset": "toy", "objective": "ae", "latent_dim": 3, "blocks": 1}
-    settings = ae.Settings(**network, perceptual_weight=0.1, perceptual_weights=str(weights))
+    settings = ae.Settings(**network, perceptual_weight=0.1, perceptual_weights=f"{weights}{digest}")
     assert list(named_files(settings)) == ["perceptual_weights"]
     keys = [checkpoints.identity(settings, "d1", 1)]
     keys.append(checkpoints.identity(dataclasses.replace(settings, seed=1), "d1", 1))
@@ -283,7 +284,7 @@ def test_the_identity_holds_everything_that_decides_the_weights(tmp_path: Path, 
 def test_files_of_nested_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "inception.pth").write_bytes(b"w")
     quality = QualitySettings(network="inception", weights=str(tmp_path / "inception.pth"))
-    assert named_files(EvaluationSettings(quality=quality)) == {"quality.weights": tmp_path / "inception.pth"}
+    assert named_files(EvaluationSettings(quality=quality)) == {"quality.weights": NamedFile(tmp_path / "inception.pth", "")}
     assert named_files(EvaluationSettings()) == {}
 
 

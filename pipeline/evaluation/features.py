@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.errors import DataError
 from pipeline.evaluation.blocks import unit_blocks
 from pipeline.evaluation.moments import Moments
-from pipeline.settings import QualitySettings
+from pipeline.settings import QualitySettings, checked_path
 from pipeline.storage.shards import ShardReader, scale_pixels
 from pipeline.system.files import atomic_file, atomic_folder, read_json, sha256_file, write_json
 from pipeline.system.progress import Progress, track
@@ -283,11 +283,11 @@ def _train_classifier(settings: QualitySettings, reader: ShardReader) -> Classif
 def _network(settings: QualitySettings, folder: Path) -> FeatureNetwork:
     """The network of the settings. The classifier's weights are in the folder, those of other networks in a separate file."""
     if settings.network == "inception":
-        return inception_network(settings.weights or "")
+        return inception_network(checked_path(settings.weights or "", "quality.weights"))
     if settings.network == "vgg19":
         from pipeline.autoencoders.common.perceptual import vgg19_weights
 
-        return vgg19_network(vgg19_weights(settings.weights or ""))
+        return vgg19_network(vgg19_weights(checked_path(settings.weights or "", "quality.weights")))
     return classifier_network(load_classifier(folder / CLASSIFIER))
 
 

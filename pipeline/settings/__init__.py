@@ -6,7 +6,7 @@ as a class `Settings` that extends the common one. Unknown keys, wrong types and
 the row and the key.
 """
 
-from pipeline.settings.build import Checked, build, check_that, file_setting, flatten, named_files
+from pipeline.settings.build import Checked, NamedFile, build, check_that, checked_path, file_setting, flatten, named_files
 from pipeline.settings.params import Params, implementation, read_params
 from pipeline.settings.rows import (
     AutoencoderSettings,
@@ -29,6 +29,7 @@ __all__ = [
     "DensitySettings",
     "EvaluationSettings",
     "InterpolationSettings",
+    "NamedFile",
     "Params",
     "ParzenSettings",
     "QualitySettings",
@@ -36,6 +37,7 @@ __all__ = [
     "TrainingSettings",
     "build",
     "check_that",
+    "checked_path",
     "file_setting",
     "flatten",
     "implementation",

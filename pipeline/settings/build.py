@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import types
 import typing
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.errors import SettingsError
+from pipeline.system.files import sha256_file
 
-__all__ = ["Checked", "build", "check_that", "file_setting", "flatten", "named_files", "shorten"]
+__all__ = ["Checked", "NamedFile", "build", "check_that", "checked_path", "file_setting", "flatten", "named_files", "shorten"]
 
 T = TypeVar("T")
 
 MAX_COUNT = 10**9
+PIN, PIN_DIGITS = "@sha256:", 12  # 48 bits tell apart all files that a person puts in one place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,9 @@ def check_that(condition: bool, key: str, message: str) -> None:
 
 
 def file_setting(default: str | None = None) -> Any:
-    """A field of settings whose value is the path of a file, whose content affects results.
+    """A field of settings that names a file, as `PATH@sha256:HEX`, or something else by a word such as `imagenet`.
+
+    The digest puts the file's content into params.yaml, where DVC sees it change. Read the file by `checked_path`.
 
     Arguments:
         default: The value if a row omits the key.
@@ -52,7 +57,61 @@ def file_setting(default: str | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"file": True})
 
 
-def named_files(settings: Any) -> dict[str, Path]:
+@dataclasses.dataclass(frozen=True)
+class NamedFile:
+    """A file that a setting names.
+
+    Attributes:
+        path: Where it is.
+        digest: The first hex digits of its SHA-256 digest, at least 12; empty where the setting gives none.
+    """
+
+    path: Path
+    digest: str
+
+    @classmethod
+    def of(cls, value: str) -> NamedFile:
+        """The file of a setting's value, `PATH@sha256:HEX` or a path alone."""
+        path, _, digest = value.partition(PIN)
+        return cls(Path(path), digest)
+
+    def pinned(self) -> str:
+        """The value to write: the path with the digest of what the file holds now."""
+        return f"{self.path}{PIN}{sha256_file(self.path)[:PIN_DIGITS]}"
+
+    def check(self, key: str) -> None:
+        """Compares the file with its digest.
+
+        Arguments:
+            key: The setting, as messages name it.
+
+        Raises:
+            SettingsError: When the digest is missing or another, with the value to write.
+        """
+        if not self.digest:
+            raise SettingsError(f"{key}: write {self.pinned()} (the file's content), so that a replaced file reruns its rows")
+        if len(self.digest) < PIN_DIGITS or not sha256_file(self.path).startswith(self.digest):
+            digest = shorten(self.digest)
+            raise SettingsError(f"{key}: {self.path} isn't the file with the digest {digest}; write {self.pinned()}")
+
+
+def checked_path(value: str, key: str) -> str:
+    """The path of a file that a setting names, whose content is the one named; a word, such as `imagenet`, as it is.
+
+    Arguments:
+        value: The setting's value.
+        key: The setting, as messages name it.
+
+    Raises:
+        SettingsError: When the file's digest is missing or another. A missing file is left to the reader's own message.
+    """
+    file = NamedFile.of(value)
+    if os.path.isfile(file.path):
+        file.check(key)
+    return str(file.path)
+
+
+def named_files(settings: Any) -> dict[str, NamedFile]:
     """The files that a row names, by key; keys of nested settings are dotted.
 
     Values that aren't files, such as `imagenet`, are left out: their meaning is fixed.
@@ -60,13 +119,13 @@ def named_files(settings: Any) -> dict[str, Path]:
     Arguments:
         settings: A dataclass of settings, with fields made by `file_setting`.
     """
-    files: dict[str, Path] = {}
+    files: dict[str, NamedFile] = {}
     for spec in dataclasses.fields(settings):
         value = getattr(settings, spec.name)
         if dataclasses.is_dataclass(value):
-            files |= {f"{spec.name}.{key}": path for key, path in named_files(value).items()}
-        elif spec.metadata.get("file") and value and Path(value).is_file():
-            files[spec.name] = Path(value)
+            files |= {f"{spec.name}.{key}": file for key, file in named_files(value).items()}
+        elif spec.metadata.get("file") and value and os.path.isfile((file := NamedFile.of(value)).path):
+            files[spec.name] = file
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError, SettingsError
-from pipeline.settings.build import build, shorten
+from pipeline.settings.build import NamedFile, build, named_files, shorten
 from pipeline.settings.rows import (
     AutoencoderSettings,
     ControlSettings,
@@ -180,6 +181,22 @@ class Params:
     def evaluation(self, dataset: str, asked_by: str = "") -> EvaluationSettings:
         """The row of `evaluations` for a data set."""
         return build(EvaluationSettings, self._row("evaluations", dataset, asked_by), f"evaluations.{dataset}")
+
+    def named_files(self) -> dict[str, NamedFile]:
+        """The files that all rows name, by table, row and key with dots; without rows that are refused."""
+        resolvers = {
+            "datasets": self.dataset,
+            "controls": self.control,
+            "autoencoders": self.autoencoder,
+            "densities": self.density,
+            "evaluations": self.evaluation,
+        }
+        files: dict[str, NamedFile] = {}
+        for table, resolve in resolvers.items():
+            for name in self.rows(table):
+                with contextlib.suppress(PipelineError):
+                    files |= {f"{table}.{name}.{key}": file for key, file in named_files(resolve(name)).items()}
+        return files
 
     def problems(self) -> Iterator[str]:
         """One line per problem, over all rows."""

@@ -256,7 +256,8 @@ class QualitySettings(Checked):
     Attributes:
         network: `classifier`: a small one, trained on the labelled training images; `vgg19`: up to relu3_1; `inception`: that
             of published scores. Scores of two networks aren't comparable.
-        weights: The weights: a file, or `imagenet` for torchvision's official VGG19, downloaded once; null for the classifier.
+        weights: The weights: a file with its digest, `PATH@sha256:HEX`, or `imagenet` for torchvision's official VGG19,
+            downloaded once; null for the classifier.
         samples: Samples to compare, at most: the first drawn.
         neighbours: k of precision and recall.
         classifier_examples: Training images for the classifier, at most: the first of the split.

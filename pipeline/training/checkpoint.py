@@ -41,7 +41,7 @@ def identity(settings: Any, data: str, world: int) -> dict[str, Any]:
         data: Digest of the shards or codes to train on.
         world: Number of processes.
     """
-    files = {key: sha256_file(path) for key, path in named_files(settings).items()}
+    files = {key: sha256_file(file.path) for key, file in named_files(settings).items()}
     return {"settings": repr(settings), "files": files, "data": data, "code": code_digest(), "world": world}
 
 

@@ -15,7 +15,7 @@ from pipeline.settings import Params, implementation, read_params
 from stages.run import one_line_errors
 from stages.workspace import TABLE_OF_STAGE
 
-__all__ = ["check", "missing_data", "pipeline_problems", "row_count", "unreadable_names"]
+__all__ = ["check", "missing_data", "other_files", "pipeline_problems", "row_count", "unreadable_names"]
 
 PIPELINE = Path("dvc.yaml")
 
@@ -32,6 +32,7 @@ def check(params_file: str) -> None:
         problems = list(params.problems())
         problems += pipeline_problems(params)
         problems += missing_data(params)
+        problems += other_files(params)
         problems += unreadable_names(params)
         for problem in problems:
             click.echo(printable(f"error: check: {problem}"), err=True)
@@ -66,6 +67,15 @@ def missing_data(params: Params) -> Iterator[str]:
         except OSError:
             pass
         yield f"datasets.{name}.root: {remedy}"
+
+
+def other_files(params: Params) -> Iterator[str]:
+    """A line for each setting that names a file without its digest, or with another, giving the value to write."""
+    for dotted, file in params.named_files().items():
+        try:
+            file.check(dotted)
+        except PipelineError as error:
+            yield str(error)
 
 
 def unreadable_names(params: Params) -> Iterator[str]:

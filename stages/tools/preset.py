@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import importlib
 import io
+import operator
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +21,7 @@ from typing import Any
 import click
 
 from pipeline.errors import PipelineError, SettingsError
-from pipeline.settings import Params, implementation
+from pipeline.settings import NamedFile, Params, implementation
 from pipeline.settings.params import ROW_NAME, TABLES
 from pipeline.system.files import write_text
 from stages.run import one_line_errors
@@ -231,6 +234,7 @@ def add_rows(
     tables = _plain(_parse(text, where) or {})
     if not isinstance(tables, dict):
         raise SettingsError(f"{where}: expected tables such as datasets and densities")
+    rows = _pinned(rows, tables)
     added: list[Row] = []
     present: list[Row] = []
     conflicts: list[str] = []
@@ -268,6 +272,23 @@ def add_rows(
             more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
             raise SettingsError(f"nothing was added, because {where} would not pass `check`: {problems[0]}{more}")
     return text, added + changed, present
+
+
+def _pinned(rows: Iterable[Row], tables: Mapping[str, Any]) -> list[Row]:
+    """The rows with the digest of each file that they name, where the file is there."""
+    rows = [dataclasses.replace(row, values=copy.deepcopy(row.values)) for row in rows]
+    merged = {table: dict(of_table) if isinstance(of_table, Mapping) else {} for table, of_table in tables.items()}
+    for row in rows:
+        merged.setdefault(row.table, {})[row.name] = row.plain()
+    files: dict[str, NamedFile] = {}
+    with contextlib.suppress(PipelineError):  # said below, by the same checks
+        files = Params(merged).named_files()
+    for row in rows:
+        for dotted, file in files.items():
+            if dotted.startswith(f"{row.dotted}.") and not file.digest:
+                *path, last = dotted.removeprefix(f"{row.dotted}.").split(".")
+                functools.reduce(operator.getitem, path, row.values)[last] = file.pinned()
+    return rows
 
 
 def _replaced(text: str, row: Row, where: str) -> str:

@@ -11,7 +11,7 @@ from pipeline.autoencoders.common.incremental import IncrementalSettings, mask
 from pipeline.autoencoders.common.network import ONE_VALUE, Autoencoder, Decoder, Encoder, filter_side, image_side
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
-from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, file_setting
+from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, checked_path, file_setting
 from pipeline.system.streams import stream_seed
 from pipeline.training.trainable import Step, Trainable
 
@@ -25,8 +25,8 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
     Attributes:
         incremental: Opens the code dimension by dimension (section 3.4); null trains all of it from the start.
         perceptual_weight: Weight of the perceptual loss in (5); 0.1 in the paper, 0 leaves it out.
-        perceptual_weights: Where VGG19's weights come from: a file (safetensors or state dict), or `imagenet` for torchvision's
-            official ones, downloaded once.
+        perceptual_weights: Where VGG19's weights come from: a file (safetensors or state dict) with its digest,
+            `PATH@sha256:HEX`, or `imagenet` for torchvision's official ones, downloaded once.
     """
 
     incremental: IncrementalSettings | None = None
@@ -143,7 +143,7 @@ class ImageObjective(Objective):
         # In a tuple, PyTorch doesn't see it: VGG19 is not among the weights that are trained, averaged or saved.
         self._perceptual: tuple[PerceptualLoss, ...] = ()
         if settings.perceptual_weight > 0:
-            weights = vgg19_weights(settings.perceptual_weights or "")
+            weights = vgg19_weights(checked_path(settings.perceptual_weights or "", "perceptual_weights"))
             self._perceptual = (PerceptualLoss(weights, value_range, channels_last=settings.channels_last),)
 
     def encode(self, examples: Tensor) -> Tensor:
