@@ -33,6 +33,6 @@ def test_every_stage_gives_the_same_bits_with_no_reader_and_with_four(tmp_path: 
         "samples",
         "metrics",
         "curves",
-        "figures",
+        "arrays",
     }
     assert four == alone

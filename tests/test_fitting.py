@@ -225,7 +225,7 @@ def test_shrunk_correlations_are_ledoit_and_wolfs(tmp_path: Path) -> None:
 
 def test_patience_ends_a_fit(tmp_path: Path) -> None:
     codes = write(tmp_path / "codes", correlated(60))
-    values = {"components": 2, "epochs": 500, "batch_size": 20, "learning_rate": 0.3, "validate_steps": 1, "patience": 4}
+    values = {"components": 2, "epochs": 500, "batch_size": 20, "learning_rate": 0.1, "validate_steps": 1, "patience": 4}
     _, training = fit_density(row("lde", **values), codes, join())
     after = [validation for validation in training.validations if validation["step"] > training.best["step"]]
     assert training.ended_by == "patience"

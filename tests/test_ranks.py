@@ -161,7 +161,7 @@ def test_only_the_first_process_writes_a_row_without_training(tmp_path: Path, mo
         monkeypatch.setattr(ranks, "join", lambda rank=rank: Ranks(rank, 2, torch.device("cpu")))
         assert small.run("train", "points").exit_code == 0
         assert Path("data/autoencoders/points").exists() == (rank == 0)
-        assert Path("reports/figures/train/points").exists() == (rank == 0)
+        assert Path("reports/arrays/train/points").exists() == (rank == 0)
     assert barriers == [1, 0]
 
 

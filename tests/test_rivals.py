@@ -17,7 +17,7 @@ autoencoders:
   grid: {dataset: grid, objective: identity}
 densities:
 """
-ROW = "  grid-{family}: {{codes: grid, dataset: grid, family: {family}, {settings}}}\n"
+ROW = "  grid-{name}: {{codes: grid, dataset: grid, family: {family}, {settings}}}\n"
 BUDGET = "epochs: 2, batch_size: 250, learning_rate: 0.002"
 FAMILIES = {
     "lde": f"components: 10, {BUDGET}",
@@ -36,13 +36,17 @@ evaluations:
 """
 
 
+def row_name(family: str) -> str:
+    return family.replace("_", "-")
+
+
 def test_families_are_fitted_scored_sampled_and_compared_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = "".join(ROW.format(family=family, settings=settings) for family, settings in FAMILIES.items())
+    rows = "".join(ROW.format(name=row_name(family), family=family, settings=text) for family, text in FAMILIES.items())
     Path("params.yaml").write_text(TABLES + rows + REST)
-    for stage in ("prepare", "train", "extract"):
-        assert run(stage, "grid").exit_code == 0
-    for family in FAMILIES:
+    for stage in ("prepare", "features", "train", "extract"):
+        assert (result := run(stage, "grid")).exit_code == 0, result.output
+    for family in map(row_name, FAMILIES):
         for stage in ("fit", "sample", "evaluate"):
             result = run(stage, f"grid-{family}")
             assert result.exit_code == 0, result.output
@@ -52,7 +56,7 @@ def test_families_are_fitted_scored_sampled_and_compared_alike(tmp_path: Path, m
     # Figure 5: a panel for each row, and a heat map for each that has a density.
     for name in ("grid-samples", "grid-log-density"):
         assert Path(f"reports/combined/grid-{name}.png").stat().st_size > 10_000
-    board = pd.read_csv("reports/scoreboard.csv", index_col="row").loc[[f"grid-{family}" for family in FAMILIES]]
+    board = pd.read_csv("reports/scoreboard.csv", index_col="row").loc[[f"grid-{row_name(family)}" for family in FAMILIES]]
     assert (board[["density_parameters", "seconds", "peak_memory_mib"]] > 0).all(axis=None)
     assert board["samples_in_dropped_box"].between(0, 1).all()
     assert board["mmd_squared"].between(-1, 1).all()

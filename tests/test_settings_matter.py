@@ -464,7 +464,7 @@ def test_vectors_need_no_settings() -> None:
 
 FITTING = TRAINING | {
     "shrinkage": Change(True, standardise="cholesky"),
-    "patience": Change(1, epochs=12, learning_rate=0.3),
+    "patience": Change(1, epochs=12, learning_rate=0.1),
     "standardise": "scalar",
     "transform": "asinh",
     "max_minutes": 1e-9,

@@ -32,6 +32,7 @@ from pipeline.sources.common.source import Block, Source
 from pipeline.storage.codes import CodeReader
 from pipeline.storage.shards import ShardReader
 from pipeline.system.ranks import Ranks
+from pipeline.system.streams import stream
 from stages.arrays import load_arrays
 
 SPLITS = ("train", "valid", "test")
@@ -223,7 +224,7 @@ class Scores:
             taken = self.take(key)
             assert taken == pytest.approx(value, rel=2e-4), key
             for other in SPLITS:
-                assert other == split or expected[other][key] != pytest.approx(taken, rel=5e-3), f"{key} is that of {other} too"
+                assert other == split or expected[other][key] != pytest.approx(taken, rel=2e-3), f"{key} is that of {other} too"
 
     def complete(self) -> None:
         """A new score needs a check here."""
@@ -303,7 +304,7 @@ def test_control(world: World) -> None:
     centroids = kmeans_centroids(lambda: [world.unit("train")], 15, settings["seed"], settings["kmeans_batch_size"], 2)
     check_parzen(scores, "kmeans_", centroids, world.unit, bandwidths, 40)
 
-    chosen = np.sort(np.argsort(np.random.default_rng(settings["seed"]).random(120))[:110])  # quality.samples
+    chosen = np.sort(np.argsort(stream("control images", settings["seed"]).random(120))[:110])  # quality.samples
     check_quality(world, scores, "training_images_", world.unit("train")[chosen])
 
     def components(fitted: str, scored: str) -> list[float]:
@@ -326,6 +327,10 @@ def parzen_bandwidths(dataset: str) -> tuple[float, ...]:
     protocol = read_params().evaluation(dataset).parzen
     assert protocol is not None
     return protocol.bandwidths
+
+
+# Shares of neighbours: batches of another length round features otherwise, which may move one neighbour over the border.
+COUNTED = ("_precision", "_recall", "_density", "_coverage", "_se")
 
 
 def check_quality(world: World, scores: Scores, prefix: str, samples: np.ndarray) -> None:
@@ -352,9 +357,8 @@ def check_quality(world: World, scores: Scores, prefix: str, samples: np.ndarray
     whole = quality.score(
         "classifier", *(features.extract_features(network("train"), [images]) for images in (world.unit("test"), samples)), 2, 4
     )
-    scores.equal(**{
-        f"{prefix}{key}": pytest.approx(value, rel=2e-3, abs=1e-6) for key, value in whole.metrics().items()
-    })  # fmt: skip
+    for key, value in whole.metrics().items():
+        scores.equal(**{f"{prefix}{key}": pytest.approx(value, rel=2e-3, abs=3e-3 if key.endswith(COUNTED) else 1e-6)})
     scores.equal(**{f"{prefix}classifier_real_images": 90, f"{prefix}classifier_samples": 110})
 
 

@@ -37,7 +37,7 @@ def training_samples(blocks: Blocks, count: int, seed: int) -> Blocks:
     Example:
         >>> rows = [np.arange(4), np.arange(4, 10)]
         >>> [block.tolist() for block in training_samples(lambda: rows, 4, seed=0)()]
-        [[1, 2, 3], [8]]
+        [[0], [5, 8, 9]]
     """
     if count < 1:
         raise ValueError(f"count must be at least 1: {count}")
