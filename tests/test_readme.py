@@ -55,7 +55,7 @@ WRITTEN = (
     PROJECT / "benchmarks/scaling.md",
     *sorted(PROJECT.glob("presets/*.yaml")),
     *sorted(PROJECT.glob("stages/reporting/templates/*")),
-    *(path for room in ("stages", "benchmarks") for path in sorted(PROJECT.glob(f"{room}/**/*.py"))),
+    *(path for room in ("pipeline", "stages", "benchmarks") for path in sorted(PROJECT.glob(f"{room}/**/*.py"))),
 )
 
 

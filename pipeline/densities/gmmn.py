@@ -93,7 +93,7 @@ class _SquaredDiscrepancy(torch.autograd.Function):
             distances = torch.addmm(square[:, None] + squares, part, both.T, alpha=-2).clamp_min_(0)
             slopes = torch.zeros_like(distances) if wanted else distances  # -2 dk / d(distance)
             for h in bandwidths:
-                # e^-60 is nothing beside the 1 of a vector with itself; subnormal numbers would take many times as long.
+                # e^-60 is nothing next to the 1 of a vector with itself; subnormal numbers would take many times as long.
                 kernel = (distances / (-2 * h * h)).clamp_min_(-60).exp_()
                 total += sign @ kernel @ signs
                 if wanted:

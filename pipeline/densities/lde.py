@@ -42,7 +42,7 @@ class Options(NetworkOptions):
         order: Order in which the dimensions are read: 0 for their own; any other number is the seed of a random one.
         noise: Standard deviation of Gaussian noise on training codes, in standardised units, for few codes.
         scoring_precision: `float32`, or `bfloat16` for matrix products of scoring. Rounded products make another mixture for
-            each conditional, so that what is scored is a density as well, in a third of the time. It is close to that of
+            each conditional. What is scored is a density as well, in a third of the time. It is close to that of
             float32 where standard deviations are well above 0.01 of the means' size. Where the device has no such instructions,
             and for a density in float64, nothing is rounded.
     """
@@ -232,7 +232,7 @@ class LatentDensityEstimator(Density):
         return moved
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch where there are several."""
+        """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch if there are several."""
         wanted = self.options.scoring_precision == "bfloat16" and not torch.is_grad_enabled()
         rounded = wanted and self.shift.dtype == torch.float32 and has_bfloat16(z.device)
         with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
@@ -268,7 +268,7 @@ class LatentDensityEstimator(Density):
             Three tensors with shape (B, D, K), in the units of the data.
 
         Raises:
-            PipelineError: When the columns are mapped by a `transform` or read in an `order` of their own.
+            PipelineError: When the columns are mapped by a `transform` or read in another `order`.
         """
         if self.transform is not None or self.order is not None:
             raise PipelineError("conditionals are given only without `transform`, and with the dimensions in their own order")

@@ -44,7 +44,7 @@ class Rnade(Density):
 
     .. math:: h_i = \operatorname{relu}\left(\rho_i \left(c + \sum_{j < i} z_j W_j\right)\right)
 
-    The logits, means and log standard deviations of the i-th conditional are affine in :math:`h_i`, with weights of its own.
+    The logits, means and log standard deviations of the i-th conditional are affine in :math:`h_i`, each with its own weights.
 
     References:
         | RNADE: The real-valued neural autoregressive density-estimator (Uria et al., 2013)

@@ -68,7 +68,7 @@ def causal_convolution(
 
     Arguments:
         x: The columns :math:`x_1, \ldots, x_T`, time first, with shape (T, B, C).
-        padding: What stands before them, :math:`p`, with shape (C).
+        padding: What precedes them, :math:`p`, with shape (C).
         weight: The taps :math:`W_0` on the past and :math:`W_1` on the present, with shape (2, C', C).
         bias: The bias :math:`b`, with shape (C').
         dilation: The dilation :math:`d`.
@@ -119,7 +119,7 @@ class _Layer(nn.Module):
 
     def _normalised(self, x: Tensor, padding: Tensor, padded: int) -> tuple[Tensor, Tensor]:
         # Batch norm in training mode over all that a padded convolution computes: `padded` columns of padding for each
-        # example, all alike, and the real ones; where the norm is synchronised, over the examples of all ranks.
+        # example, all equal, and the real ones; where the norm is synchronised, over the examples of all ranks.
         assert self.norm is not None
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None

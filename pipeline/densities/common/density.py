@@ -127,7 +127,7 @@ class Density(nn.Module):
         """Sets shift and scale.
 
         Arguments:
-            mean: The mean of the training codes, with shape (D,), or () for all dimensions alike.
+            mean: The mean of the training codes, with shape (D,), or () for one of all dimensions.
             std: Their standard deviation, with the same shape; or the Cholesky factor of their covariance, with shape (D, D).
 
         Raises:
