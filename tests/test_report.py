@@ -575,7 +575,7 @@ def test_markdown_shows_every_column_that_a_row_fills(workspace):
     write("reports/metrics/evaluate/grid-lde.json", scores | more)
     assert command().exit_code == 0
     found = scoreboard_cells()["grid-lde"]
-    assert [found[key] for key in ("± over images", "in dropped box", "MMD²")] == ["3.9", "1.23%", "0.002"]
+    assert [found[key] for key in ("± over images", "in dropped box", "MMD²")] == ["3.9", "1.23 %", "0.002"]
     assert "gap to truth" not in found
 
 
