@@ -48,7 +48,7 @@ def extract_codes(
         encoder = Encoder.load(autoencoder / "encoder.safetensors").to(ranks.device)
     with shared_folder(folder, ranks) as temporary:
         work = [(split, number) for split in SPLITS for number in range(len(reader.index.parts(split)))]
-        mine = {}
+        rank_parts = {}
         with Progress(len(work), f"encoding {folder.name}", unit="shards", quiet=not ranks.first) as progress:
             for i in ranks.share(len(work)):
                 split, number = work[i]
@@ -61,11 +61,11 @@ def extract_codes(
                     codes.append(examples)
                     labels.append(block.get("labels"))
                 joined = None if labels[0] is None else np.concatenate([label for label in labels if label is not None])
-                mine[f"{split}/{number}"] = vars(write_part(temporary, split, number, np.concatenate(codes), joined))
+                rank_parts[f"{split}/{number}"] = vars(write_part(temporary, split, number, np.concatenate(codes), joined))
                 progress.advance(ranks.world)
         parts: dict[str, dict[str, object]] = {}
-        for some in ranks.gather(mine):
-            parts |= some
+        for gathered in ranks.gather(rank_parts):
+            parts |= gathered
         if ranks.first:
             index = _write_index(temporary, reader, autoencoder, parts)
     return (index if ranks.first else CodeReader(folder).index), reader.index

@@ -558,9 +558,11 @@ def _scatter(axes: Axes, points: NDArray[np.float64], labels: NDArray[Any] | Non
         return [axes.scatter(points[:, 0], points[:, 1], s=3, color=COLOURS[0], alpha=0.5, linewidths=0, rasterized=True)]
     drawn = []
     for i, label in enumerate(np.unique(labels).tolist()):
-        some = points[labels == label]
+        class_points = points[labels == label]
         drawn.append(
-            axes.scatter(some[:, 0], some[:, 1], s=4, color=COLOURS[i % 10], alpha=0.6, linewidths=0, label=str(label))
+            axes.scatter(
+                class_points[:, 0], class_points[:, 1], s=4, color=COLOURS[i % 10], alpha=0.6, linewidths=0, label=str(label)
+            )
         )
     return drawn
 

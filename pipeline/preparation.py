@@ -80,15 +80,15 @@ class _Duplicates:
 
     def counts(self) -> dict[str, int]:
         """For each pair of splits, the number of examples of the later one that are also in the earlier one."""
-        found = {"train_valid": 0, "train_test": 0, "valid_test": 0}
+        counts = {"train_valid": 0, "train_test": 0, "valid_test": 0}
         for file in self._files:
             file.seek(0)
             rows = np.frombuffer(file.read(), self._type)
             splits = [rows["digest"][rows["split"] == i] for i in range(3)]
-            for pair, (a, b) in zip(found, ((0, 1), (0, 2), (1, 2)), strict=True):
-                found[pair] += int(np.isin(splits[b], splits[a]).sum())
+            for pair, (a, b) in zip(counts, ((0, 1), (0, 2), (1, 2)), strict=True):
+                counts[pair] += int(np.isin(splits[b], splits[a]).sum())
             file.close()
-        return found
+        return counts
 
 
 def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int | None = None) -> PreparationReport:

@@ -80,7 +80,7 @@ def write_samples(
     folder = Path(folder)
     sizes = list(_sizes(settings.count, settings.shard_examples))
     with shared_folder(folder, ranks) as temporary:
-        mine: dict[int, dict[str, object]] = {}
+        rank_parts: dict[int, dict[str, object]] = {}
         with Progress(settings.count, f"sampling {folder.name}", unit="samples", quiet=not ranks.first) as progress:
             for number in ranks.share(len(sizes)):
                 examples, codes = draw(density, decoder, sizes[number], settings.seed, number)
@@ -92,11 +92,11 @@ def write_samples(
                     examples = np.rint(examples * np.float32(255)) / np.float32(255)
                 with ShardWriter(temporary, "samples", settings.shard_examples, first=number) as writer:
                     writer.write(examples=examples.astype(np.float32), codes=codes)
-                mine[number] = vars(writer.shards[0])
+                rank_parts[number] = vars(writer.shards[0])
                 progress.advance(sizes[number] * ranks.world)
         shards: dict[int, dict[str, object]] = {}
-        for some in ranks.gather(mine):
-            shards |= some
+        for parts in ranks.gather(rank_parts):
+            shards |= parts
         kind, shape, value_range = "vectors", (density.dim,), None
         if decoder is not None:
             kind, shape, value_range = "images", decoder.image_shape, (0.0, 1.0)  # type: ignore[assignment]

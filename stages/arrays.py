@@ -15,11 +15,11 @@ from pipeline.errors import PipelineError
 from pipeline.system.files import atomic_file, read_json, sha256_file
 from stages import workspace
 
-__all__ = ["Arrays", "as_bytes", "check_output", "load_arrays", "read_run", "save_arrays"]
+__all__ = ["SavedArrays", "as_bytes", "check_output", "load_arrays", "read_run", "save_arrays"]
 
 
 @dataclass(frozen=True)
-class Arrays:
+class SavedArrays:
     """Arrays by name, with lines of text that belong to them.
 
     Attributes:
@@ -89,7 +89,7 @@ def check_output(stage: str, row: str, path: Path) -> None:
         raise PipelineError(f"{path} isn't what {stage} {row} wrote; {workspace.rerun(stage, row)}")
 
 
-def load_arrays(stage: str, row: str, name: str) -> Arrays | None:
+def load_arrays(stage: str, row: str, name: str) -> SavedArrays | None:
     """What `save_arrays` wrote; None if the stage wrote no file of that name.
 
     Raises:
@@ -104,7 +104,7 @@ def load_arrays(stage: str, row: str, name: str) -> Arrays | None:
     try:
         with safe_open(path, "numpy") as file:
             values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            return Arrays(values, json.loads((file.metadata() or {}).get("names", "[]")))
+            return SavedArrays(values, json.loads((file.metadata() or {}).get("names", "[]")))
     except (SafetensorError, OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:200]
         raise PipelineError(f"{path} can't be read ({problem}); {workspace.rerun(stage, row)}") from None

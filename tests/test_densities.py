@@ -21,7 +21,7 @@ from pipeline.densities.gmm import GaussianMixture
 from pipeline.densities.gmmn import MomentMatchingNetwork, squared_discrepancy
 from pipeline.densities.made_mog import MadeMog
 from pipeline.densities.naf import NeuralAutoregressiveFlow
-from pipeline.densities.prior import Prior
+from pipeline.densities.prior import PriorDensity
 from pipeline.densities.realnvp import RealNVP
 from pipeline.densities.rnade import Rnade
 from pipeline.errors import DataError, PipelineError, SettingsError
@@ -259,14 +259,14 @@ def test_gaussian_mixture_chooses_by_validation():
 def test_priors():
     z = banana(20).double()
     expected = stats.multivariate_normal(np.zeros(2), np.eye(2)).logpdf(z.numpy())
-    np.testing.assert_allclose(Prior(2).double().log_prob(z).numpy(), expected)
+    np.testing.assert_allclose(PriorDensity(2).double().log_prob(z).numpy(), expected)
     both = [stats.multivariate_normal(np.full(2, m), np.eye(2)).pdf(z.numpy() - 3) for m in (-3, 3)]
-    np.testing.assert_allclose(Prior(2, prior="two_normals").double().log_prob(z - 3).numpy(), np.log(0.5 * sum(both)))
-    samples = Prior(3, prior="two_normals").sample(4000, torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(PriorDensity(2, prior="two_normals").double().log_prob(z - 3).numpy(), np.log(0.5 * sum(both)))
+    samples = PriorDensity(3, prior="two_normals").sample(4000, torch.Generator().manual_seed(0))
     sides = (samples > 0).sum(1)
     assert ((sides == 0) | (sides == 3)).float().mean() > 0.98
     with pytest.raises(PipelineError, match="fixed in the units of the codes"):
-        Prior(2).standardise(torch.zeros(2), torch.ones(2))
+        PriorDensity(2).standardise(torch.zeros(2), torch.ones(2))
     with pytest.raises(SettingsError, match="standardise: must be 'none'"):
         build("prior", standardise="scalar")
 

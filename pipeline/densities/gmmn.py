@@ -87,21 +87,21 @@ class _SquaredDiscrepancy(torch.autograd.Function):
         signs = torch.cat([x.new_full((len(x),), 1 / len(x)), y.new_full((len(y),), -1 / len(y))])
         squares = both.square().sum(dim=1)
         total, gradients = x.new_zeros(()), []
-        wanted = any(ctx.needs_input_grad)
+        needs_gradient = any(ctx.needs_input_grad)
         rows = GPU_CHUNK_EXAMPLES if x.is_cuda else CHUNK_EXAMPLES
         for part, square, sign in zip(*(value.split(rows) for value in (both, squares, signs)), strict=True):
             distances = torch.addmm(square[:, None] + squares, part, both.T, alpha=-2).clamp_min_(0)
-            slopes = torch.zeros_like(distances) if wanted else distances  # -2 dk / d(distance)
+            slopes = torch.zeros_like(distances) if needs_gradient else distances  # -2 dk / d(distance)
             for h in bandwidths:
                 # e^-60 is nothing next to the 1 of a vector with itself; subnormal numbers would take many times as long.
                 kernel = (distances / (-2 * h * h)).clamp_min_(-60).exp_()
                 total += sign @ kernel @ signs
-                if wanted:
+                if needs_gradient:
                     slopes.add_(kernel, alpha=1 / (h * h))
-            if wanted:
+            if needs_gradient:
                 pull = slopes @ (signs[:, None] * both) - (slopes @ signs)[:, None] * part
                 gradients.append(2 * sign[:, None] * pull)
-        if wanted:
+        if needs_gradient:
             ctx.save_for_backward(*torch.cat(gradients).split([len(x), len(y)]))
         return total
 

@@ -13,12 +13,12 @@ from pipeline.densities.common.density import Density, Proceed, standard_normal,
 from pipeline.errors import PipelineError
 from pipeline.settings import Checked, DensitySettings, check_that
 
-__all__ = ["Options", "Prior", "Settings"]
+__all__ = ["Options", "PriorDensity", "Settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Options of `Prior`.
+    """Options of `PriorDensity`.
 
     Attributes:
         prior: `normal` for N(0, I), `two_normals` for the equal mixture of N(-3, I) and N(3, I) (section 4.2.2).
@@ -38,7 +38,7 @@ class Settings(DensitySettings, Options):
         check_that(self.standardise == "none", "standardise", "must be 'none': a prior is fixed in the units of the codes")
 
 
-class Prior(Density):
+class PriorDensity(Density):
     r"""A fixed prior: :math:`\mathcal{N}(0, I)`, or :math:`\frac{1}{2} \mathcal{N}(-3, I) + \frac{1}{2} \mathcal{N}(3, I)`.
 
     References:
@@ -51,9 +51,9 @@ class Prior(Density):
 
     Example:
         >>> import torch
-        >>> Prior(3).log_prob(torch.zeros(1, 3))
+        >>> PriorDensity(3).log_prob(torch.zeros(1, 3))
         tensor([-2.7568])
-        >>> Prior(1, prior="two_normals").log_prob(torch.tensor([[3.0]]))
+        >>> PriorDensity(1, prior="two_normals").log_prob(torch.tensor([[3.0]]))
         tensor([-1.6121])
     """
 
@@ -82,4 +82,4 @@ class Prior(Density):
         return self.prior.means.to(self.shift)[chosen, None] + standard_normal((n, self.dim), self.shift, generator)
 
 
-Model = Prior
+Model = PriorDensity

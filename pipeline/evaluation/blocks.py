@@ -25,18 +25,18 @@ def rebatch(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
         >>> [len(b) for b in rebatch([np.zeros(3), np.zeros(4)], 2)]
         [2, 2, 2, 1]
     """
-    held: list[np.ndarray] = []
+    pieces: list[np.ndarray] = []
     count = 0
     for block in blocks:
         while len(block):
             part, block = block[: rows - count], block[rows - count :]
-            held.append(part)
+            pieces.append(part)
             count += len(part)
             if count == rows:
-                yield np.concatenate(held)
-                held, count = [], 0
-    if held:
-        yield np.concatenate(held)
+                yield np.concatenate(pieces)
+                pieces, count = [], 0
+    if pieces:
+        yield np.concatenate(pieces)
 
 
 def unit_blocks(reader: ShardReader, split: str, limit: int = 0) -> Callable[[], Iterator[np.ndarray]]:
@@ -46,12 +46,12 @@ def unit_blocks(reader: ShardReader, split: str, limit: int = 0) -> Callable[[],
     """
 
     def blocks() -> Iterator[np.ndarray]:
-        left = limit or reader.index.count(split)
+        remaining = limit or reader.index.count(split)
         for block in reader.blocks(split):
-            examples = block["examples"][:left]
+            examples = block["examples"][:remaining]
             yield scale_pixels(examples, (0.0, 1.0)) if reader.index.kind == "images" else examples
-            left -= len(examples)
-            if left <= 0:
+            remaining -= len(examples)
+            if remaining <= 0:
                 return
 
     return blocks

@@ -267,13 +267,13 @@ CLASSIFIER, TEST, INDEX = "classifier.safetensors", "test.safetensors", "index.j
 
 def _train_classifier(settings: QualitySettings, reader: ShardReader) -> Classifier:
     def labelled() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        left = settings.classifier_examples
+        remaining = settings.classifier_examples
         for block in reader.blocks("train"):
             if "labels" not in block:
                 raise DataError("quality.network: the images have no labels to train the classifier on; use vgg19 or inception")
-            yield scale_pixels(block["examples"], (0.0, 1.0))[:left], block["labels"][:left]
-            left -= len(block["labels"])
-            if left <= 0:
+            yield scale_pixels(block["examples"], (0.0, 1.0))[:remaining], block["labels"][:remaining]
+            remaining -= len(block["labels"])
+            if remaining <= 0:
                 return
 
     classes = len(reader.index.label_names or ()) or 1 + max(int(labels.max()) for _, labels in labelled())

@@ -241,17 +241,17 @@ def interpolation_pairs(
     if labels is None:
         return [("any two", pair) for pair in draw_pairs(np.zeros(count), 2 * pairs, True, seed)]
     present = np.unique(labels).tolist()
-    shown: list[tuple[str, NDArray[np.int64]]] = []
+    named_pairs: list[tuple[str, NDArray[np.int64]]] = []
     if len(present) == 2:
         for label in present:
             members = np.flatnonzero(labels == label)
             if len(members) > 1:
                 name = f"within {names[label]}" if label < len(names) else f"within {label}"
-                shown += [(name, members[pair]) for pair in draw_pairs(np.zeros(len(members)), pairs, True, seed)]
+                named_pairs += [(name, members[pair]) for pair in draw_pairs(np.zeros(len(members)), pairs, True, seed)]
     else:
-        shown += [("same label", pair) for pair in draw_pairs(labels, pairs, True, seed)]
+        named_pairs += [("same label", pair) for pair in draw_pairs(labels, pairs, True, seed)]
     across = draw_pairs(labels, pairs, False, seed)
     if len(present) == 2:
         # The first domain is always on the left.
         across = np.stack([pair if labels[pair[0]] == present[0] else pair[::-1] for pair in across])
-    return [*shown, *(("across" if len(present) == 2 else "different labels", pair) for pair in across)]
+    return [*named_pairs, *(("across" if len(present) == 2 else "different labels", pair) for pair in across)]

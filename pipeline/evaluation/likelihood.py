@@ -31,8 +31,8 @@ def score_codes(density: Density, blocks: Iterable[np.ndarray]) -> Iterator[np.n
 def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks | None = None) -> Mean:
     """Mean log-likelihood of codes in nats, with its standard error; each rank scores its share of the blocks."""
     moments = Moments()
-    mine = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)
-    for values in score_codes(density, mine):
+    rank_blocks = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)
+    for values in score_codes(density, rank_blocks):
         moments.update(values)
     if ranks is not None and ranks.world > 1:
         merged = Moments()
@@ -52,7 +52,7 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
         by_group: Whether labels name groups of dependent examples, such as the patches of one image. If there are at least
             five groups, the standard error over groups is given too.
     """
-    mine = GroupedMoments()
+    rank_moments = GroupedMoments()
     with Progress(codes.index.count("test"), "scoring test codes", unit="codes", quiet=not ranks.first) as progress:
         for number, block in enumerate(codes.blocks("test")):
             if number % ranks.world != ranks.rank:
@@ -61,11 +61,11 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
             for start in range(0, len(labels), SCORED_AT_ONCE):
                 part = slice(start, start + SCORED_AT_ONCE)
                 (values,) = score_codes(density, [block["codes"][part]])
-                mine.update(values, labels[part])
+                rank_moments.update(values, labels[part])
                 progress.advance(len(values) * ranks.world)
     moments = GroupedMoments()
-    for some in ranks.gather(mine):
-        moments.merge(some)
+    for gathered in ranks.gather(rank_moments):
+        moments.merge(gathered)
     mean, error, count = moments.examples()
     if not np.isfinite(mean):
         raise DataError(f"the mean log-likelihood of the test codes is {mean}: the density has diverged; fit it again")

@@ -83,14 +83,14 @@ def _rows(blocks: Iterable[np.ndarray], what: str, dimensions: int = 0) -> Itera
 
 def _chunks(blocks: Iterable[np.ndarray]) -> Iterator[Tensor]:
     """Points joined into chunks of at most POINT_BYTES (but whole blocks)."""
-    held: list[Tensor] = []
+    chunk: list[Tensor] = []
     for rows in _rows(blocks, "points"):
-        if held and sum(r.nbytes for r in held) + rows.nbytes > POINT_BYTES:
-            yield torch.cat(held)
-            held = []
-        held.append(rows)
-    if held:
-        yield torch.cat(held)
+        if chunk and sum(r.nbytes for r in chunk) + rows.nbytes > POINT_BYTES:
+            yield torch.cat(chunk)
+            chunk = []
+        chunk.append(rows)
+    if chunk:
+        yield torch.cat(chunk)
 
 
 def _half_squares(rows: Tensor) -> Tensor:
@@ -278,13 +278,13 @@ def score(
     """
 
     def moments(points: Blocks, widths: Sequence[float]) -> tuple[list[Moments], int]:
-        found, count = [Moments() for _ in widths], 0
-        for mine in chunk_sums(points, samples, widths, device):
-            sums = merge(gather(mine))
+        moments, count = [Moments() for _ in widths], 0
+        for rank_sums in chunk_sums(points, samples, widths, device):
+            sums = merge(gather(rank_sums))
             count = sums.samples
-            for of_width, values in zip(found, sums.log_likelihoods, strict=True):
+            for of_width, values in zip(moments, sums.log_likelihoods, strict=True):
                 of_width.update(values)
-        return found, count
+        return moments, count
 
     searched, count = moments(valid, bandwidths)
     curve = tuple(of_width.mean for of_width in searched)

@@ -117,11 +117,11 @@ def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _radii(x: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
     """Squared distance of each row to its k-th nearest other row, with shape (n,), for each k."""
-    found = torch.empty(len(x), max(ks), dtype=x.dtype)
+    distances = torch.empty(len(x), max(ks), dtype=x.dtype)
     for rows, squares in _squared_distances(x, x):
         squares[torch.arange(len(squares)), torch.arange(rows.start, rows.stop)] = math.inf
-        found[rows] = squares.topk(max(ks), largest=False).values
-    return [found[:, k - 1] for k in ks]
+        distances[rows] = squares.topk(max(ks), largest=False).values
+    return [distances[:, k - 1] for k in ks]
 
 
 def manifolds(real: Features, samples: Features, neighbours: int = 3, density_neighbours: int = 5) -> Manifolds:
@@ -232,7 +232,7 @@ def nearest(queries: NDArray[np.floating], blocks: Iterable[np.ndarray]) -> tupl
     """
     x = torch.from_numpy(np.asarray(queries, dtype=np.float32)).flatten(1)
     best = torch.full((len(x),), math.inf, dtype=torch.float64)
-    found = np.zeros(queries.shape, dtype=np.float32)
+    distances = np.zeros(queries.shape, dtype=np.float32)
     for block in blocks:
         rows = torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32)).flatten(1)
         if not len(rows):
@@ -243,10 +243,10 @@ def nearest(queries: NDArray[np.floating], blocks: Iterable[np.ndarray]) -> tupl
         squares = (x - rows[index]).double().square().mean(1)  # exact for the nearest one
         closer = squares < best
         best[closer] = squares[closer]
-        found[closer.numpy()] = rows[index[closer]].numpy().reshape(-1, *queries.shape[1:])
+        distances[closer.numpy()] = rows[index[closer]].numpy().reshape(-1, *queries.shape[1:])
     if not bool(torch.isfinite(best).all()):
         raise DataError("nearest images: there are no training images")
-    return found, best.sqrt().numpy()
+    return distances, best.sqrt().numpy()
 
 
 def _check(real: Features, samples: Features) -> None:

@@ -78,10 +78,10 @@ def _read_partition(where: str, data: bytes) -> dict[str, str]:
 
 
 def _official_split(root: Path, path: Path, names: tuple[str, ...]) -> OwnSplit | None:
-    found = _find_partition(root, path)
-    if found is None:
+    location = _find_partition(root, path)
+    if location is None:
         return None
-    where, partition = found[0], _read_partition(*found)
+    where, partition = location[0], _read_partition(*location)
     chosen: dict[str, list[str]] = {split: [] for split in SPLITS}
     for name in names:
         split = partition.get(PurePosixPath(name).name)

@@ -61,16 +61,16 @@ class Grid(Source):
     def _draw(self, split: str, group: int) -> np.ndarray:
         """256 points of the truth, by rejection, float32 with shape (256, 2)."""
         random = generator(self.seed, "grid", split, group)
-        kept: list[np.ndarray] = []
-        while sum(map(len, kept)) < GROUP:
+        accepted: list[np.ndarray] = []
+        while sum(map(len, accepted)) < GROUP:
             along = random.uniform(-self.half_length, self.half_length, GROUP)
             across = random.choice(CENTRES, GROUP) + DEVIATION * random.standard_normal(GROUP)
             horizontal = random.random(GROUP) < 0.5
             points = np.stack([np.where(horizontal, along, across), np.where(horizontal, across, along)], axis=1)
             # Rounded before the test, since rounding may move a point across an edge, where the truth is zero.
             points = points.astype(np.float32)
-            kept.append(points[np.isfinite(log_density(points, self.half_length))])
-        return np.concatenate(kept)[:GROUP]
+            accepted.append(points[np.isfinite(log_density(points, self.half_length))])
+        return np.concatenate(accepted)[:GROUP]
 
     def read(self, split: str, start: int, stop: int) -> Block:
         """Points, float32 with shape (n, 2)."""

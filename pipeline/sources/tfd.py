@@ -52,9 +52,9 @@ def _read_mat(path: Path, stamp: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
     from scipy.io import loadmat, whosmat
 
     try:
-        found = {name: (shape, kind) for name, shape, kind in whosmat(path)}
-        shape, kind = found.get("images", ((), "nothing"))
-        folds_shape, _ = found.get("folds", ((), "nothing"))
+        variables = {name: (shape, kind) for name, shape, kind in whosmat(path)}
+        shape, kind = variables.get("images", ((), "nothing"))
+        folds_shape, _ = variables.get("folds", ((), "nothing"))
         # Check the declared shapes before loading anything.
         if len(shape) != 3 or shape[1:] != (48, 48) or kind != "uint8" or not 0 < shape[0] <= MAX_IMAGES:
             raise DataError(f"{path}: expected 'images' of uint8 with shape (N, 48, 48), found {kind} {tuple(shape)}")

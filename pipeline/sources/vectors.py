@@ -198,9 +198,13 @@ class Vectors(Source):
         self.notes = (
             *([f"{table.dtype} became float32"] if table.dtype != "float32" else []),
             *(["each column is less its mean; reports/runs/prepare holds the means"] if settings.centre else []),
-            *([f"no dimension, since they are an index: {_some(table.ignored)}"] if table.ignored else []),
-            *([f"columns that hold one value {_constant_words(settings)}: {_some(names)}"] if names else []),
-            *([f"columns whose values repeat, for which likelihoods are unbounded: {_some(repeating)}"] if repeating else []),
+            *([f"no dimension, since they are an index: {_truncated_list(table.ignored)}"] if table.ignored else []),
+            *([f"columns that hold one value {_constant_words(settings)}: {_truncated_list(names)}"] if names else []),
+            *(
+                [f"columns whose values repeat, for which likelihoods are unbounded: {_truncated_list(repeating)}"]
+                if repeating
+                else []
+            ),
         )
         return varies
 
@@ -242,7 +246,7 @@ def _constant_words(settings: Settings) -> str:
     return "were left out" if settings.drop_constant else "(drop_constant: true leaves them out)"
 
 
-def _some(names: Sequence[str]) -> str:
+def _truncated_list(names: Sequence[str]) -> str:
     """The first ten names."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 

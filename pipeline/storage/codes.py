@@ -159,8 +159,8 @@ class CodeReader(PartReader[CodeIndex]):
             raise self._error(f"{path} isn't a safetensors file ({error})") from None
         codes = arrays.get("codes")
         if codes is None or codes.shape != (part.count, self.index.dim) or codes.dtype != np.float32:
-            found = "no codes" if codes is None else f"codes of shape {codes.shape} and type {codes.dtype}"
-            raise self._error(f"{path}: expected float32 codes of shape ({part.count}, {self.index.dim}), got {found}")
+            description = "no codes" if codes is None else f"codes of shape {codes.shape} and type {codes.dtype}"
+            raise self._error(f"{path}: expected float32 codes of shape ({part.count}, {self.index.dim}), got {description}")
         if not np.isfinite(codes).all():
             raise self._error(f"{path} holds codes that aren't finite")
         labels = arrays.get("labels", np.empty(part.count, np.int64))
@@ -170,14 +170,14 @@ class CodeReader(PartReader[CodeIndex]):
 
     def blocks(self, split: str, limit: int | None = None) -> Iterator[Arrays]:
         """The files of a split, one after another, up to `limit` codes in all."""
-        left = math.inf if limit is None else limit
+        remaining = math.inf if limit is None else limit
         for number in range(len(self.index.parts(split))):
-            if left <= 0:
+            if remaining <= 0:
                 return
             arrays = self.load(split, number)
-            if len(arrays["codes"]) > left:
-                arrays = {name: array[: int(left)] for name, array in arrays.items()}
-            left -= len(arrays["codes"])
+            if len(arrays["codes"]) > remaining:
+                arrays = {name: array[: int(remaining)] for name, array in arrays.items()}
+            remaining -= len(arrays["codes"])
             yield arrays
 
     def stream(self, split: str) -> Callable[[], Iterator[np.ndarray]]:

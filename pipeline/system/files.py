@@ -76,10 +76,10 @@ def _system_errors(path: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
 
 
 @contextlib.contextmanager

@@ -244,8 +244,10 @@ class _Run:
             print(f"warning: {self.label}: {emulated}", file=sys.stderr)
         self.saved = time.monotonic()
         self.started = self.saved - self.record.seconds
-        left = self.limit - self.record.seconds
-        self.progress = Progress(self.total, self.label, "steps", initial=self.index, quiet=not self.ranks.first, seconds=left)
+        remaining = self.limit - self.record.seconds
+        self.progress = Progress(
+            self.total, self.label, "steps", initial=self.index, quiet=not self.ranks.first, seconds=remaining
+        )
 
     def save_if_due(self, received: list[int]) -> None:
         """Saves the state when it's due, and ends the run after a signal.
@@ -295,14 +297,14 @@ class _Run:
         worked()  # the batch has arrived; if one process doesn't get its batch, the others wait within the step
         share = self.ranks.greatest(self.record.seconds / self.limit)[0] if self.limit < math.inf else None
         self.rate = learning_rate(self.settings, self.index, self.steps_per_epoch, share)
-        shown = 0.0
+        displayed_loss = 0.0
         for phase in self.model.phases:
             loss = self._optimise_phase(phase, batch, step)
-            shown = shown or loss
+            displayed_loss = displayed_loss or loss
         self.index += 1
         if self.averages is not None:
             self.averages.update(self.model, self.index)
-        return shown
+        return displayed_loss
 
     def _optimise_phase(self, phase: str, batch: dict[str, Tensor], step: Step) -> float:
         optimizers = self.optimizers[phase]
@@ -332,8 +334,8 @@ class _Run:
             f"the data hold values that aren't finite ({', '.join(bad)})" if bad else "the learning rate is probably too high"
         )
         remedy = "check the data set" if bad else CALM
-        kept = " The last good checkpoint is kept." if self.saved_step is not None else ""
-        return f"{self.label}: the loss of phase '{phase}' isn't finite at step {self.index}: {cause}; {remedy}.{kept}"
+        remark = " The last good checkpoint is kept." if self.saved_step is not None else ""
+        return f"{self.label}: the loss of phase '{phase}' isn't finite at step {self.index}: {cause}; {remedy}.{remark}"
 
     # The record -------------------------------------------------------------------------------------------------------
 
@@ -432,12 +434,12 @@ class _Averages:
     @contextlib.contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
         """The model with averaged weights, for a validation."""
-        kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        snapshot = {name: value.detach().clone() for name, value in model.state_dict().items()}
         model.load_state_dict(self.values)
         try:
             yield
         finally:
-            model.load_state_dict(kept)
+            model.load_state_dict(snapshot)
 
 
 @contextlib.contextmanager

@@ -344,10 +344,10 @@ def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[
 
 def description(board: pd.DataFrame, longest: int = 7_500) -> str:
     """The scoreboard in Markdown for the run's page in MLflow, whose tags hold at most 8,000 characters."""
-    shown = board
+    table = board
     while True:
-        left_out = len(board) - len(shown)
-        text = _environment(False).get_template("description.md").render(groups=_groups(shown), left_out=left_out)
-        if len(text) <= longest or shown.empty:
+        left_out = len(board) - len(table)
+        text = _environment(False).get_template("description.md").render(groups=_groups(table), left_out=left_out)
+        if len(text) <= longest or table.empty:
             return text
-        shown = shown.iloc[: min(len(shown) - 1, len(shown) * longest // len(text))]
+        table = table.iloc[: min(len(table) - 1, len(table) * longest // len(text))]

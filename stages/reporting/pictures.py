@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.settings import Params
 from pipeline.system.files import write_text
 from stages import workspace
-from stages.arrays import Arrays, check_output, load_arrays
+from stages.arrays import SavedArrays, check_output, load_arrays
 from stages.reporting.scoreboard import read_metrics
 
 if TYPE_CHECKING:
@@ -335,36 +335,36 @@ def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
     controls = [name for name in params.rows("controls") if params.control(name).dataset == dataset]
     incremental = any(getattr(params.autoencoder(name), "incremental", None) for name in autoencoders)
     variational = _by_kl_weight(params, autoencoders)
-    shown = {name: name.removeprefix(f"{dataset}-") for name in (*autoencoders, *densities)}
+    titles = {name: name.removeprefix(f"{dataset}-") for name in (*autoencoders, *densities)}
     return {
-        "samples": _samples(densities, shown),
-        "grid-samples": _grid_samples(params, densities, shown),
-        "grid-log-density": _grid_log_density(params, densities, shown),
-        "reconstructions": _reconstructions(autoencoders, shown),
+        "samples": _samples(densities, titles),
+        "grid-samples": _grid_samples(params, densities, titles),
+        "grid-log-density": _grid_log_density(params, densities, titles),
+        "reconstructions": _reconstructions(autoencoders, titles),
         "codes": _codes(variational),
         "trade-off": _trade_off(variational),
-        "open-dimensions": _open_dimensions(autoencoders, controls, shown),
-        "interpolations": _interpolations(params, densities, shown),
-        "interpolation-log-likelihood": _interpolation_curves(densities, shown, params.dataset(dataset).label),
-        "training-loss": _curves(_read_curves("train", autoencoders, "loss"), shown, "training loss", log_y=True),
+        "open-dimensions": _open_dimensions(autoencoders, controls, titles),
+        "interpolations": _interpolations(params, densities, titles),
+        "interpolation-log-likelihood": _interpolation_curves(densities, titles, params.dataset(dataset).label),
+        "training-loss": _curves(_read_curves("train", autoencoders, "loss"), titles, "training loss", log_y=True),
         "opened-dimensions": _curves(
-            _read_curves("train", autoencoders if incremental else [], "open_dimensions"), shown, "open dimensions"
+            _read_curves("train", autoencoders if incremental else [], "open_dimensions"), titles, "open dimensions"
         ),
         "validation": _curves(
-            _read_curves("fit", densities, "valid_log_likelihood"), shown, "validation log-likelihood (nats)"
+            _read_curves("fit", densities, "valid_log_likelihood"), titles, "validation log-likelihood (nats)"
         ),
     }
 
 
-# `shown` gives the name of a row in a picture: without the data set's name, which is in the heading.
+# `titles` gives the name of a row in a picture: without the data set's name, which is in the heading.
 
 
-def _samples(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
+def _samples(rows: Sequence[str], titles: Mapping[str, str]) -> Figure | None:
     """Figures 1, 8, 11 and 12: the first samples of each row."""
     from pipeline.figures import image_panels
 
-    found = {row: load_arrays("sample", row, "samples") for row in rows}
-    panels = {shown[row]: arrays.values["samples"] for row, arrays in found.items() if arrays is not None}
+    saved = {row: load_arrays("sample", row, "samples") for row in rows}
+    panels = {titles[row]: arrays.values["samples"] for row, arrays in saved.items() if arrays is not None}
     panels = {row: samples for row, samples in panels.items() if samples.dtype == "uint8"}  # not of vectors
     if len(panels) < 2:
         return None
@@ -374,31 +374,31 @@ def _samples(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
 
 
 def _grid_arrays(
-    params: Params, rows: Sequence[str], shown: Mapping[str, str]
+    params: Params, rows: Sequence[str], titles: Mapping[str, str]
 ) -> tuple[dict[str, Mapping[str, NDArray[Any]]], float]:
-    """The arrays of each row on the grid density, by the name shown, and the end of the axes."""
-    found = {shown[row]: load_arrays("evaluate", row, "grid") for row in rows}
+    """The arrays of each row on the grid density, by title, and the end of the axes."""
+    grids = {titles[row]: load_arrays("evaluate", row, "grid") for row in rows}
     half_length = float(getattr(params.dataset(params.density(rows[0]).dataset), "half_length", 5.0)) if rows else 0.0
-    return {row: arrays.values for row, arrays in found.items() if arrays is not None}, half_length + 1
+    return {row: arrays.values for row, arrays in grids.items() if arrays is not None}, half_length + 1
 
 
-def _grid_samples(params: Params, rows: Sequence[str], shown: Mapping[str, str], fewest: int = 2) -> Figure | None:
+def _grid_samples(params: Params, rows: Sequence[str], titles: Mapping[str, str], fewest: int = 2) -> Figure | None:
     """Figure 5: samples of each row over the target's, for at least `fewest` rows."""
     from pipeline.figures import density_panels
     from pipeline.sources.common.bars import DROPPED_BOX
 
-    found, limit = _grid_arrays(params, rows, shown)
+    found, limit = _grid_arrays(params, rows, titles)
     if len(found) < fewest:
         return None
     target = next(iter(found.values()))["target"]
     return density_panels(target, {row: arrays["samples"] for row, arrays in found.items()}, limit, DROPPED_BOX)
 
 
-def _grid_log_density(params: Params, rows: Sequence[str], shown: Mapping[str, str], fewest: int = 2) -> Figure | None:
+def _grid_log_density(params: Params, rows: Sequence[str], titles: Mapping[str, str], fewest: int = 2) -> Figure | None:
     """Figure 5, as heat maps: log-density of the truth and of each row that has one, for at least `fewest` rows."""
     from pipeline.figures import log_density_maps
 
-    found, limit = _grid_arrays(params, rows, shown)
+    found, limit = _grid_arrays(params, rows, titles)
     maps = {row: arrays["model"] for row, arrays in found.items() if "model" in arrays}
     if len(maps) < fewest:
         return None
@@ -406,7 +406,7 @@ def _grid_log_density(params: Params, rows: Sequence[str], shown: Mapping[str, s
     return log_density_maps({"truth": truth} | maps, limit)
 
 
-def _reconstructions(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
+def _reconstructions(rows: Sequence[str], titles: Mapping[str, str]) -> Figure | None:
     """Figure 6: the first test images, and what each autoencoder makes of them, with its scores over all test images."""
     from pipeline.figures import reconstructions
 
@@ -418,9 +418,9 @@ def _reconstructions(rows: Sequence[str], shown: Mapping[str, str]) -> Figure | 
     for row in outputs:
         metrics = read_metrics("train", row)
         scores = (("test_mse", "MSE {:.4f}"), ("test_psnr", "PSNR {:.1f} dB"), ("test_ssim", "SSIM {:.3f}"))
-        notes[shown[row]] = "\n".join(text.format(metrics[key]) for key, text in scores if key in metrics)
+        notes[titles[row]] = "\n".join(text.format(metrics[key]) for key, text in scores if key in metrics)
     inputs = next(iter(outputs.values()))["inputs"]
-    columns = {shown[row]: values["reconstructions"][:RECONSTRUCTED] / 255 for row, values in outputs.items()}
+    columns = {titles[row]: values["reconstructions"][:RECONSTRUCTED] / 255 for row, values in outputs.items()}
     return reconstructions(inputs[:RECONSTRUCTED] / 255, columns, notes)
 
 
@@ -465,11 +465,11 @@ def _trade_off(rows: Mapping[str, float]) -> Figure | None:
     return trade_off(list(scores), [error for error, _ in means], [kl for _, kl in means])
 
 
-def _interpolations(params: Params, rows: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
+def _interpolations(params: Params, rows: Sequence[str], titles: Mapping[str, str]) -> Figure | None:
     """Figure 7: images between test images, once per autoencoder, however many densities it has."""
     from pipeline.figures import interpolation_panels
 
-    found: dict[str, Arrays] = {}
+    found: dict[str, SavedArrays] = {}
     for row in rows:
         codes = params.density(row).codes
         arrays = load_arrays("evaluate", row, "interpolation")
@@ -480,13 +480,13 @@ def _interpolations(params: Params, rows: Sequence[str], shown: Mapping[str, str
     first = next(iter(found.values()))
     ends = first.values["originals"] / 255
     panels = [
-        (name, ends[i, 0], ends[i, 1], {shown[codes]: arrays.values["images"][i] / 255 for codes, arrays in found.items()})
+        (name, ends[i, 0], ends[i, 1], {titles[codes]: arrays.values["images"][i] / 255 for codes, arrays in found.items()})
         for i, name in enumerate(first.names)
     ]
     return interpolation_panels(panels, first.values["weights"].tolist())
 
 
-def _interpolation_curves(rows: Sequence[str], shown: Mapping[str, str], label: str, fewest: int = 2) -> Figure | None:
+def _interpolation_curves(rows: Sequence[str], titles: Mapping[str, str], label: str, fewest: int = 2) -> Figure | None:
     """Figure 10: log-likelihood between test codes of the same label (or domain) and of different ones, of `fewest` rows."""
     import numpy as np
 
@@ -503,28 +503,28 @@ def _interpolation_curves(rows: Sequence[str], shown: Mapping[str, str], label: 
             if f"{kind}_mean" in values
         }
         if lines:
-            panels[shown[row]], weights = lines, values["curve_weights"].tolist()
+            panels[titles[row]], weights = lines, values["curve_weights"].tolist()
     if len(panels) < fewest:
         return None
     return curve_panels(panels, weights, "weight a of the second code", "log-likelihood of the code (nats)")
 
 
-def _open_dimensions(rows: Sequence[str], controls: Sequence[str], shown: Mapping[str, str]) -> Figure | None:
+def _open_dimensions(rows: Sequence[str], controls: Sequence[str], titles: Mapping[str, str]) -> Figure | None:
     """Test error against the number of open dimensions: each autoencoder's, and principal components."""
     from pipeline.figures import open_dimensions
 
-    names = [("train", row, shown[row]) for row in rows] + [("control", row, "principal components") for row in controls]
+    names = [("train", row, titles[row]) for row in rows] + [("control", row, "principal components") for row in controls]
     found = {name: load_arrays(stage, row, "open-dimensions") for stage, row, name in names}
     series = {name: (arrays.values["ks"], arrays.values["mse"]) for name, arrays in found.items() if arrays is not None}
     return open_dimensions(series) if series else None
 
 
-def _curves(values: Values, shown: Mapping[str, str], label: str, log_y: bool = False) -> Figure | None:
+def _curves(values: Values, titles: Mapping[str, str], label: str, log_y: bool = False) -> Figure | None:
     """One line per row against the step; rows with fewer than two values are left out."""
     from pipeline.figures import curves
 
-    steps = {shown[row]: [step for step, _ in points] for row, points in values.items() if len(points) > 1}
-    lines = {shown[row]: [value for _, value in points] for row, points in values.items() if len(points) > 1}
+    steps = {titles[row]: [step for step, _ in points] for row, points in values.items() if len(points) > 1}
+    lines = {titles[row]: [value for _, value in points] for row, points in values.items() if len(points) > 1}
     if not lines:
         return None
     # A single line has no legend: name it in the title.

@@ -73,8 +73,10 @@ def _select(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         for key, shape in ((f"features.{layer}.weight", (outputs, inputs, 3, 3)), (f"features.{layer}.bias", (outputs,))):
             tensor = tensors.get(key) if isinstance(tensors, Mapping) else None
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-                found = "missing" if not isinstance(tensor, Tensor) else f"of shape {tuple(tensor.shape)}"
-                raise DataError(f"perceptual_weights: {name}: '{key}' is {found}, expected {shape}; give a state dict of vgg19")
+                description = "missing" if not isinstance(tensor, Tensor) else f"of shape {tuple(tensor.shape)}"
+                raise DataError(
+                    f"perceptual_weights: {name}: '{key}' is {description}, expected {shape}; give a state dict of vgg19"
+                )
             selected[key] = tensor.float()
     return selected
 

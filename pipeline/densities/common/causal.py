@@ -164,10 +164,10 @@ class _Layer(nn.Module):
         h_padding = bias + weight.sum(dim=0) @ padding
         if training_norm:
             h, h_padding = self._normalised(h, h_padding, padded)
-        kept = None
+        mask = None
         if self.dropout and self.training:  # of real positions: the vector at padded ones is shared by the whole batch
-            kept = dropout_mask(h[..., : self.filters], self.dropout, generator)
-        return self.finish(h, x, activated, kept), self.finish(h_padding, padding)
+            mask = dropout_mask(h[..., : self.filters], self.dropout, generator)
+        return self.finish(h, x, activated, mask), self.finish(h_padding, padding)
 
 
 class _LayerWalk:

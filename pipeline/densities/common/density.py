@@ -431,5 +431,5 @@ def random_subset(blocks: Iterable[Tensor], limit: int, seed: int) -> Tensor:
 
 def _smallest(rows: list[Tensor], keys: list[Tensor], limit: int) -> tuple[list[Tensor], list[Tensor]]:
     joined, key = torch.cat(rows), torch.cat(keys)
-    kept = key.argsort()[:limit].sort().values
-    return [joined[kept]], [key[kept]]
+    indices = key.argsort()[:limit].sort().values
+    return [joined[indices]], [key[indices]]

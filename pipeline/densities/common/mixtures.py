@@ -67,9 +67,9 @@ class _LogLikelihood(torch.autograd.Function):
         rows = len(x) if x.is_cuda else BLOCK_NUMBERS * torch.get_num_threads() // outputs.shape[1]
         rows = max(1, rows)
         value = torch.empty_like(x)
-        wanted = any(ctx.needs_input_grad)
-        gradient = torch.empty_like(outputs) if wanted else None
-        x_gradient = torch.empty_like(x) if wanted else None
+        needs_gradient = any(ctx.needs_input_grad)
+        gradient = torch.empty_like(outputs) if needs_gradient else None
+        x_gradient = torch.empty_like(x) if needs_gradient else None
         for start in range(0, len(x), rows):
             block = slice(start, start + rows)
             logits, means, log_scales = unpack(outputs[block])  # (R, K) each

@@ -134,8 +134,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def autocast(*tensors: Tensor) -> Iterator[Tensor]:
     """The tensors in the type that mixed precision asks for, where it is on."""
     device = tensors[0].device.type
-    asked = torch.is_autocast_enabled(device)
-    return (tensor.to(torch.get_autocast_dtype(device)) if asked else tensor for tensor in tensors)
+    autocast = torch.is_autocast_enabled(device)
+    return (tensor.to(torch.get_autocast_dtype(device)) if autocast else tensor for tensor in tensors)
 
 
 class _Linear(torch.autograd.Function):

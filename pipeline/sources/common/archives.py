@@ -132,13 +132,13 @@ class FolderFiles(Files):
     def read(self, name: str) -> bytes:
         """The bytes of a regular file; links aren't followed."""
         path = self.path / name
-        found = path.lstat()
-        if stat.S_ISLNK(found.st_mode):
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
             raise ValueError("it is a symbolic link, which isn't followed")
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("it isn't a regular file")
-        if found.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"its {found.st_size} bytes are more than {MAX_FILE_BYTES}")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"its {status.st_size} bytes are more than {MAX_FILE_BYTES}")
         return path.read_bytes()
 
 
@@ -252,10 +252,10 @@ def file_stamp(path: Path) -> tuple[int, int]:
         DataError: When it's gone.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         raise DataError(f"{path} can't be read ({error.strerror})") from None
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size
 
 
 def open_files(path: Path) -> Files:

@@ -109,8 +109,8 @@ def _check_names(path: Path, names: Sequence[str], wanted: Sequence[str]) -> Non
 def _index_columns(schema: Any) -> set[str]:
     """Names of the columns that pandas wrote for its index."""
     described = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
-    named = {column for column in described.get("index_columns", []) if isinstance(column, str)}
-    return named | {name for name in schema.names if name.startswith("__index_level_")}
+    index_names = {column for column in described.get("index_columns", []) if isinstance(column, str)}
+    return index_names | {name for name in schema.names if name.startswith("__index_level_")}
 
 
 class _Parquet(Table):
