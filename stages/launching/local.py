@@ -67,7 +67,8 @@ def launched() -> bool:
             output.seek(0)
             lines = [line for line in output.read().splitlines() if line.strip()]
             reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-        if code < 0:
+        # An error is the cause, even if the process was then aborted by the group's threads while it ended.
+        if code < 0 and not reason.startswith("error: "):
             reason = f"process {failed} was killed by {signal.Signals(-code).name}"
         raise PipelineError(re.sub(r"^error: \S+ \S+: ", "", reason) or f"process {failed} failed")
 
