@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -383,6 +384,16 @@ def test_any_flipped_byte_of_a_checkpoint_is_noticed(tmp_path: Path, capsys: pyt
         checkpoint.path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
         same(whole, run(checkpoint))
     assert "going on" not in capsys.readouterr().err
+
+
+def test_a_signal_wakes_a_stopped_loader() -> None:
+    loader = multiprocessing.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    loader.start()
+    os.waitid(os.P_PID, loader.pid, os.WSTOPPED | os.WNOWAIT)
+    with training._signals() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        loader.join(10)
+    assert (received, loader.exitcode) == ([signal.SIGTERM], 0)
 
 
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -451,6 +453,9 @@ def _signals() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        for loader in multiprocessing.active_children():  # a stopped one would hold up the step
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(cast(int, loader.pid), signal.SIGCONT)
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
