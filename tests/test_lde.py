@@ -29,6 +29,7 @@ VARIANTS = {
     "gated": {"blocks": "gated", "width": 10, "min_log_scale": -3.0, "max_log_scale": 1.0},
     "positions": {"blocks": "residual", "width": 8, "layers": 4, "position_embedding": True},
     "separate": {"blocks": "separate", "width": 8, "dropout": 0.2},
+    "attention": {"blocks": "attention", "width": 8, "heads": 2, "layers": 2, "dropout": 0.2},
 }
 
 
@@ -112,9 +113,10 @@ def test_density_integrates_to_one(name):
     assert torch.trapezoid(density.log_prob(grid[:, None]).exp(), grid).item() == pytest.approx(1, abs=1e-4)
     # In two dimensions p(z_1) integrates to 1 and so does p(z_2 | z_1) for any z_1.
     density = make(2, **VARIANTS[name])
-    coarse = torch.linspace(-40, 40, 801, dtype=torch.float64)
+    points = 401 if name == "attention" else 801
+    coarse = torch.linspace(-40, 40, points, dtype=torch.float64)
     with torch.no_grad():
-        joint = density.log_prob(torch.cartesian_prod(coarse, coarse)).exp().view(801, 801)
+        joint = density.log_prob(torch.cartesian_prod(coarse, coarse)).exp().view(points, points)
     assert torch.trapezoid(torch.trapezoid(joint, coarse), coarse).item() == pytest.approx(1, abs=5e-3)
 
 
@@ -313,6 +315,12 @@ def test_samples_of_a_patch_come_in_all_orders():
         ("width", {"blocks": "gated"}),
         ("normalisation", {"blocks": "separate", "width": 4, "normalisation": "batch"}),
         ("position_embedding", {"blocks": "separate", "width": 4, "position_embedding": True}),
+        ("position_embedding", {"blocks": "attention", "width": 4, "position_embedding": True}),
+        ("width", {"blocks": "attention"}),
+        ("heads", {"blocks": "attention", "width": 6}),
+        ("orders", {"orders": "any"}),
+        ("orders", {"orders": "any", "blocks": "attention", "width": 4, "training_orders": 2}),
+        ("averaged_orders", {"averaged_orders": 2}),
         ("scoring_precision", {"scoring_precision": "float16"}),
     ],
 )

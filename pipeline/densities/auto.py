@@ -120,6 +120,27 @@ class Mixture(Density):
                 z[rows] = member.sample(len(rows), generator)
         return z
 
+    @property
+    def has_given(self) -> bool:
+        """Whether all members know some dimensions given others, and no matrix mixes these before."""
+        return self.factor is None and all(member.has_given for member in self._members())
+
+    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        parts = torch.stack([torch.stack(member._observed_and_missing(z, given)) for member in self._members()], dim=1)
+        observed, missing = self.log_weights[:, None] + parts[0], parts[1]  # (M, B)
+        evidence = torch.logsumexp(observed, dim=0)
+        return evidence, torch.logsumexp(observed - evidence + missing, dim=0)
+
+    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+        observed = torch.stack([member._observed_and_missing(z, given)[0] for member in self._members()])
+        cumulative = torch.softmax(self.log_weights[:, None] + observed, dim=0).cumsum(dim=0)  # (M, B)
+        levels = uniform((n, len(z)), self.shift, generator) * cumulative[-1]
+        chosen = (cumulative[:, None] <= levels).sum(dim=0).clamp_(max=len(cumulative) - 1)  # (n, B)
+        drawn, values = z.repeat(n, 1, 1), torch.where(given, z, torch.nan).expand(n, *z.shape)
+        for number, member in enumerate(self._members()):
+            drawn[chosen == number] = member.sample(1, generator, given=values[chosen == number])[0]
+        return drawn
+
 
 def stacked_weights(held_out: Tensor, iterations: int = 100) -> Tensor:
     r"""Weights of a mixture that make held-out codes most likely, by expectation maximisation from equal weights.

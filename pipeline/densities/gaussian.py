@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from pipeline.densities.common.density import Density, Proceed, standard_normal
+from pipeline.densities.common.gaussians import GaussianComponents
 from pipeline.errors import DataError
 from pipeline.settings import Checked, DensitySettings, check_that
 
@@ -108,6 +109,23 @@ class Gaussian(Density):
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
         samples: Tensor = self.mean + standard_normal((n, self.dim), self.mean, generator) @ self.cholesky.T
         return samples
+
+    @property
+    def has_given(self) -> bool:
+        """True: in closed form."""
+        return True
+
+    def _components(self) -> GaussianComponents:
+        """The Gaussian of codes standardised by shift and scale alone."""
+        cholesky = self.cholesky.double()
+        one = GaussianComponents(cholesky.new_zeros(1), self.mean.double()[None], (cholesky @ cholesky.T)[None])
+        return one if self.factor is None else one.mapped((self.factor / self.scale[:, None]).double())
+
+    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        return self._components().log_prob(z, given)
+
+    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+        return self._components().sample(n, z, given, generator)
 
 
 Model = Gaussian

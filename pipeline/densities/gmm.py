@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from pipeline.densities.common.density import Density, Proceed, random_subset, standard_normal, uniform
+from pipeline.densities.common.gaussians import GaussianComponents
 from pipeline.errors import DataError
 from pipeline.settings import Checked, DensitySettings, check_that
 from pipeline.system.streams import stream_seed
@@ -216,6 +217,26 @@ class GaussianMixture(Density):
             chosen = component == k
             z[chosen] = self.means[k] + _coloured(z[chosen], self.whitening[k])
         return z
+
+    @property
+    def has_given(self) -> bool:
+        """True: in closed form."""
+        return True
+
+    def _components(self) -> GaussianComponents:
+        """The mixture of codes standardised by shift and scale alone."""
+        whitening = self.whitening.double()
+        if self.options.covariance == "diagonal":
+            whitening = torch.diag_embed(whitening)
+        colouring = torch.linalg.inv(whitening).expand(self.components, -1, -1)  # V_k with Sigma_k = V_k^T V_k
+        mixture = GaussianComponents(self.log_weights.double(), self.means.double(), colouring.mT @ colouring)
+        return mixture if self.factor is None else mixture.mapped((self.factor / self.scale[:, None]).double())
+
+    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        return self._components().log_prob(z, given)
+
+    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+        return self._components().sample(n, z, given, generator)
 
 
 def _coloured(white: Tensor, whitening: Tensor) -> Tensor:

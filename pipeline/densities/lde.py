@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from torch.func import functional_call
 
 from pipeline.densities.common import mixtures, orders
+from pipeline.densities.common.attention import AttentionNetwork, as_pairs
 from pipeline.densities.common.causal import CausalNetwork
 from pipeline.densities.common.density import Density, standard_normal, uniform
 from pipeline.densities.common.first_order import first_order
@@ -23,8 +24,12 @@ from pipeline.densities.common.separate import SeparateNetworks
 from pipeline.errors import PipelineError
 from pipeline.settings import DensitySettings, check_that
 from pipeline.system.devices import has_bfloat16
+from pipeline.system.streams import stream_seed
 
 __all__ = ["LatentDensityEstimator", "Options", "Settings"]
+
+Network = CausalNetwork | SeparateNetworks | AttentionNetwork
+NETWORKS: dict[str, type[Network]] = {"separate": SeparateNetworks, "attention": AttentionNetwork}  # the others: convolutions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,10 @@ class Options(NetworkOptions):
         training_orders: Orders that training patches are read in, 1, 2, 4 or 8, one drawn for each patch of a batch; 1 for
             the first alone.
         order: Order in which the dimensions are read: 0 for their own; any other number is the seed of a random one.
+        orders: `one`: training and scoring read the dimensions in one order. `any`: each training code is read in a random
+            order, and any dimensions can be predicted from any others; for `attention` blocks only.
+        averaged_orders: With `orders: any`, how many orders the density is averaged over. The first is `order`, the others are
+            random; scoring takes as many times as long.
         noise: Standard deviation of Gaussian noise on training codes, in standardised units, for few codes.
         scoring_precision: `float32`, or `bfloat16` for matrix products of scoring. Rounded products make another mixture for
             each conditional. What is scored is a density as well, in a third of the time. It is close to that of
@@ -52,6 +61,8 @@ class Options(NetworkOptions):
     patch_orders: int = 1
     training_orders: int = 1
     order: int = 0
+    orders: Literal["one", "any"] = "one"
+    averaged_orders: int = 1
     noise: float = 0.0
     scoring_precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -61,6 +72,13 @@ class Options(NetworkOptions):
         check_that(self.order >= 0, "order", "must be 0 or more")
         check_that(self.noise >= 0, "noise", "must be 0 or more")
         check_that(self.training_orders in ORDERS, "training_orders", f"must be one of {', '.join(map(str, ORDERS))}")
+        check_that(self.averaged_orders >= 1, "averaged_orders", "must be at least 1")
+        if self.orders == "any":
+            check_that(self.blocks == "attention", "orders", "`any` is for `blocks: attention` only")
+            symmetries = self.patch_orders > 1 or self.training_orders > 1
+            check_that(not symmetries, "orders", "`any` holds those of patch_orders and training_orders: leave these out")
+        else:
+            check_that(self.averaged_orders == 1, "averaged_orders", "is for `orders: any` only")
         if self.min_log_scale is not None and self.max_log_scale is not None:
             check_that(self.min_log_scale < self.max_log_scale, "max_log_scale", "must be greater than min_log_scale")
 
@@ -68,6 +86,11 @@ class Options(NetworkOptions):
 @dataclass(frozen=True, kw_only=True)
 class Settings(DensitySettings, Options):
     """The latent density estimator; the defaults are the paper's network."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mixed = self.orders == "any" and self.standardise == "cholesky"
+        check_that(not mixed, "standardise", "`cholesky` mixes the dimensions, which `orders: any` keeps apart")
 
 
 def _several(dim: int, count: int) -> Tensor | None:
@@ -133,11 +156,17 @@ class LatentDensityEstimator(Density):
     as far as patches look alike when turned and mirrored. Trained in all, by :math:`-\log p_1(A_m z)` with m drawn for each
     patch, it is tuned to their mean, and sees each patch in as many ways.
 
+    With `orders: any` an attention network is trained in random orders. It predicts any dimensions u from any others o by
+    reading these first, averaged over M orders :math:`\sigma_m` of both:
+    :math:`p(z_u \mid z_o) = \frac{1}{M} \sum_m \prod_i p(z_{u_i} \mid z_o, z_{u_{<i}}; \sigma_m)`.
+
     References:
         | Density Estimation and Incremental Learning of Latent Vector for Generative Autoencoders, section 3.3
         | https://arxiv.org/abs/1902.04294
         | A Deep and Tractable Density Estimator (Uria et al., 2014), for ensembles of orders
         | https://arxiv.org/abs/1310.1757
+        | DEformer: an order-agnostic distribution estimating transformer (Alcorn, Nguyen, 2021)
+        | https://arxiv.org/abs/2106.06989
 
     Arguments:
         dim: The number of dimensions :math:`D`.
@@ -166,6 +195,7 @@ class LatentDensityEstimator(Density):
     orders: Tensor | None
     training_orders: Tensor | None
     order: Tensor | None
+    averaged_orders: Tensor | None
 
     options: Options
 
@@ -174,13 +204,21 @@ class LatentDensityEstimator(Density):
         self.register_buffer("orders", _several(dim, self.options.patch_orders), persistent=False)
         self.register_buffer("training_orders", _several(dim, self.options.training_orders), persistent=False)
         self.register_buffer("order", orders.random_order(dim, self.options.order) if self.options.order else None)
-        networks = SeparateNetworks if self.options.blocks == "separate" else CausalNetwork
-        self.network: CausalNetwork | SeparateNetworks = networks(dim, self.options)
+        self.register_buffer("averaged_orders", self._averaged_orders(), persistent=False)
+        self.network: Network = NETWORKS.get(self.options.blocks, CausalNetwork)(dim, self.options)
         # Few enough to stay in the cache between two layers (8 MB each); while drawing, as many as make good matrix products
         # of one position at a time, with at most 256 MB of inputs kept.
         self.chunk_examples = max(32, 2**21 // (dim * self.network.features))
         self.sample_chunk_examples = min(1024, max(32, 2**26 // max(self.network.kept, 1)))
         self._recorded = Recorded()
+
+    def _averaged_orders(self) -> Tensor | None:
+        """The orders (M, D) that `orders: any` is averaged over."""
+        if self.options.orders == "one":
+            return None
+        first = torch.arange(self.dim) if self.order is None else self.order
+        seeds = (stream_seed("averaged orders", self.options.order, m) for m in range(1, self.options.averaged_orders))
+        return torch.stack([first, *(orders.random_order(self.dim, seed) for seed in seeds)])
 
     def _bounded(self, outputs: Tensor) -> Tensor:
         """The network's outputs with the log standard deviations above their floor and below their ceiling."""
@@ -195,21 +233,33 @@ class LatentDensityEstimator(Density):
         return torch.cat([logits, means, log_scales], dim=-1)
 
     def _log_prob(self, z: Tensor, generator: Generator | None = None) -> Tensor:
-        z = self._ordered(z)
-        return self._mixtures(self.network(z, generator), z)
+        if self.averaged_orders is None:
+            return self._read(self._ordered(z), generator)
+        each = torch.stack([self._read(as_pairs(z, order), generator) for order in self.averaged_orders])
+        return torch.logsumexp(each, dim=0) - math.log(len(each))
 
     def _ordered(self, z: Tensor) -> Tensor:
         """Standardised codes with their dimensions in the order in which they are read."""
         return z if self.order is None else z[:, self.order]
 
-    def _mixtures(self, outputs: tuple[Tensor, Tensor], z: Tensor) -> Tensor:
-        """Log-density (B,) of standardised codes (B, D), from the network's outputs for them."""
+    def _read(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
+        """Log-density (B,) of what the network reads: codes (B, D), or pairs (B, D, 2) as `as_pairs` gives them."""
+        return self._mixtures(self.network(inputs, generator), inputs)
+
+    def _mixtures(self, outputs: tuple[Tensor, Tensor], inputs: Tensor) -> Tensor:
+        """Log-density (B,) of what the network read, from its outputs."""
+        first, others = self._terms(outputs, inputs)
+        return first + others.sum(dim=0)
+
+    def _terms(self, outputs: tuple[Tensor, Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities of the first number that the network read (B,), and of each other given those before (D - 1, B)."""
         first, others = map(self._bounded, outputs)
+        z = inputs if inputs.ndim == 2 else inputs[..., 0]
         value = mixtures.log_likelihood(first.expand(len(z), -1), z[:, 0])
-        return value + mixtures.log_likelihood(others, z[:, 1:].T).sum(dim=0)
+        return value, mixtures.log_likelihood(others, z[:, 1:].T)
 
     def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
-        """The loss of equation 4, see `Density.loss`; orders of patches and dropout are drawn from the generator.
+        """The loss of equation 4, see `Density.loss`; orders and dropout are drawn from the generator.
 
         Its gradient with respect to the parameters is computed at once, chunk after chunk, so that features stay in the cache
         and memory doesn't grow with B. On a GPU and without dropout it is recorded, and replayed for all further batches of the
@@ -218,12 +268,13 @@ class LatentDensityEstimator(Density):
         z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
         if self.options.noise and self.training:
             z = z + self.options.noise * standard_normal(tuple(z.shape), z, generator)
+        inputs = self._ordered(z) if self.options.orders == "one" else as_pairs(z, _random_orders(z, generator))
         normalised = self.training and self.options.normalisation == "batch"  # that needs the batch as a whole
         at_once = len(self._chunks(z)) == 1 and not z.is_cuda
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once or not trained:
-            return -self._log_prob(z, generator).mean() / self.dim
-        loss: Tensor = _LossInParts.apply(self, self._ordered(z), generator, *trained)
+            return -self._read(inputs, generator).mean() / self.dim
+        loss: Tensor = _LossInParts.apply(self, inputs, generator, *trained)
         return loss
 
     def _apply(self, *arguments: Any, **keywords: Any) -> Self:
@@ -231,13 +282,13 @@ class LatentDensityEstimator(Density):
         moved: Self = super()._apply(*arguments, **keywords)
         return moved
 
-    def log_prob(self, z: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor, *, given: Tensor | None = None) -> Tensor:
         """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch if there are several."""
         wanted = self.options.scoring_precision == "bfloat16" and not torch.is_grad_enabled()
         rounded = wanted and self.shift.dtype == torch.float32 and has_bfloat16(z.device)
         with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
-            if self.orders is None:
-                return super().log_prob(z)
+            if self.orders is None or given is not None:
+                return super().log_prob(z, given=given)
             each = [super(LatentDensityEstimator, self).log_prob(orders.reordered(z, order)) for order in self.orders]
         return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
 
@@ -270,7 +321,7 @@ class LatentDensityEstimator(Density):
         Raises:
             PipelineError: When the columns are mapped by a `transform` or read in another `order`.
         """
-        if self.transform is not None or self.order is not None:
+        if self.transform is not None or self.order is not None or self.averaged_orders is not None:
             raise PipelineError("conditionals are given only without `transform`, and with the dimensions in their own order")
         standardised = self._standardised(z)
         first, others = map(self._bounded, self.network(standardised))
@@ -281,16 +332,74 @@ class LatentDensityEstimator(Density):
         return torch.softmax(logits, dim=-1), shift[..., None] + scale * means, scale * log_scales.exp()
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
+        if self.averaged_orders is None:
+            z = self._drawn(self.network.walk(), n, generator)
+            return z if self.order is None else z[:, self.order.argsort()]
+        return self._drawn_in(self._chosen_orders(n, generator), generator)
+
+    def _chosen_orders(self, n: int, generator: Generator | None) -> Tensor:
+        """One of the averaged orders for each of n codes, with shape (n, D)."""
+        assert self.averaged_orders is not None
+        count = len(self.averaged_orders)
+        return self.averaged_orders[(uniform((n,), self.shift, generator) * count).long().clamp_(max=count - 1)]
+
+    def _drawn_in(
+        self, orders: Tensor, generator: Generator | None, z: Tensor | None = None, counts: Tensor | None = None
+    ) -> Tensor:
+        """Standardised codes (n, D), each drawn in its own order (n, D); the first `counts` (n,) are those of z (n, D)."""
+        assert isinstance(self.network, AttentionNetwork)
+        known = None if z is None else z.gather(1, orders)
+        drawn = self._drawn(self.network.walk(orders), len(orders), generator, known, counts)
+        return torch.empty_like(drawn).scatter_(1, orders, drawn)
+
+    def _drawn(
+        self, walk: Any, n: int, generator: Generator | None, known: Tensor | None = None, counts: Tensor | None = None
+    ) -> Tensor:
+        """Codes (n, D) in the order of the walk; the first `counts` (n,) numbers of each are the known ones (n, D)."""
         # In this order: which component each dimension is drawn from, then the noise within it.
         uniforms = uniform((n, self.dim), self.shift, generator)
         normals = standard_normal((n, self.dim), self.shift, generator)
-        z, walk = torch.empty_like(normals), self.network.walk()
+        z = torch.empty_like(normals)
         outputs = walk.first.expand(n, -1)
         for i in range(self.dim):
             z[:, i] = mixtures.draw(self._bounded(outputs), uniforms[:, i], normals[:, i])
+            if known is not None and counts is not None:
+                z[:, i] = torch.where(i < counts, known[:, i], z[:, i])
             if i + 1 < self.dim:
                 outputs = walk(z[:, : i + 1])
-        return z if self.order is None else z[:, self.order.argsort()]
+        return z
+
+    @property
+    def has_given(self) -> bool:
+        """Whether it is read in any order, and no matrix mixes the dimensions before."""
+        return self.options.orders == "any" and self.factor is None
+
+    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.averaged_orders is not None
+        count, parts = given.sum(dim=1), list[Tensor]()
+        for order in self.averaged_orders:
+            inputs = as_pairs(z, _observed_first(order.expand_as(given), given))
+            first, others = self._terms(self.network(inputs), inputs)
+            terms = torch.cat([first[None], others])  # (D, B)
+            known = torch.arange(self.dim, device=z.device)[:, None] < count
+            parts.append(torch.stack([torch.where(known == observed, terms, 0).sum(dim=0) for observed in (True, False)]))
+        observed, missing = torch.logsumexp(torch.stack(parts), dim=0) - math.log(len(parts))
+        return observed, missing
+
+    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+        z, given = z.repeat(n, 1), given.repeat(n, 1)  # (n B, D)
+        orders = _observed_first(self._chosen_orders(len(z), generator), given)
+        return self._drawn_in(orders, generator, z, given.sum(dim=1)).view(n, -1, self.dim)
+
+
+def _random_orders(z: Tensor, generator: Generator | None) -> Tensor:
+    """A random order for each code, with the shape of z (B, D)."""
+    return uniform(tuple(z.shape), z, generator).argsort(dim=1)
+
+
+def _observed_first(orders: Tensor, given: Tensor) -> Tensor:
+    """Orders (B, D) with the observed dimensions before the others, else as they were."""
+    return orders.gather(1, (~given.gather(1, orders)).long().argsort(dim=1, stable=True))
 
 
 Model = LatentDensityEstimator

@@ -61,6 +61,7 @@ class Density(nn.Module):
         has_log_prob: Whether the family has a likelihood.
         has_meta: Whether it can be built on torch's `meta` device, which holds shapes but no values.
         has_vmap: Whether `log_prob` can be transformed by `torch.func.vmap`, `grad` and the like.
+        has_given: Whether it can be asked about some dimensions given others.
         candidates: Fits that `estimate` chooses from, at most.
         trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
         chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
@@ -107,6 +108,22 @@ class Density(nn.Module):
 
     def _sample(self, n: int, generator: Generator | None) -> Tensor:
         """Standardised samples (n, D), for n up to `sample_chunk_examples`."""
+        raise NotImplementedError
+
+    @property
+    def has_given(self) -> bool:
+        """Whether `log_prob` and `sample` take `given`."""
+        return False
+
+    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities (B,) in nats: of the observed dimensions, and of the others given these.
+
+        Codes z (B, D) are standardised by shift and scale alone, not by the factor; `given` (B, D) says what is observed.
+        """
+        raise NotImplementedError
+
+    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+        """Completed codes (n, B, D), from codes (B, D) as `_log_prob_given` has them, with 0 where a number is missing."""
         raise NotImplementedError
 
     def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
@@ -175,21 +192,27 @@ class Density(nn.Module):
         z = torch.addmm(self.shift, z, self.factor.T) if self.factor is not None else self.shift + z * self.scale
         return z if self.transform is None else self.transform.inverse(z)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-likelihood of codes, in nats a code, in the units of the data.
+    def log_prob(self, z: Tensor, *, given: Tensor | None = None) -> Tensor:
+        r"""Log-likelihood of codes, in nats a code, in the units of the data.
+
+        With `given`, that of the missing dimensions u given the observed ones o, :math:`\log p(z_u \mid z_o)`. Families whose
+        `has_given` is true know it.
 
         In evaluation mode and without gradients it is computed in chunks, so that memory doesn't grow with B.
 
         Arguments:
             z: The codes, with shape (B, D).
+            given: Which dimensions are observed: booleans with shape (D,), or (B, D) for other ones in each code.
 
         Returns:
-            The log-density, with shape (B,); -inf where a number is infinite.
+            The log-density, with shape (B,); -inf where a number is infinite, 0 where all numbers are given.
 
         Raises:
-            PipelineError: When the family has no likelihood.
-            DataError: When z has another shape, or a wider type than the density.
+            PipelineError: When the family has no likelihood, or none of some dimensions given others.
+            DataError: When z has another shape, or a wider type than the density, or an observed number isn't finite.
         """
+        if given is not None:
+            return self._observed_and_missing(z, given)[1]
         self._check(z)
         if not self.has_vmap and torch._C._are_functorch_transforms_active():
             raise PipelineError(
@@ -206,6 +229,41 @@ class Density(nn.Module):
             value = torch.cat([self._log_prob(self._standardised(chunk)) for chunk in self._chunks(z)]) - log_det
         value = value if self.transform is None else value + self.transform.log_det(z)
         return value.masked_fill(infinite, -math.inf)
+
+    def _observed_and_missing(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods (B,) in nats, in the units of the data: of the observed dimensions, and of the others given these."""
+        self._check(z)
+        self._check_has_given()
+        if given.dtype != torch.bool or given.shape not in (z.shape, z.shape[1:]):
+            raise DataError(
+                f"expected given as booleans with shape ({self.dim},) or {tuple(z.shape)}, got {given.dtype} with shape "
+                f"{tuple(given.shape)}"
+            )
+        given = given.to(z.device).expand_as(z)
+        if not torch.isfinite(z[given]).all():
+            raise DataError("observed numbers must be finite")
+        infinite = torch.isinf(z).any(dim=1) & ~torch.isnan(z).any(dim=1)
+        z = torch.where(torch.isinf(z), self.shift.to(z.dtype), z)
+        at_once = torch.is_grad_enabled() or self.training
+        chunks = [(z, given)] if at_once else zip(self._chunks(z), self._chunks(given), strict=True)
+        parts = [torch.stack(self._log_prob_given(self._scaled(part), mask)) for part, mask in chunks]
+        slopes = -self.scale.log().expand_as(z)  # of the map to standardised codes, in each dimension
+        slopes = slopes if self.transform is None else slopes + self.transform.log_slopes(z)
+        observed, missing = torch.cat(parts, dim=1)
+        observed = observed + torch.where(given, slopes, 0).sum(dim=1)
+        missing = (missing + torch.where(given, 0, slopes).sum(dim=1)).masked_fill(given.all(dim=1), 0)
+        return observed, missing.masked_fill(infinite, -math.inf)
+
+    def _check_has_given(self) -> None:
+        if not self.has_given:
+            raise PipelineError(
+                f"this density of the family '{self.family}' can't predict some dimensions from others: fit a gaussian, a gmm, "
+                "or an lde with `blocks: attention` and `orders: any`"
+            )
+
+    def _scaled(self, z: Tensor) -> Tensor:
+        """Codes mapped by the transform and standardised by shift and scale, in each dimension by itself."""
+        return ((z if self.transform is None else self.transform(z)) - self.shift) / self.scale
 
     def _chunks(self, z: Tensor) -> tuple[Tensor, ...]:
         """Codes (B, D) in parts that are computed one after another."""
@@ -226,27 +284,56 @@ class Density(nn.Module):
         return -self._log_prob(self._standardised(z)).mean() / self.dim
 
     @torch.no_grad()
-    def sample(self, n: int, generator: Generator | None = None) -> Tensor:
+    def sample(self, n: int, generator: Generator | None = None, *, given: Tensor | None = None) -> Tensor:
         """Samples in the units of the data, drawn in evaluation mode whatever the mode of the module.
+
+        With `given`, the missing numbers of codes are drawn given the observed ones, n times for each code. Families whose
+        `has_given` is true can do it.
 
         They are drawn in chunks of `sample_chunk_examples`, so that memory doesn't grow with n beyond the output.
 
         Arguments:
-            n: The number of samples.
+            n: The number of samples, or of draws for each code.
             generator: Source of randomness. One on the CPU gives the same noise whatever the device of the module.
+            given: The codes to complete, with shape (B, D), NaN where a number is missing.
 
         Returns:
-            The samples, with shape (n, D).
+            The samples, with shape (n, D); with `given` (n, B, D), observed numbers as they are.
+
+        Raises:
+            PipelineError: When codes are given to a family that can't complete them.
+            DataError: When these have another shape, or an infinite number.
         """
-        samples = self.shift.new_empty(n, self.dim)
         training = self.training
         self.eval()
         try:
+            if given is not None:
+                return self._completed(n, given, generator)
+            samples = self.shift.new_empty(n, self.dim)
             for start in range(0, n, self.sample_chunk_examples):
                 stop = min(start + self.sample_chunk_examples, n)
                 samples[start:stop] = self._restored(self._sample(stop - start, generator), generator)
+            return samples
         finally:
             self.train(training)
+
+    def _completed(self, n: int, values: Tensor, generator: Generator | None) -> Tensor:
+        """Draws (n, B, D) of the missing numbers of codes (B, D)."""
+        self._check(values)
+        self._check_has_given()
+        if torch.isinf(values).any():
+            raise DataError("observed numbers must be finite")
+        given = ~torch.isnan(values)
+        z = torch.where(given, self._scaled(values), 0)
+        samples = self.shift.new_empty(n, *values.shape)
+        most = self.sample_chunk_examples
+        for start in range(0, n, most):
+            draws = slice(start, min(start + most, n))
+            for rows in torch.arange(len(z), device=z.device).split(max(1, most // max(n, 1))):
+                drawn = self._sample_given(draws.stop - draws.start, z[rows], given[rows], generator) * self.scale + self.shift
+                if self.transform is not None:
+                    drawn = self.transform.inverse(drawn.flatten(0, 1)).view_as(drawn)
+                samples[draws, rows] = torch.where(given[rows], values[rows].to(drawn), drawn)
         return samples
 
     def discrepancy(self, z: Tensor, generator: Generator | None = None) -> Tensor:

@@ -51,9 +51,13 @@ class Transform(nn.Module):
         """Codes (B, D) -> mapped codes (B, D)."""
         raise NotImplementedError
 
+    def log_slopes(self, z: Tensor) -> Tensor:
+        r"""The logarithms of the slopes :math:`T_i'(z_i)`, with shape (B, D), of codes (B, D)."""
+        raise NotImplementedError
+
     def log_det(self, z: Tensor) -> Tensor:
         r"""The log-determinant :math:`\sum_i \log T_i'(z_i)`, with shape (B,), of codes (B, D)."""
-        raise NotImplementedError
+        return self.log_slopes(z).sum(dim=1)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Mapped codes (B, D) -> codes (B, D)."""
@@ -83,9 +87,9 @@ class Log(Transform):
         """See `Transform`."""
         return z.clamp_min(torch.finfo(z.dtype).tiny).log()
 
-    def log_det(self, z: Tensor) -> Tensor:
+    def log_slopes(self, z: Tensor) -> Tensor:
         """See `Transform`."""
-        return torch.where(z > 0, -self(z), -torch.inf).sum(dim=1)
+        return torch.where(z > 0, -self(z), -torch.inf)
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Transform`."""
@@ -130,11 +134,11 @@ class Asinh(_Scaled):
         """See `Transform`."""
         return ((z - self.centre) / self.width).asinh()
 
-    def log_det(self, z: Tensor) -> Tensor:
+    def log_slopes(self, z: Tensor) -> Tensor:
         """See `Transform`."""
         # log sqrt(1 + u^2) by hypot, which doesn't overflow.
         u = (z - self.centre) / self.width
-        return -(torch.hypot(torch.ones_like(u), u).log() + self.width.log()).sum(dim=1)
+        return -(torch.hypot(torch.ones_like(u), u).log() + self.width.log())
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Transform`."""
@@ -182,10 +186,10 @@ class Power(_Scaled):
         """See `Transform`."""
         return _power((z - self.centre) / self.width, self.exponent)
 
-    def log_det(self, z: Tensor) -> Tensor:
+    def log_slopes(self, z: Tensor) -> Tensor:
         """See `Transform`."""
         u = (z - self.centre) / self.width
-        return ((self.exponent - 1) * u.sign() * u.abs().log1p() - self.width.log()).sum(dim=1)
+        return (self.exponent - 1) * u.sign() * u.abs().log1p() - self.width.log()
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Transform`."""
@@ -278,9 +282,9 @@ class Quantile(Transform):
         """See `Transform`."""
         return self._spline(self.asinh(z))[0]
 
-    def log_det(self, z: Tensor) -> Tensor:
+    def log_slopes(self, z: Tensor) -> Tensor:
         """See `Transform`."""
-        return self._spline(self.asinh(z))[1].log().sum(dim=1) + self.asinh.log_det(z)
+        return self._spline(self.asinh(z))[1].log() + self.asinh.log_slopes(z)
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Transform`."""
