@@ -19,7 +19,7 @@ import small
 import torch
 from ruamel.yaml import YAML
 
-from pipeline import fitting, scoring
+from pipeline import fitting, preparation, scoring
 from pipeline.autoencoders.common.network import Decoder, Encoder
 from pipeline.densities import Density, load_density
 from pipeline.evaluation import features, likelihood, quality
@@ -292,6 +292,15 @@ def test_prepare(world: World) -> None:
     vectors.equal(train_examples=280, valid_examples=100, test_examples=160, unreadable_files=0)
     vectors.equal(duplicates_train_valid=0, duplicates_train_test=0, duplicates_valid_test=0)
     vectors.complete()
+
+
+def test_duplicates_are_counted_in_the_later_split(tmp_path: Path) -> None:
+    duplicates = preparation._Duplicates(tmp_path)
+    duplicates.add(0, np.array([[1], [1], [2]]))
+    duplicates.add(1, np.array([[1], [3]]))
+    duplicates.add(2, np.array([[3], [3], [3]]))
+    counts = duplicates.counts()
+    assert [counts[pair] for pair in ("train_valid", "train_test", "valid_test")] == [1, 0, 3]
 
 
 def test_control(world: World) -> None:

@@ -153,6 +153,15 @@ def test_a_signal_ends_processes_that_dont_heed_it_and_wakes_stopped_ones(monkey
     assert [p.returncode for p in peers] == [-signal.SIGKILL, -signal.SIGTERM]
 
 
+def test_a_signal_ends_the_run_though_no_process_heeds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "PATIENCE_SECONDS", 0.2)
+    peers = [peer("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(5)")]
+    peers[0].stdout.read(1)  # type: ignore[union-attr]
+    with local._forwarded(peers) as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert local._wait_for(peers, received) == (None, [0])
+
+
 # Children of a stage --------------------------------------------------------------------------------------------------
 
 
