@@ -113,28 +113,39 @@ class CodeDensity(DensityMixin, BaseEstimator):
         self.contest_ = [contestant | {key: float(contestant[key]) - log_det} for contestant in training.contest]
         return self
 
-    def score_samples(self, X: ArrayLike) -> np.ndarray:
-        """Log-likelihood of each row, in nats in the units of X, with shape (N,)."""
+    def score_samples(self, X: ArrayLike, *, given: ArrayLike | None = None) -> np.ndarray:
+        """Log-likelihood of each row, in nats in the units of X, with shape (N,).
+
+        Arguments:
+            X: The rows, with shape (N, D).
+            given: Which values are observed, booleans with shape (D,) or (N, D); then it is the likelihood of the others.
+        """
         check_is_fitted(self, "density_")
-        rows = validate_data(self, X, dtype=np.float64, reset=False)
+        rows = torch.from_numpy(np.ascontiguousarray(validate_data(self, X, dtype=np.float64, reset=False)))
         with torch.no_grad():
-            values: np.ndarray = self.density_.log_prob(torch.from_numpy(np.ascontiguousarray(rows))).numpy()
+            mask = None if given is None else torch.from_numpy(np.array(given))
+            values: np.ndarray = self.density_.log_prob(rows, given=mask).numpy()
         return values
 
     def score(self, X: ArrayLike, y: object = None) -> float:
         """Mean log-likelihood of the rows, in nats: the sum over rows divided by N, comparable across sizes."""
         return float(self.score_samples(X).mean())
 
-    def sample(self, n: int = 1, seed: int | None = None) -> np.ndarray:
-        """New rows, with shape (n, D).
+    def sample(self, n: int = 1, seed: int | None = None, *, given: ArrayLike | None = None) -> np.ndarray:
+        """New rows, with shape (n, D), or completed ones, with shape (n, N, D).
 
         Arguments:
-            n: How many.
+            n: How many, of each row that is given.
             seed: Seed of the draw; by default the estimator's.
+            given: Rows to complete, with shape (N, D), NaN where a value is missing.
         """
         check_is_fitted(self, "density_")
+        values = None
+        if given is not None:
+            rows = validate_data(self, given, dtype=np.float64, reset=False, ensure_all_finite="allow-nan")
+            values = torch.from_numpy(np.ascontiguousarray(rows))
         generator = torch.Generator().manual_seed(stream_seed("samples", self.seed if seed is None else seed))
-        return self.density_.sample(n, generator).numpy()
+        return self.density_.sample(n, generator, given=values).numpy()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the density to a safetensors file, which `load` and `pipeline.densities.load_density` read."""

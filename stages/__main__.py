@@ -10,7 +10,7 @@ import click
 from stages.workspace import TABLE_OF_STAGE
 
 STAGES = (*TABLE_OF_STAGE, "report")
-TOOLS = ("record", "export", "check", "preset", "doctor")
+TOOLS = ("complete", "record", "export", "check", "preset", "doctor")
 
 
 class LazyGroup(click.Group):

@@ -136,6 +136,8 @@ INSTEAD = {
     "cp reports/paper/bsds300-lde-k10/params.yaml params.yaml":  # BSDS300 isn't here: whether its settings are still valid
         "python -m stages fit bsds300-lde-k10 --dry-run --params reports/paper/bsds300-lde-k10/params.yaml",
     "python -m stages record bsds300 bsds300-lde-k10": "python -m stages record grid grid-lde",
+    "python -m stages complete my-codes-gmm holes.csv": "python -m stages complete --help",  # tests/test_completion.py runs it
+    "python -m stages complete my-codes-gmm holes.csv --draws 10": "python -m stages complete --help",
     "dvc remote add -d store s3://bucket/path": "dvc remote add -d store ../store",
     # tests/test_ranks.py trains with it.
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29500 -m stages train digits-iae":

@@ -179,7 +179,10 @@ class Vectors(Source):
             low, high = np.fmin(low, wide.min(0)), np.fmax(high, wide.max(0))
         if wrong_count:
             others = f", and so are {wrong_count - 1} other values" if wrong_count > 1 else ""
-            raise DataError(f"{self.path}: {first} is missing or not finite in float32{others}; fill in or take out such rows")
+            raise DataError(
+                f"{self.path}: {first} is missing or not finite in float32{others}; take such rows out, or fit a density to "
+                "the others and fill these in: `python -m stages complete ROW FILE`"
+            )
         if settings.centre:
             self.offset = total / table.count
         probe = self._centred(self._read(table, 0, min(PROBE_ROWS, table.count)))

@@ -1,0 +1,47 @@
+"""density, a table with missing values -> the table without, as `.csv`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stages import workspace
+from stages.run import one_line_errors
+
+
+@click.command("complete")
+@click.argument("row", metavar="NAME")
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--draws", type=click.IntRange(1, 1000), default=None, help="How many times each row is written, by new draws.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="The file.  [default: data/completed/NAME.csv]")
+def complete(row: str, path: Path, draws: int | None, seed: int, output: Path | None) -> None:
+    """Fill in the missing values of a table.
+
+    NAME is a row of `densities` of vectors: a gaussian, a gmm, or an lde with `orders: any`. FILE is a table with the same
+    columns; empty cells and NaN are missing. They become means, each with its spread in a column of its own. With --draws, each
+    row is written so many times instead, with values drawn from the density given the row's other values.
+    """
+    with one_line_errors(f"complete {row}"):
+        from pipeline.completion import Incomplete, write_completed
+        from pipeline.densities import load_density
+        from pipeline.errors import PipelineError
+        from pipeline.settings import read_params
+        from pipeline.storage.codes import CodeReader
+        from pipeline.system.ranks import join
+        from stages.arrays import read_run
+
+        params = read_params()
+        settings = params.density(row)
+        if CodeReader(workspace.codes_folder(settings.codes)).index.decoder_sha256 is not None:
+            raise PipelineError(f"the data set '{settings.dataset}' holds images; only rows of vectors have columns to fill in")
+        density = load_density(workspace.density_file(row)).to(join().device)
+        table = Incomplete(path, params.dataset(settings.dataset), density.dim)
+        target = output or Path("data/completed") / f"{row}.csv"
+        means = read_run("prepare", settings.dataset).get("means", ())
+        write_completed(density, table, target, draws or 0, seed, means)
+        click.echo(
+            f"complete {row}: {table.missing.sum()} missing values in {table.incomplete_rows} of {table.count} rows "
+            f"{'drawn' if draws else 'became means of draws'}; table: {target}"
+        )
