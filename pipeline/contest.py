@@ -1,11 +1,13 @@
 """The contest of families on the same codes, cheapest first, that the family `auto` runs.
 
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
-2. Mixtures of K Gaussians behind each map: full, tied or diagonal covariances. K and the ridge grow until held-out codes
-   become less likely for several K. The lane with the best score so far continues first. Mixtures get half of the time.
-3. Latent density estimators behind the best maps, in random orders of the dimensions, a small network and a larger one.
+2. Mixtures of K Gaussians behind each map: full, tied or diagonal covariances. K grows, and the ridge follows, until held-out
+   codes become less likely for several K. The lane with the best score so far continues first.
+3. All other mixtures, the smallest first: where codes are few, many different fits together beat the best one. Mixtures get
+   half of the time.
+4. Latent density estimators behind the best maps, in random orders of the dimensions, a small network and a larger one.
 
-Up to 5,000 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
+Up to 2,500 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
 these fits. Its score is the mean log-likelihood of all codes, each under the fit that hasn't seen it. Of more codes validation
 codes are held out, and there is one fit: of networks to all training codes, of Gaussians and mixtures to 30,000 of them.
 
@@ -40,23 +42,25 @@ __all__ = ["Contest", "Contestant", "hold_contest"]
 
 Fit = Callable[[DensitySettings, CodeReader, str], Density]
 
-FOLDED_CODES = 5_000  # training and validation codes that are split into folds, at most
+FOLDED_CODES = 2_500  # training and validation codes that are split into folds, at most
 HELD_OUT = 10_000  # validation codes of larger sets that contestants are scored on, at most
 MIXTURE_CODES = 30_000  # training codes of larger sets that mixtures of Gaussians are fitted to, at most
 TRANSFORMS = ("none", "power", "quantile", "asinh")
+SAME = 0.02  # nats by which the Gaussians of two maps differ for a code, where the maps count as one
 COVARIANCES = ("full", "tied", "diagonal")
 FULL_DIM = 256  # dimensions up to which mixtures with full covariances take part: all contestants are in memory
-COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200)
-RIDGES = (1e-6, 1e-3, 1e-2, 1e-1)
+COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320)
+RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 0.4)
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
-NETWORK_CODES = 1_000  # training codes from which networks are tried
+MIXTURE_SHARE_ALONE = 0.9  # where no networks follow
+NETWORK_CODES = 100  # training codes from which networks are tried
 NETWORK_SHARE = 0.85  # of a network's time, for its training
 NETWORKS = ((32, 10), (128, 30))  # width, Gaussians of a conditional
 NETWORK_STEPS = 1_000  # that a network must have time for, where a larger one is to follow
 OPERATIONS = 1e10  # of floating point in a second of training, about
 NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
-SEPARATE_DIM = 16  # dimensions up to which each has a network of its own
+SEPARATE_DIM, SEPARATE_NUMBERS = 64, 1_000_000  # dimensions, and codes times dimensions, up to which each has its network
 PARTS = 5  # of held-out codes, each scored by weights that were chosen on the others
 LEAST_WEIGHT = 0.003
 
@@ -101,6 +105,7 @@ class _Lane:
     ridge: int = 0  # index of the best so far in RIDGES
     fruitless: int = 0
     seconds: float = 0.0  # of the last fit
+    tried: set[tuple[int, int]] = field(default_factory=set)  # indices in COMPONENTS and RIDGES
 
     @property
     def score(self) -> float:
@@ -167,6 +172,9 @@ class _Judge:
         # Networks read all training codes.
         self.network_folds = self.folds if len(self.folds) > 1 else [_AllTraining(codes, self.folds[0].load("valid", 0))]
         self.held_out = [fold.load("valid", 0)["codes"] for fold in self.folds]
+        families = settings.families
+        self.networks = "lde" in families and self.network_folds[0].index.count("train") >= NETWORK_CODES
+        self.mixture_share = (MIXTURE_SHARE if self.networks else MIXTURE_SHARE_ALONE) if "gmm" in families else 0.0
         self.contest = Contest()
         self.best = -math.inf
         self.failure = ""
@@ -206,26 +214,23 @@ class _Judge:
         return contestant
 
     def _gaussians(self) -> list[_Lane]:
-        """Fits the Gaussian behind each map, where the mixtures start."""
-        lanes = []
+        """Fits the Gaussian behind each map, where the mixtures start; a map that changes nothing gets no mixtures."""
+        kept, lanes = list[Contestant](), list[_Lane]()
         for transform in TRANSFORMS:
             gaussian = self._enter(f"{transform}, Gaussian", "gaussian", transform=transform, ridge=1e-6)
-            if gaussian is not None:
-                covariances = COVARIANCES if self.dim <= FULL_DIM else COVARIANCES[1:]
-                lanes += [_Lane(transform, covariance, gaussian) for covariance in covariances]
+            if gaussian is None or any(np.abs(gaussian.held_out - other.held_out).mean() < SAME for other in kept):
+                continue
+            kept.append(gaussian)
+            covariances = COVARIANCES if self.dim <= FULL_DIM else COVARIANCES[1:]
+            lanes += [_Lane(transform, covariance, gaussian) for covariance in covariances]
         return lanes
 
     def _mixtures(self, lanes: list[_Lane]) -> None:
-        while lanes and self._spent() < MIXTURE_SHARE:
-            lane = max(lanes, key=lambda lane: (lane.fruitless == 0, lane.score))
-            best: Contestant | None = None
-            for number in range(lane.ridge, len(RIDGES)):
-                contestant = self._enter_mixture(lane, COMPONENTS[lane.components], RIDGES[number])
-                if contestant is None or (best is not None and contestant.score.mean <= best.score.mean):
-                    break
-                best, lane.ridge = contestant, number
-                if self._spent() >= MIXTURE_SHARE:
-                    break
+        """Goes on in the lane with the best score, while any gains; then tries all that is left, smallest first."""
+        running = list(lanes)
+        while running and self._spent() < self.mixture_share:
+            lane = max(running, key=lambda lane: (lane.fruitless == 0, lane.score))
+            best = self._of_best_ridge(lane)
             gain = mean_and_error(best.held_out - lane.best.held_out) if best is not None else Mean(-math.inf, 0.0, 0)
             if best is not None and gain.mean > 0:
                 lane.best, lane.fruitless = best, 0
@@ -233,31 +238,58 @@ class _Judge:
                 lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
             lane.components += 1
             if lane.fruitless >= FRUITLESS or lane.components == len(COMPONENTS) or not self._affordable(lane):
-                lanes.remove(lane)
+                running.remove(lane)
+        lanes.sort(key=lambda lane: -lane.score)
+        for components in range(len(COMPONENTS)):
+            for lane in lanes:
+                for ridge in range(len(RIDGES)):
+                    if (components, ridge) not in lane.tried and self._supported(components):
+                        if self._spent() >= self.mixture_share:
+                            return
+                        self._enter_mixture(lane, components, ridge)
 
-    def _enter_mixture(self, lane: _Lane, count: int, ridge: float) -> Contestant | None:
-        started = time.monotonic()
+    def _of_best_ridge(self, lane: _Lane) -> Contestant | None:
+        """The next number of Gaussians, at the ridge that suited the last one and at its neighbours, as far as these gain."""
+        best, start = self._enter_mixture(lane, lane.components, lane.ridge), lane.ridge
+        for step in (-1, 1):
+            number = start + step
+            while 0 <= number < len(RIDGES) and self._spent() < self.mixture_share:
+                contestant = self._enter_mixture(lane, lane.components, number)
+                if contestant is None or (best is not None and contestant.score.mean <= best.score.mean):
+                    break
+                best, lane.ridge = contestant, number
+                number += step
+            if lane.ridge != start:
+                break
+        return best
+
+    def _enter_mixture(self, lane: _Lane, components: int, ridge: int) -> Contestant | None:
+        count, started = COMPONENTS[components], time.monotonic()
+        lane.tried.add((components, ridge))
         contestant = self._enter(
-            f"{lane.transform}, {count} Gaussian{'s' * (count > 1)}, {lane.covariance}, ridge {ridge:g}",
+            f"{lane.transform}, {count} Gaussian{'s' * (count > 1)}, {lane.covariance}, ridge {RIDGES[ridge]:g}",
             "gmm",
             transform=lane.transform,
             covariance=lane.covariance,
             components=[count],
-            ridge=[ridge],
+            ridge=[RIDGES[ridge]],
         )
         lane.seconds = time.monotonic() - started
         return contestant
 
+    def _supported(self, components: int) -> bool:
+        """Whether there are two codes for each Gaussian."""
+        return COMPONENTS[components] * 2 <= min(fold.index.count("train") for fold in self.folds)
+
     def _affordable(self, lane: _Lane) -> bool:
-        """Whether there is time for the next number of Gaussians of a lane."""
+        """Whether there are codes and time for the next number of Gaussians of a lane."""
         growth = COMPONENTS[lane.components] / COMPONENTS[lane.components - 1]
-        fewest = COMPONENTS[lane.components] * 2 > min(fold.index.count("train") for fold in self.folds)
-        return not fewest and lane.seconds * growth < (MIXTURE_SHARE - self._spent()) * self.limit
+        return self._supported(lane.components) and lane.seconds * growth < (self.mixture_share - self._spent()) * self.limit
 
     def _networks(self) -> None:
         count = self.network_folds[0].index.count("train")
         contestants = self.contest.contestants
-        if count < NETWORK_CODES or not contestants:
+        if not self.networks or not contestants:
             return
         transform = max(contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
         waiting = list(NETWORKS)
@@ -316,7 +348,7 @@ class _Judge:
 
 def _network(dim: int, count: int, width: int, components: int) -> dict[str, Any]:
     """Settings of an LDE for so many codes: a network for each dimension, while there are few; else convolutions."""
-    separate = dim <= SEPARATE_DIM
+    separate = dim <= SEPARATE_DIM and count * dim <= SEPARATE_NUMBERS
     return {
         **({"blocks": "separate"} if separate else {"blocks": "residual", "position_embedding": True}),
         "width": width,

@@ -29,7 +29,7 @@ VALID_SHARE = 0.1  # of the rows, held out for choices
 class CodeDensity(DensityMixin, BaseEstimator):
     r"""The density of the rows of a table, as an estimator of scikit-learn.
 
-    Columns are standardised in float64. A random tenth of the rows is held out for choices. With up to 5,000 rows, the family
+    Columns are standardised in float64. A random tenth of the rows is held out for choices. With up to 2,500 rows, the family
     `auto` holds out each row once.
 
     Arguments:

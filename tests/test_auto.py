@@ -23,7 +23,7 @@ from pipeline.training.trainable import Training
 
 def held(codes: np.ndarray, **settings: object) -> tuple[Density, Training]:
     """The contest on codes, a fifth of which are validation codes."""
-    row = {"codes": "c", "dataset": "c", "family": "auto", "max_minutes": 0.2, "folds": 2, **settings}
+    row = {"codes": "c", "dataset": "c", "family": "auto", "max_minutes": 0.2, "folds": 2, "families": ["gmm"], **settings}
     built = build(implementation("pipeline.densities", "auto", "family").Settings, row, "densities.row")
     codes = codes.astype(np.float32)
     return fit_density(built, ArrayCodes(codes[len(codes) // 5 :], codes[: len(codes) // 5]), join())
@@ -94,10 +94,56 @@ def test_large_sets_have_one_fold_and_networks(few: None, monkeypatch: pytest.Mo
     monkeypatch.setattr(contest, "FOLDED_CODES", 1000)
     codes = np.random.default_rng(0).normal(size=(1500, 2))
     codes[:, 1] += codes[:, 0] ** 2
-    density, training = held(codes, max_minutes=0.1)
+    density, training = held(codes, max_minutes=0.1, families=["gmm", "lde"])
     names = [row["family"] for row in training.contest]
     assert any("LDE of width 32" in str(name) for name in names)
     assert len(density.members) == len([row for row in training.contest if row["weight"]])
+
+
+def test_a_ridge_that_was_raised_is_lowered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One Gaussian of two narrow clusters gains from the largest ridge, if anything; two need the smallest.
+    for name, values in {
+        "COMPONENTS": (1, 2),
+        "RIDGES": (1e-6, 1e-3, 0.4),
+        "COVARIANCES": ("full",),
+        "TRANSFORMS": ("none",),
+    }.items():
+        monkeypatch.setattr(contest, name, values)
+    tried: list[str] = []
+    enter = contest._Judge._enter
+
+    def noted(judge: contest._Judge, name: str, family: str, **values: object) -> contest.Contestant | None:
+        contestant = enter(judge, name, family, **values)
+        if contestant is not None and family == "gmm":
+            tried.append(name)
+            if "1 Gaussian," in name:  # as if it gained from each ridge
+                contestant.held_out += 0.1 * values["ridge"][0]  # type: ignore[index]
+        return contestant
+
+    monkeypatch.setattr(contest._Judge, "_enter", noted)
+    codes = np.repeat([[-1.0], [1.0]], 100, axis=0) + 0.01 * np.random.default_rng(0).normal(size=(200, 1))
+    _, training = held(np.random.default_rng(1).permutation(codes))
+    ridges = [name.rpartition(" ")[2] for name in tried if "2 Gaussians" in name]
+    assert ridges == ["0.4", "0.001", "1e-06"]
+    assert "2 Gaussians, full, ridge 1e-06" in str(training.contest[0]["family"])
+
+
+def test_each_code_is_scored_by_a_fit_that_has_not_seen_it() -> None:
+    pool = np.arange(41.0)[:, None]
+    folds = contest._folds(ArrayCodes(pool[10:], pool[:10]), 4, seed=0)
+    held_out = [fold.load("valid", 0)["codes"].ravel() for fold in folds]
+    assert sorted(np.concatenate(held_out)) == pool.ravel().tolist()
+    for fold, codes in zip(folds, held_out, strict=True):
+        assert not set(codes) & set(fold.load("train", 0)["codes"].ravel())
+
+
+def test_what_no_lane_has_reached_is_tried_while_there_is_time(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "RIDGES", (1e-6, 1e-2))
+    monkeypatch.setattr(contest, "TRANSFORMS", ("none", "asinh"))
+    _, training = held(np.random.default_rng(0).normal(size=(80, 2)), max_minutes=5)
+    names = [row["family"] for row in training.contest]
+    assert len(set(names)) == len(names) == 2 + 2 * 3 * 2  # two Gaussians; and for each map three numbers with two ridges
+    assert training.ended_by == "epochs"
 
 
 def test_the_clock_ends_it_and_the_first_contestants_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

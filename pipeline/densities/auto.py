@@ -14,21 +14,26 @@ from pipeline.settings import Checked, DensitySettings, check_that
 
 __all__ = ["Mixture", "Options", "Settings"]
 
+FAMILIES = ("gmm", "lde")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
     """Options of the contest.
 
     Attributes:
-        folds: Parts of up to 5,000 training and validation codes; each is held out once, and what is fitted to the others is
+        folds: Parts of up to 2,500 training and validation codes; each is held out once, and what is fitted to the others is
             averaged. More codes are fitted as every family is: on training codes, chosen on validation codes.
+        families: What takes part next to the Gaussians: `gmm`, `lde`, or both.
     """
 
     folds: int = 5
+    families: tuple[str, ...] = FAMILIES
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_that(self.folds >= 2, "folds", "must be at least 2")
+        check_that(set(self.families) <= set(FAMILIES), "families", f"must be among {', '.join(FAMILIES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
