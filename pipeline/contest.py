@@ -5,7 +5,8 @@
    codes become less likely for several K. The lane with the best score so far continues first.
 3. All other mixtures, the smallest first: where codes are few, many different fits together beat the best one. Mixtures get
    half of the time.
-4. Latent density estimators behind the best maps, in random orders of the dimensions, a small network and a larger one.
+4. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
+   dimensions there are two larger ones, with and without the map.
 
 Up to 2,500 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
 these fits. Its score is the mean log-likelihood of all codes, each under the fit that hasn't seen it. Of more codes validation
@@ -60,6 +61,7 @@ NETWORKS = ((32, 10), (128, 30))  # width, Gaussians of a conditional
 NETWORK_STEPS = 1_000  # that a network must have time for, where a larger one is to follow
 OPERATIONS = 1e10  # of floating point in a second of training, about
 NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
+PLANE_DIM = 3  # dimensions up to which codes are shapes: one larger network without a map, since maps bend edges, and one with
 SEPARATE_DIM, SEPARATE_NUMBERS = 64, 1_000_000  # dimensions, and codes times dimensions, up to which each has its network
 PARTS = 5  # of held-out codes, each scored by weights that were chosen on the others
 LEAST_WEIGHT = 0.003
@@ -291,14 +293,16 @@ class _Judge:
         contestants = self.contest.contestants
         if not self.networks or not contestants:
             return
-        transform = max(contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
-        waiting = list(NETWORKS)
+        best = max(contestants, key=lambda contestant: contestant.score.mean).name.partition(",")[0]
+        waiting = [(best, *size) for size in NETWORKS]
+        if self.dim <= PLANE_DIM:
+            waiting = [(transform, *NETWORKS[-1]) for transform in dict.fromkeys(("none", best))]
         while waiting:
-            width, components = waiting.pop(0)
+            transform, width, components = waiting.pop(0)
             seconds = NETWORK_SHARE * (1 - self._spent()) * self.limit / (1 + len(waiting)) / len(self.folds)
             values = _network(self.dim, count, width, components)
             if waiting and _steps(self.dim, values, seconds / 2) < NETWORK_STEPS:
-                waiting = []  # no time for the larger ones: this one gets it all
+                waiting = []  # no time for the others: this one gets it all
                 seconds = NETWORK_SHARE * (1 - self._spent()) * self.limit / len(self.folds)
             if seconds > 0:
                 self._enter(
@@ -353,10 +357,10 @@ def _network(dim: int, count: int, width: int, components: int) -> dict[str, Any
         **({"blocks": "separate"} if separate else {"blocks": "residual", "position_embedding": True}),
         "width": width,
         "components": components,
-        "start": "gaussian",
+        **({"start": "spread", "layers": 3} if dim <= PLANE_DIM else {"start": "gaussian"}),
         "standardise": "cholesky",
         "shrinkage": True,
-        "noise": 0.0 if dim <= 3 else min(0.2, math.sqrt(dim / count)),
+        "noise": 0.0 if dim <= PLANE_DIM else min(0.2, math.sqrt(dim / count)),
         "batch_size": min(512 if separate else 128, max(32, count // 40)),
         "epochs": NETWORK_EPOCHS,
         "learning_rate": 3e-3,
@@ -370,7 +374,7 @@ def _network(dim: int, count: int, width: int, components: int) -> dict[str, Any
 def _steps(dim: int, network: dict[str, Any], seconds: float) -> float:
     """Training steps that an LDE takes in so many seconds, about."""
     width = network["width"]
-    layers = 2 if network["blocks"] == "separate" else math.ceil(math.log2(dim))
+    layers = network.get("layers", 2) if network["blocks"] == "separate" else math.ceil(math.log2(dim))
     weights = width * (3 * width * layers + 3 * network["components"])  # of a dimension
     # Each is used twice forward and four times backward.
     return float(seconds * OPERATIONS / (6 * weights * dim * network["batch_size"]))

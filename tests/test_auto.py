@@ -96,7 +96,7 @@ def test_large_sets_have_one_fold_and_networks(few: None, monkeypatch: pytest.Mo
     codes[:, 1] += codes[:, 0] ** 2
     density, training = held(codes, max_minutes=0.06, families=["gmm", "lde"])
     names = [row["family"] for row in training.contest]
-    assert any("LDE of width 32" in str(name) for name in names)
+    assert any("none, LDE of width 128" in str(name) for name in names)
     assert len(density.members) == len([row for row in training.contest if row["weight"]])
 
 
