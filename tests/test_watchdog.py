@@ -70,11 +70,16 @@ class Group:
             os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_process_ends_the_run_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int) -> None:
+@pytest.mark.parametrize(("stopped", "busy"), [(0, False), (1, False), (1, True)])
+def test_a_stopped_process_ends_the_run_with_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, busy: bool
+) -> None:
     def work(rank: int, ranks: object) -> None:
         if rank == stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
+        while busy:  # the others go on working
+            watchdog.worked()
+            time.sleep(0.01)
         ranks.barrier()  # type: ignore[attr-defined]
 
     monkeypatch.setenv("STALL_MINUTES", "0.01")
