@@ -69,6 +69,14 @@ def test_a_gaussian_has_one_likelihood_under_every_standardisation(tmp_path: Pat
     covariance = np.cov(codes.astype(np.float64), rowvar=False, bias=True)
     entropy = 0.5 * (3 * np.log(2 * np.pi) + np.linalg.slogdet(covariance)[1] + 3)
     assert log_likelihood(density, [codes]).mean == pytest.approx(-entropy, abs=2e-3)
+    shift, scale = {
+        "none": (0, 1),
+        "scalar": (codes.mean(), codes.std()),
+        "dimension": (codes.mean(0), codes.std(0)),
+        "cholesky": (codes.mean(0), np.linalg.cholesky(covariance).diagonal()),
+    }[standardise]
+    np.testing.assert_allclose(density.shift, np.broadcast_to(shift, 3), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(density.scale, np.broadcast_to(scale, 3), rtol=1e-5)
 
 
 def test_whitened_codes_start_near_the_gaussian_and_the_file_says_so(tmp_path: Path) -> None:
