@@ -24,7 +24,7 @@ sampling: {count: 200, shard_examples: 100}
 evaluations:
   grid: {}
 """
-ROWS = ["prepare grid", "train grid", "extract grid", "fit grid-lde", "sample grid-lde", "evaluate grid-lde"]
+ROWS = ["prepare grid", "features grid", "train grid", "extract grid", "fit grid-lde", "sample grid-lde", "evaluate grid-lde"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
