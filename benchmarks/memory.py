@@ -50,9 +50,10 @@ evaluations:
   vectors: {{}}
 """
 STAGES = (
-    ("prepare", "images"), ("control", "images"), ("train", "images"), ("extract", "images"), ("fit", "images-lde"),
-    ("sample", "images-lde"), ("evaluate", "images-lde"), ("prepare", "vectors"), ("train", "vectors"), ("extract", "vectors"),
-    ("fit", "vectors-lde"), ("fit", "vectors-gmm"), ("sample", "vectors-lde"), ("evaluate", "vectors-lde"),
+    ("prepare", "images"), ("features", "images"), ("control", "images"), ("train", "images"), ("extract", "images"),
+    ("fit", "images-lde"), ("sample", "images-lde"), ("evaluate", "images-lde"), ("prepare", "vectors"), ("features", "vectors"),
+    ("train", "vectors"), ("extract", "vectors"), ("fit", "vectors-lde"), ("fit", "vectors-gmm"), ("sample", "vectors-lde"),
+    ("evaluate", "vectors-lde"),
 )  # fmt: skip
 
 
