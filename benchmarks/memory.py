@@ -51,9 +51,9 @@ evaluations:
 """
 STAGES = (
     ("prepare", "images"), ("features", "images"), ("control", "images"), ("train", "images"), ("extract", "images"),
-    ("fit", "images-lde"), ("sample", "images-lde"), ("evaluate", "images-lde"), ("prepare", "vectors"), ("features", "vectors"),
-    ("train", "vectors"), ("extract", "vectors"), ("fit", "vectors-lde"), ("fit", "vectors-gmm"), ("sample", "vectors-lde"),
-    ("evaluate", "vectors-lde"),
+    ("fit", "images-lde"), ("sample", "images-lde"), ("evaluate", "images-lde"), ("prepare", "vectors"),
+    ("features", "vectors"), ("train", "vectors"), ("extract", "vectors"), ("fit", "vectors-lde"), ("fit", "vectors-gmm"),
+    ("sample", "vectors-lde"), ("evaluate", "vectors-lde"),
 )  # fmt: skip
 
 
