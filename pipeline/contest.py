@@ -59,6 +59,7 @@ NETWORK_CODES = 100  # training codes from which networks are tried
 NETWORK_SHARE = 0.85  # of a network's time, for its training
 NETWORKS = ((32, 10), (128, 30))  # width, Gaussians of a conditional
 NETWORK_STEPS = 1_000  # that a network must have time for, where a larger one is to follow
+LEAST_STEPS = 300  # that the smallest network must have time for, next to mixtures
 OPERATIONS = 1e10  # of floating point in a second of training, about
 NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
 PLANE_DIM = 3  # dimensions up to which codes are shapes: one larger network without a map, since maps bend edges, and one with
@@ -103,7 +104,7 @@ class _Lane:
     transform: str
     covariance: str
     best: Contestant
-    components: int = 0  # index of the next in COMPONENTS
+    components: int = 1  # index of the next in COMPONENTS: one Gaussian is the start
     ridge: int = 0  # index of the best so far in RIDGES
     fruitless: int = 0
     seconds: float = 0.0  # of the last fit
@@ -174,9 +175,9 @@ class _Judge:
         # Networks read all training codes.
         self.network_folds = self.folds if len(self.folds) > 1 else [_AllTraining(codes, self.folds[0].load("valid", 0))]
         self.held_out = [fold.load("valid", 0)["codes"] for fold in self.folds]
-        families = settings.families
-        self.networks = "lde" in families and self.network_folds[0].index.count("train") >= NETWORK_CODES
-        self.mixture_share = (MIXTURE_SHARE if self.networks else MIXTURE_SHARE_ALONE) if "gmm" in families else 0.0
+        self.mixtures = "gmm" in settings.families
+        self.networks = "lde" in settings.families and self._in_time_for_networks()
+        self.mixture_share = (MIXTURE_SHARE if self.networks else MIXTURE_SHARE_ALONE) if self.mixtures else 0.0
         self.contest = Contest()
         self.best = -math.inf
         self.failure = ""
@@ -184,6 +185,13 @@ class _Judge:
     def _spent(self) -> float:
         """Share of the time used."""
         return (time.monotonic() - self.started) / self.limit
+
+    def _in_time_for_networks(self) -> bool:
+        """Whether there are codes for networks, and next to mixtures time for a few hundred steps of the smallest."""
+        count = self.network_folds[0].index.count("train")
+        seconds = (1 - MIXTURE_SHARE) * self.limit / len(self.folds)
+        steps = _steps(self.dim, _network(self.dim, count, *NETWORKS[0]), seconds)
+        return count >= NETWORK_CODES and (steps >= LEAST_STEPS or not self.mixtures)
 
     def _enter(self, name: str, family: str, **values: Any) -> Contestant | None:
         """Fits a contestant to all folds; None if that fails."""

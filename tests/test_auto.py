@@ -101,9 +101,9 @@ def test_large_sets_have_one_fold_and_networks(few: None, monkeypatch: pytest.Mo
 
 
 def test_a_ridge_that_was_raised_is_lowered_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    # One Gaussian of two narrow clusters gains from the largest ridge, if anything; two need the smallest.
+    # Two Gaussians count as the better the larger their ridge; three need the smallest.
     for name, values in {
-        "COMPONENTS": (1, 2),
+        "COMPONENTS": (1, 2, 3),
         "RIDGES": (1e-6, 1e-3, 0.4),
         "COVARIANCES": ("full",),
         "TRANSFORMS": ("none",),
@@ -116,16 +116,16 @@ def test_a_ridge_that_was_raised_is_lowered_again(monkeypatch: pytest.MonkeyPatc
         contestant = enter(judge, name, family, **values)
         if contestant is not None and family == "gmm":
             tried.append(name)
-            if "1 Gaussian," in name:  # as if it gained from each ridge
-                contestant.held_out += 0.1 * values["ridge"][0]  # type: ignore[index]
+            if "2 Gaussians" in name:
+                contestant.held_out[:] = values["ridge"][0]  # type: ignore[index]
         return contestant
 
     monkeypatch.setattr(contest._Judge, "_enter", noted)
     codes = np.repeat([[-1.0], [1.0]], 100, axis=0) + 0.01 * np.random.default_rng(0).normal(size=(200, 1))
     _, training = held(np.random.default_rng(1).permutation(codes))
-    ridges = [name.rpartition(" ")[2] for name in tried if "2 Gaussians" in name]
+    ridges = [name.rpartition(" ")[2] for name in tried if "3 Gaussians" in name]
     assert ridges == ["0.4", "0.001", "1e-06"]
-    assert "2 Gaussians, full, ridge 1e-06" in str(training.contest[0]["family"])
+    assert "3 Gaussians, full, ridge 1e-06" in str(training.contest[0]["family"])
 
 
 def test_each_code_is_scored_by_a_fit_that_has_not_seen_it() -> None:
