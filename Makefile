@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help install repro test test-slow test-gpu mutants lint ui clean
+.PHONY: help install repro compare test test-slow test-gpu mutants lint ui clean
 
 install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock
 
@@ -20,6 +20,9 @@ repro: install  ## Build everything that is out of date, and print the scoreboar
 	python -m stages check
 	dvc repro
 	@python -m stages report --show
+
+compare: install  ## Compare settings, scores and samples with the last commit's, or with REV
+	@python -m stages compare $(REV)
 
 test: install  ## Run the tests
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
@@ -50,4 +53,4 @@ help:  ## List these commands
 
 clean:  ## Remove what the pipeline made; DVC's cache and the MLflow database stay
 	rm -rf data/shards data/autoencoders data/codes data/densities data/samples data/features .checkpoints
-	rm -rf reports/metrics reports/curves reports/figures reports/arrays reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/headline reports/combined
+	rm -rf reports/metrics reports/curves reports/figures reports/arrays reports/runs reports/report.md reports/index.html reports/scoreboard.csv reports/compare reports/combined

@@ -11,6 +11,7 @@ from pipeline.evaluation import parzen, quality
 from pipeline.evaluation.blocks import unit_blocks
 from pipeline.evaluation.features import RealFeatures, extract_features
 from pipeline.evaluation.parzen import ParzenScore
+from pipeline.evaluation.quality import QualityScore
 from pipeline.settings import ParzenSettings, QualitySettings
 from pipeline.storage.shards import ShardReader
 from pipeline.system.progress import track
@@ -77,7 +78,7 @@ def parzen_score(
     return Parzen(score, settings.protocol)
 
 
-def quality_scores(samples: Iterable[np.ndarray], real: RealFeatures, settings: QualitySettings) -> dict[str, float]:
+def quality_scores(samples: Iterable[np.ndarray], real: RealFeatures, settings: QualitySettings) -> QualityScore:
     """KID, FID, precision, recall, density and coverage of samples against all test images.
 
     Memory holds one block of images, and all features.
@@ -88,4 +89,4 @@ def quality_scores(samples: Iterable[np.ndarray], real: RealFeatures, settings: 
         settings: The protocol.
     """
     drawn = extract_features(real.network, track(samples, settings.samples, "features of samples", "samples"))
-    return quality.score(real.network.name, real.values, drawn, settings.seed, settings.neighbours).metrics()
+    return quality.score(real.network.name, real.values, drawn, settings.seed, settings.neighbours)

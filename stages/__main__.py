@@ -10,7 +10,7 @@ import click
 from stages.workspace import TABLE_OF_STAGE
 
 STAGES = (*TABLE_OF_STAGE, "report")
-TOOLS = ("complete", "record", "export", "check", "preset", "doctor")
+TOOLS = ("compare", "set", "settings", "record", "export", "check", "preset", "doctor", "complete")
 
 
 class LazyGroup(click.Group):

@@ -15,7 +15,9 @@ from pipeline.errors import PipelineError
 from pipeline.system.files import atomic_file, read_json, sha256_file
 from stages import workspace
 
-__all__ = ["SavedArrays", "as_bytes", "check_output", "load_arrays", "read_run", "save_arrays"]
+__all__ = ["PER_EXAMPLE", "SavedArrays", "as_bytes", "check_output", "load_arrays", "read_run", "save_arrays"]
+
+PER_EXAMPLE = "per-example"  # the arrays whose means are the metrics of the same names, to compare rows point by point
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _quality(run: Run, settings: Settings, reader: ShardReader) -> None:
     images = training_samples(unit_blocks(reader, "train"), count, settings.control.seed)
     features = read_features(workspace.features_folder(settings.control.dataset), quality, reader)
     scores = quality_scores(images(), features, quality)
-    run.metrics({f"training_images_{key}": value for key, value in scores.items()})
+    run.metrics({f"training_images_{key}": value for key, value in scores.metrics().items()})
 
 
 def _principal_components(run: Run, components: int, reader: ShardReader) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.densities import Density
+    from pipeline.evaluation.quality import QualityScore
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.shards import ShardReader
 
@@ -76,6 +77,7 @@ def evaluate(run: Run, settings: Settings) -> None:
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
+    from stages.arrays import PER_EXAMPLE
 
     ranks = join()
     reader = ShardReader(workspace.shards_folder(settings.density.dataset))
@@ -86,22 +88,28 @@ def evaluate(run: Run, settings: Settings) -> None:
     run.read(f"samples {run.row}", samples.index.digest, samples.folder, "samples")
     workspace.arrays_folder("evaluate", run.row).mkdir(parents=True, exist_ok=True)
 
+    values: dict[str, np.ndarray] = {}  # of test points, to compare rows by
     if density.has_log_prob:
         # Labels without names count the images that patches come from.
         by_group = reader.index.kind == "vectors"
-        run.metrics(test_log_likelihood(density, codes, by_group, ranks))
+        likelihoods = test_log_likelihood(density, codes, by_group, ranks)
+        run.metrics(likelihoods.metrics)
+        values |= {"test_log_likelihood": likelihoods.values, "groups": likelihoods.groups}
 
     if settings.evaluation.parzen is not None:
         count = parzen_samples(samples.index.count("samples"), reader)
         result = parzen_score(lambda: _first(samples, "samples", count), count, reader, settings.evaluation.parzen, ranks)
         run.metrics(result.metrics())
+        values["parzen_test_log_likelihood"] = result.score.test_values
         curve = {"bandwidths": np.array(result.score.bandwidths), "valid_log_likelihood": np.array(result.score.valid_curve)}
         run.arrays("parzen-bandwidth", curve, [result.protocol])
 
     if reader.index.kind == "images" and ranks.first:
         _nearest(run, reader, samples)
         if settings.evaluation.quality is not None:
-            _quality(run, settings.evaluation.quality, reader, samples, settings.density.dataset)
+            quality = _quality(settings.evaluation.quality, reader, samples, settings.density.dataset)
+            run.metrics(quality.metrics())
+            values |= quality.values()
         if settings.evaluation.interpolation is not None:
             _interpolation(run, settings.evaluation.interpolation, density, codes, reader)
 
@@ -119,16 +127,24 @@ def evaluate(run: Run, settings: Settings) -> None:
     elif settings.dataset.drawn_as == "patches":
         real, drawn = (next(shards.blocks(split))["examples"] for shards, split in ((reader, "test"), (samples, "samples")))
         run.arrays("patches", {"real": real[:SHOWN_PATCHES], "samples": drawn[:SHOWN_PATCHES]})
+    kept = {name: _compact(of_points) for name, of_points in values.items() if len(of_points)}
+    if kept:
+        run.arrays(PER_EXAMPLE, kept)
     ranks.barrier()
 
 
-def _quality(run: Run, settings: QualitySettings, reader: ShardReader, samples: ShardReader, dataset: str) -> None:
+def _quality(settings: QualitySettings, reader: ShardReader, samples: ShardReader, dataset: str) -> QualityScore:
     """Scores of the samples in a feature space."""
     from pipeline.evaluation.features import read_features
     from pipeline.scoring import quality_scores
 
     real = read_features(workspace.features_folder(dataset), settings, reader)
-    run.metrics(quality_scores(_first(samples, "samples", settings.samples), real, settings))
+    return quality_scores(_first(samples, "samples", settings.samples), real, settings)
+
+
+def _compact(values: np.ndarray) -> np.ndarray:
+    """Numbers in half the bytes, truth values in one each."""
+    return values.astype({"f": "float32", "b": "uint8", "i": "int32"}[values.dtype.kind])
 
 
 def _nearest(run: Run, reader: ShardReader, samples: ShardReader) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stages.reporting.graph import StageState
     from stages.tracking.client import Tracker
 
-REPORTS = Path("reports")
+REPORTS, LOCK = Path("reports"), Path("dvc.lock")
 SCOREBOARD = REPORTS / "scoreboard.csv"
 HEADLINE = REPORTS / "headline"
 MARKDOWN = REPORTS / "report.md"
@@ -52,7 +52,7 @@ def _report(params: Params) -> None:
     from stages.reporting.graph import repro_started, stage_states
     from stages.reporting.page import page_head, render
     from stages.reporting.pictures import COMBINED, FIGURES, draw_combined, draw_row
-    from stages.reporting.scoreboard import as_text, build_scoreboard, headline, stages_and_rows
+    from stages.reporting.scoreboard import build_scoreboard, headline, stages_and_rows
     from stages.tracking.client import Tracker
 
     board = build_scoreboard(params)  # fails on missing metrics before anything is written
@@ -84,7 +84,7 @@ def _report(params: Params) -> None:
         tracker.finish("FAILED")
         raise
     tracker.finish()
-    print(f"report: open {PAGE} in a browser\n\n{as_text(board)}", flush=True)
+    print(f"report: open {PAGE} in a browser; `python -m stages report --show` prints the scoreboard", flush=True)
 
 
 def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[StageState]) -> None:
@@ -117,6 +117,7 @@ def _show() -> None:
     import pandas as pd
 
     from stages.reporting.scoreboard import as_text
+    from stages.workspace import uncommitted
 
     if not SCOREBOARD.exists():
         raise PipelineError(f"{SCOREBOARD} is missing; run `dvc repro report`")
@@ -124,6 +125,8 @@ def _show() -> None:
         print(as_text(pd.read_csv(SCOREBOARD)))
     except (ValueError, KeyError) as error:
         raise PipelineError(f"{SCOREBOARD} can't be read ({error}); run `dvc repro -f -s report`") from None
+    if uncommitted(LOCK, HEADLINE):
+        print(f"\nCommit these scores, to compare later ones with them: git add {LOCK} {HEADLINE} && git commit -m results")
 
 
 def _print_plan(params: Params) -> None:

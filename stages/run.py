@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.errors import PipelineError, printable
-from pipeline.settings import Params, flatten, read_params
+from pipeline.settings import Params, changed_defaults, flatten, read_params
 from pipeline.system.files import sha256_file, write_json, write_text
 from stages import workspace
 from stages.launching.local import PEER_LOST, launched
@@ -281,10 +281,16 @@ def stage(
         @click.command(name, help=function.__doc__)
         @click.argument("row", metavar="NAME", shell_complete=_complete_rows(name))
         @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
-        @click.option("--dry-run", is_flag=True, help="Print the resolved settings and what would be read and written.")
+        @click.option(
+            "--dry-run",
+            is_flag=True,
+            help="Print all settings, marking those that aren't defaults, and all files.",
+        )
         def command(row: str, params_file: str, dry_run: bool, **options: bool) -> None:
             with one_line_errors(f"{name} {row}"), _terminable():
                 params = read_params(params_file)
+                if os.environ.get("DVC_STAGE"):
+                    _check_all(params)
                 chosen = settings(params, row)
                 inputs, outputs = list(reads(chosen, row)), list(writes(chosen, row))
                 if dry_run:
@@ -311,10 +317,19 @@ def stage(
     return decorate
 
 
+def _check_all(params: Params) -> None:
+    """Rejects a mistake in any row: `dvc repro` stops at its first stage, not after the trainings before that row's stages."""
+    problems = list(params.problems())
+    if problems:
+        more = f" (and {len(problems) - 1} more, see `python -m stages check`)" if problems[1:] else ""
+        raise PipelineError(f"{problems[0]}{more}")
+
+
 def _print_plan(name: str, row: str, settings: Any, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     click.echo(f"{name} {row}")
+    defaults = changed_defaults(settings)
     for key, value in flatten(asdict(settings)).items():
-        click.echo(f"  {key}: {json.dumps(value)}")
+        click.echo(f"  {key}: {json.dumps(value)}" + (f"  # default {json.dumps(defaults[key])}" if key in defaults else ""))
     for path in inputs:
         click.echo(f"  reads {path}" + ("" if path.exists() else " (missing)"))
     for path in [*outputs, workspace.metrics_file(name, row), workspace.run_file(name, row)]:

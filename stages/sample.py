@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.autoencoders.common.network import Decoder
+    from pipeline.densities import Density
 
 SHOWN = 100  # samples for the page, the first in the order drawn
 LARGE_PIXELS, SHOWN_LARGE = 128, 36  # from this side length on, fewer images are shown
@@ -69,7 +70,8 @@ def sample(run: Run, settings: SampleSettings) -> None:
         if index.kind == "images":
             assert decoder is not None
             count = SHOWN if index.shape[1] < LARGE_PIXELS else SHOWN_LARGE
-            run.arrays("samples", {"samples": as_bytes(drawn["examples"][:count])})
+            likelihoods = {"log_prob": _log_prob(density, drawn["codes"][:count])} if density.has_log_prob else {}
+            run.arrays("samples", {"samples": as_bytes(drawn["examples"][:count]), **likelihoods})
             if density.dim > 1:
                 run.arrays("truncated", _truncated(drawn["codes"][:TRUNCATED], decoder))
         elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
@@ -78,6 +80,16 @@ def sample(run: Run, settings: SampleSettings) -> None:
             target = next(codes.blocks("train"))["codes"][:TARGET_POINTS]
             run.arrays("samples", {"samples": drawn["examples"][:, :2], "target": target[:, :2]})
     ranks.barrier()
+
+
+def _log_prob(density: Density, codes: np.ndarray) -> np.ndarray:
+    """Log-density (n,) of codes, in nats."""
+    import numpy as np
+    import torch
+
+    with torch.no_grad():
+        values = density.log_prob(torch.from_numpy(codes).to(density.shift.device))
+    return values.cpu().numpy().astype(np.float32)
 
 
 def _truncated(codes: np.ndarray, decoder: Decoder) -> dict[str, np.ndarray]:

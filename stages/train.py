@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # test images with their reconstructions
 SCATTERED = 5000  # test codes of two numbers, or training points, saved for a picture
+MAPPED = 400  # test images on the page's map of codes
 PATCHES = 100  # training patches saved for a picture
 
 
@@ -119,11 +120,12 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     import numpy as np
     import torch
 
-    from pipeline.evaluation.moments import Moments
+    from pipeline.evaluation.exploration import exploration
+    from pipeline.evaluation.moments import KEPT, Moments
     from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
     from pipeline.storage.shards import from_unit, scale_pixels, to_unit
     from pipeline.system.progress import Progress
-    from stages.arrays import as_bytes
+    from stages.arrays import PER_EXAMPLE, as_bytes
 
     value_range = reader.index.value_range or (0.0, 1.0)
 
@@ -148,15 +150,17 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
                 progress.advance(len(block["examples"]) * ranks.world)
 
     pictured: tuple[Any, Any] | None = None
+    kept: list[np.ndarray] = []  # squared errors of the first test images
     for split in ("train", "valid", "test"):
         score, kl = ReconstructionScore(), Moments()
         for block in rank_blocks(split, f"reconstructions ({split})"):
             images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0)))
             reconstructions = decode(encode(images))
-            score.update(images.numpy(), reconstructions.numpy())
+            errors = score.update(images.numpy(), reconstructions.numpy())
             if (values := divergence(images)) is not None:
                 kl.update(values.numpy())
             if split == "test":
+                kept.append(errors[: max(KEPT - sum(map(len, kept)), 0)])
                 pictured = pictured or (images[:SHOWN].numpy(), reconstructions[:SHOWN].numpy())
         score, *rank_scores = ranks.gather(score)
         for rank_score in rank_scores:
@@ -169,12 +173,14 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
             run.metrics({f"{split}_kl": kl.mean, f"{split}_kl_se": kl.result().standard_error})
     ks = opened(objective.latent_dim or 0)
     unit_blocks = (scale_pixels(block["examples"], (0.0, 1.0)) for block in rank_blocks("test", "open dimensions"))
-    errors, *rank_errors = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
+    by_dimensions, *rank_errors = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
     for part in rank_errors:
-        errors.merge(part)
+        by_dimensions.merge(part)
+    squared_errors = _in_order(reader, ranks, np.concatenate(kept))
     if not ranks.first:
         return
-    run.arrays("open-dimensions", {"ks": np.array(ks), "mse": errors.mse})
+    run.arrays("open-dimensions", {"ks": np.array(ks), "mse": by_dimensions.mse})
+    run.arrays(PER_EXAMPLE, {"test_mse": squared_errors.astype(np.float32)})
     assert pictured is not None
     arrays = {"inputs": as_bytes(pictured[0]), "reconstructions": as_bytes(pictured[1])}
     if objective.latent_dim == 2:
@@ -189,6 +195,31 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         colours = np.concatenate(labels)[:SCATTERED] if labels else None
         arrays |= {"codes": points} | ({} if colours is None else {"labels": colours})
     run.arrays("reconstructions", arrays)
+    first = reader.first("test", MAPPED)
+    run.arrays("exploration", exploration(scale_pixels(first["examples"], (0.0, 1.0)), first.get("labels"), encode, decode))
+
+
+def _in_order(reader: ShardReader, ranks: Ranks, values: np.ndarray) -> np.ndarray:
+    """Values of all ranks' first test images, in the order of the split.
+
+    Arguments:
+        reader: The shards.
+        ranks: This process among its peers.
+        values: Values of this rank's images, with shape (n,), at least those of its images among the first KEPT.
+    """
+    import numpy as np
+
+    from pipeline.evaluation.moments import KEPT
+
+    counts = [shard.count for shard in reader.index.parts("test")]
+    starts = np.cumsum([0, *counts])
+    ordered = np.empty(min(sum(counts), KEPT))
+    for rank, of_rank in enumerate(ranks.gather(values[:KEPT])):
+        numbers = [number for number in range(rank, len(counts), ranks.world) if starts[number] < len(ordered)]
+        places = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in numbers] or [np.empty(0, int)])
+        places = places[places < len(ordered)]
+        ordered[places] = of_rank[: len(places)]
+    return ordered
 
 
 def _vectors(run: Run, reader: ShardReader, drawn_as: str) -> None:

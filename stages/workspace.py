@@ -24,6 +24,7 @@ __all__ = [
     "run_file",
     "samples_folder",
     "shards_folder",
+    "uncommitted",
 ]
 
 # The stages that run over the rows of a table, in the order of the pipeline; `report` runs over all.
@@ -110,14 +111,26 @@ def main_checkout() -> Path:
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
+def _changes(*paths: str, untracked: bool = False) -> str:
+    """What git says has changed since the last commit, one line per file."""
+    mode = "all" if untracked else "no"
+    command = ["git", "status", "--porcelain", f"--untracked-files={mode}", "--", *paths]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def uncommitted(*paths: Path) -> bool:
+    """Whether files or folders differ from the last commit's; False outside a git repository."""
+    try:
+        return bool(_changes(*map(str, paths), untracked=True))
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
 def git_state() -> dict[str, str]:
-    """The commit of the working tree and whether it has uncommitted changes, ignoring dvc.lock, which runs write."""
+    """The commit of the working tree and whether it has uncommitted changes, ignoring what runs write."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"],
-            capture_output=True, text=True, check=True, timeout=30,
-        )  # fmt: skip
+        changes = _changes(".", ":!dvc.lock", ":!reports/headline")
     except (OSError, subprocess.SubprocessError):
         return {"commit": "unknown", "dirty": "unknown"}
-    return {"commit": commit.stdout.strip(), "dirty": str(bool(changes.stdout.strip())).lower()}
+    return {"commit": commit.stdout.strip(), "dirty": str(bool(changes)).lower()}

@@ -199,6 +199,7 @@ def test_memory_does_not_grow_with_the_samples():
 
 def test_memory_does_not_grow_with_the_points(monkeypatch):
     monkeypatch.setattr(parzen, "POINT_BYTES", 100 * 32 * 4)
+    monkeypatch.setattr(parzen, "KEPT", 1000)
 
     def peak(blocks):
         points = [lambda: (np.random.default_rng(i).random((100, 32), dtype=np.float32) for i in range(blocks))] * 2

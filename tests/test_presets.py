@@ -15,7 +15,8 @@ from ruamel.yaml import YAML
 from pipeline.errors import SettingsError
 from pipeline.settings import Params
 from stages.__main__ import cli
-from stages.tools.preset import add_rows, load_preset, preset_names
+from stages.tools.preset import load_preset, preset_names
+from stages.tools.rows import add_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -17,13 +18,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
+from pipeline.evaluation.exploration import exploration
 from pipeline.settings import Params, read_params
-from stages.arrays import save_arrays
+from stages.arrays import PER_EXAMPLE, load_arrays, save_arrays
 from stages.report import report
+from stages.reporting.cards import verdict
+from stages.reporting.explore import explorations
 from stages.reporting.graph import Graph, stage_states
 from stages.reporting.page import description, render
 from stages.reporting.published import BENCHMARKS, PUBLISHED, benchmark_of, best_published, paper_value
@@ -178,7 +183,9 @@ def test_likelihoods_of_different_codes_give_no_verdict_but_their_pictures_do(wo
     YAML().dump(tables, Path("params.yaml"))
     board = build_scoreboard(read_params())
     text = render("report.md", read_params(), board, [], HEAD).replace("\\", "")
-    assert "- **digits**: digits-iae-lde: KID 9.00 ± 0.50 in the features of vgg19, the lowest." in text
+    assert "- **digits**: digits-iae-lde: KID 9.00 ± 0.50 in the features of vgg19 (0 where" in text
+    assert "its samples cover 50 % of the test images" in text
+    assert "The next one, digits-ae-lde, is worse by more than chance (11.00 ± 0.71 in KID)." in text
     assert "digits: test log-likelihood of the codes (to compare densities of the same codes only)" in as_text(board)
 
 
@@ -319,7 +326,7 @@ def test_text_survives_the_csv(workspace):
     result = command()
     assert result.exit_code == 0
     board = build_scoreboard(read_params())
-    assert result.output.rstrip().endswith(as_text(board))
+    assert "nats" not in result.output  # the scoreboard is printed once, by `--show`
     assert command("--show").output.rstrip() == as_text(board)
     assert max(map(len, as_text(board).splitlines())) <= 120
 
@@ -479,7 +486,10 @@ def test_page_holds_everything_in_itself(workspace):
     page = parse(text)
     assert page.fetched
     assert all(address.startswith("data:") for address in page.fetched)
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    kinds = ("http://127.0.0.1:5000/#/runs/id-", "data:text/csv;base64,")
+    assert all(link.startswith(kinds) or (link.startswith("#") and link[1:] in page.ids) for link in page.links)
+    (saved,) = [link for link in page.links if link.startswith("data:")]
+    assert base64.b64decode(saved.partition(",")[2]) == Path("reports/scoreboard.csv").read_bytes()
     assert len(page.ids) == len(set(page.ids))
     assert "default-src 'none'" in text
     assert not re.search(r"url\(|@import", text)
@@ -487,7 +497,7 @@ def test_page_holds_everything_in_itself(workspace):
     combined = sorted(path.stem for path in Path("reports/combined").glob("*.png"))
     expected = ["open-dimensions", "opened-dimensions", "samples", "training-loss", "validation"]
     assert combined == [f"digits-{name}" for name in expected] + ["grid-training-loss", "grid-validation"]
-    assert page.tags.count("img") == 4 + len(combined)
+    assert page.tags.count("img") == 4 + len(combined) + 2  # the cards
 
 
 def test_pictures_of_enlarged_images_are_labelled_so(workspace):
@@ -673,6 +683,79 @@ def test_pipeline_run_in_mlflow(workspace, monkeypatch):
     assert names >= {"index.html", "report.md", "scoreboard.csv"}
 
 
+# First screen and section Explore ------------------------------------------------------------------------------------
+
+
+def test_a_verdict_speaks_of_score_controls_pictures_and_chance(workspace):
+    scores = [
+        json.loads(Path(f"reports/metrics/evaluate/{row}.json").read_text()) for row in ("digits-ae-lde", "digits-iae-lde")
+    ]
+    quality = {f"classifier_{key}": 0.5 for key in QUALITY}
+    for row, score, kid in zip(("digits-ae-lde", "digits-iae-lde"), scores, (0.9, 0.7), strict=True):
+        kids = {"classifier_kid": kid, "classifier_kid_se": 0.01, "classifier_recall": 0.2}
+        write(f"reports/metrics/evaluate/{row}.json", score | quality | kids)
+    control = json.loads(Path("reports/metrics/control/digits.json").read_text())
+    real = {
+        f"training_images_{key}": value for key, value in (quality | {"classifier_kid": 0.0, "classifier_recall": 0.9}).items()
+    }
+    write("reports/metrics/control/digits.json", control | real)
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    tables["evaluations"]["digits"]["quality"] = {"network": "classifier", "samples": 100}
+    YAML().dump(tables, Path("params.yaml"))
+
+    def said() -> tuple[str, str]:
+        board = build_scoreboard(read_params())
+        tone, sentences = verdict(read_params(), board[board["dataset"] == "digits"].to_dict("records"))
+        return tone, " ".join(sentences)
+
+    tone, text = said()
+    assert tone == "mixed"  # above the controls, and easily told from real images
+    assert text.startswith("digits-iae-lde: 264 ± 5 nats (Parzen test log-likelihood).")
+    assert "40.0 nats above the best control (digits-training-images)" in text
+    assert "clearly told from real images: KID 0.700 ± 0.010" in text
+    assert "cover 20 % of the test images (recall), training images 90 %" in text
+    assert "The next one, digits-ae-lde, is level with it" in text  # 6.3 nats with errors of 5 each
+    points = np.random.default_rng(0).normal(200, 100, 500)
+    for row, shift in (("digits-ae-lde", 0.0), ("digits-iae-lde", 6.3)):
+        values = points + shift + np.random.default_rng(len(row)).normal(size=500)
+        save_arrays("evaluate", row, PER_EXAMPLE, {"parzen_test_log_likelihood": values})
+    text = said()[1]
+    assert re.search(
+        r"The next one, digits-ae-lde, is worse by more than chance \(6.3\d ± 0.0\d\d? nats, over the same test", text
+    )
+
+
+def explorable(row: str, dim: int = 3) -> None:
+    """Arrays to explore of an autoencoder whose codes are the first pixels."""
+    images = np.random.default_rng(0).random((30, 1, 6, 6), dtype=np.float32)
+
+    def decode(codes: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(torch.nn.functional.pad(codes, (0, 36 - dim))).reshape(-1, 1, 6, 6)
+
+    found = exploration(images, np.arange(30) % 4, lambda x: x.flatten(1)[:, :dim], decode)
+    save_arrays("train", row, "exploration", found)
+
+
+def test_what_can_be_explored_is_what_the_decoder_gives(workspace):
+    explorable("digits-ae")
+    values = load_arrays("train", "digits-ae", "exploration").values
+    assert values["ks"].tolist() == [1, 2, 3]
+    logits = lambda pixels: np.log(pixels / (255 - pixels.astype(float)))  # noqa: E731
+    codes = logits(values["truncated"].reshape(3, 12, 36))  # (K, n, pixels)
+    assert np.abs(codes[0, :, 1:]).max() < 0.01
+    assert np.allclose(codes[2, :, :3], codes[1, :, :3], atol=0.02) == (np.abs(codes[2, :, 2]).max() < 0.02)
+    changed = logits(values["changed"].reshape(3, 3, 9, 36))
+    assert np.allclose(changed[:, 1, :, 1], values["values"][1], atol=0.02)
+    between = logits(values["between"].reshape(15, 9, 36))
+    assert np.allclose(between[0, 0], codes[2, 0], atol=0.02)  # pair (0, 1)
+    assert np.allclose(between[0, 8], codes[2, 1], atol=0.02)
+    assert np.allclose(between[14, 0], codes[2, 4], atol=0.02)  # the last pair, (4, 5)
+    shown = explorations(read_params(), ["digits-ae", "digits-iae"])
+    assert list(shown["rows"]) == ["digits-ae"]
+    assert shown["rows"]["digits-ae"]["ends"] == 6
+    assert explorations(read_params(), ["digits-ae"], most_bytes=100) == {}
+
+
 # In a browser --------------------------------------------------------------------------------------------------------
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -737,6 +820,9 @@ class Browser:
             self.process.wait(timeout=20)
 
 
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39}  # codes of Windows, which browsers ask for
+
+
 @pytest.fixture
 def browser(tmp_path_factory):
     if not CHROMIUM or not DRIVER:
@@ -747,6 +833,8 @@ def browser(tmp_path_factory):
 
 
 def test_page_in_a_browser(workspace, browser):
+    for row in ("digits-ae", "digits-iae"):
+        explorable(row)
     assert command().exit_code == 0
     page = (workspace / "reports/index.html").resolve()
 
@@ -759,7 +847,7 @@ def test_page_in_a_browser(workspace, browser):
 
     digits = ["digits-iae-lde", "digits-ae-lde", "digits-kmeans", "digits-training-images"]
     browser.open(page, 1280)
-    assert browser.js("return [...document.images].map(i => i.complete && i.naturalWidth > 0)") == [True] * 11
+    assert browser.js("return [...document.images].map(i => i.complete && i.naturalWidth > 0)") == [True] * 13
     assert rows() == [*digits, "grid-lde"]
     assert sorted_by() == ["1 descending"]
     browser.click("#scores thead th:nth-child(2) button")
@@ -774,6 +862,32 @@ def test_page_in_a_browser(workspace, browser):
     browser.click("#scores thead th:nth-child(3) button")
     assert rows()[:2] == digits[1::-1]
     assert browser.js("return document.getElementById('sorted').textContent") == "Sorted by Against best control, ascending"
+
+    # A picture enlarges, and Escape closes it.
+    browser.click(".enlarge")
+    assert browser.js("return document.querySelector('#enlarged[open] img').naturalWidth > 0")
+    browser.click("#enlarged form button")
+    assert browser.js("return document.querySelector('#enlarged[open]')") is None
+    # Sliders and the map redraw what they belong to.
+    for name in ("truncated", "changed", "between", "map"):
+        widget = f"document.querySelector('[data-widget={name}]')"
+        browser.js(f"{widget}.scrollIntoView()")
+        pixels = f"return [...{widget}.querySelectorAll('canvas')].map(c => c.toDataURL()).join()"
+        said = f"return [...{widget}.querySelectorAll('output')].map(o => o.textContent).join()"
+        for _ in range(200):
+            if browser.js(said).strip(","):
+                break
+            time.sleep(0.05)
+        before = browser.js(said), browser.js(pixels)
+        focus = "canvas.map" if name == "map" else "label:last-of-type input"
+        browser.js(f"{widget}.querySelector('{focus}').focus()")
+        for key in ("ArrowLeft", "ArrowRight", "ArrowRight", "ArrowUp"):
+            if (browser.js(said), browser.js(pixels)) == before:
+                browser.devtools("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+                browser.devtools("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=KEYS[key])
+        after = browser.js(said), browser.js(pixels)
+        assert after[0] != before[0], name
+        assert after[1] != before[1], name
 
     light = browser.js("return getComputedStyle(document.body).backgroundColor")
     for width in (1280, 390):

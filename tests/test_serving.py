@@ -76,6 +76,14 @@ NOT_WHOLE = [
 ]
 
 
+def test_the_seed_can_be_left_out(generator: tuple[Path, Path]) -> None:
+    density = load_density(generator[0])
+    without = [generate(density, None, pd.DataFrame({"count": [2]}))["sample"].tolist() for _ in range(2)]
+    assert without[0] != without[1]
+    null = generate(density, None, requests((2, None)))["sample"].tolist()
+    assert null not in without
+
+
 @pytest.mark.parametrize("pairs", NOT_WHOLE)
 def test_impossible_requests_are_refused(generator: tuple[Path, Path], pairs: list[tuple[object, object]]) -> None:
     with pytest.raises(MlflowException, match="count must be a whole number, at least 1") as refused:
@@ -97,9 +105,18 @@ def test_export_makes_a_folder_that_is_complete(tmp_path: Path, monkeypatch: pyt
         if stage[1].startswith("points") and stage[0] not in ("sample", "evaluate"):
             assert small.run(*stage).exit_code == 0
     result = small.run("export", "points-lde")
-    assert (result.exit_code, result.stdout) == (0, "exported to data/exports/points-lde\n")
     folder = Path("data/exports/points-lde")
-    assert sorted(p.name for p in folder.iterdir()) == ["density.safetensors", "generator.json"]
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (0, f"exported to {folder}")
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "density.safetensors", "generator.json"]
+    names: dict[str, object] = {}
+    code = "\n".join(line.strip() for line in result.stdout.splitlines()[2:])  # as said
+    exec(code, names)
+    assert np.array_equal(names["samples"], draw(load_density(folder / "density.safetensors"), None, 16, 0)[0])
+    (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(lines, names)
+    monkeypatch.chdir(tmp_path)
+    assert names["scores"].log_prob.shape == (16,)
     assert small.run("export", "points-lde").exit_code == 0
     taken = small.run("export", "points-lde", "--to", "raw")
     assert taken.exit_code == 1

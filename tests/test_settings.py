@@ -147,7 +147,7 @@ FAULTS = [
     ("densities/grid-lde/learning_rate", float("inf"), r"learning_rate: expected a number, got inf"),
     ("densities/grid-lde/learning_rate", 10**400, r"learning_rate: expected a number"),
     ("densities/grid-lde/learning_rate", True, r"learning_rate: expected a number, got True"),
-    ("densities/grid-lde/betas", 0.9, r"betas: expected a list of a number, got 0\.9"),
+    ("densities/grid-lde/betas", 0.9, r"betas: expected a list of numbers, got 0\.9"),
     ("densities/grid-lde/betas", [0.9, "x"], r"betas\[1\]: expected a number, got 'x'"),
     ("densities/grid-lde/schedule", "linear", r"schedule: expected one of constant, steps, cosine, got 'linear'"),
     ("densities/grid-lde/milestones", [1.5], r"milestones\[0\]: expected an integer"),

@@ -701,7 +701,7 @@ def share(rank: int) -> Ranks:
 
 @pytest.mark.parametrize("scored", [
     lambda density, codes, ranks: likelihood.log_likelihood(density, codes.stream("test")(), ranks).number,
-    lambda density, codes, ranks: likelihood.test_log_likelihood(density, codes, False, ranks)["test_scored"],
+    lambda density, codes, ranks: likelihood.test_log_likelihood(density, codes, False, ranks).metrics["test_scored"],
 ])  # fmt: skip
 def test_ranks_share_the_codes(world: World, scored: Callable[..., float]) -> None:
     density, codes = world.density("points"), CodeReader("data/codes/points")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.densities import Density
 from pipeline.errors import DataError
-from pipeline.evaluation.moments import GroupedMoments, Mean, Moments
+from pipeline.evaluation.moments import KEPT, GroupedMoments, Mean, Moments
 from pipeline.storage.codes import CodeReader
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
 
-__all__ = ["log_likelihood", "score_codes", "test_log_likelihood"]
+__all__ = ["CodeScores", "log_likelihood", "score_codes", "test_log_likelihood"]
 
 FEWEST_GROUPS = 5  # with fewer, a standard error over groups is meaningless
 SCORED_AT_ONCE = 8192  # codes between two progress messages
@@ -42,7 +44,21 @@ def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks 
     return moments.result()
 
 
-def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ranks: Ranks) -> dict[str, float]:
+class CodeScores(NamedTuple):
+    """The scores of test codes.
+
+    Attributes:
+        metrics: Mean log-likelihood in nats and its standard errors, flat.
+        values: Log-likelihood of each of the first test codes, in nats, to compare two densities code by code.
+        groups: The group of each; empty where they are independent.
+    """
+
+    metrics: dict[str, float]
+    values: NDArray[np.float64]
+    groups: NDArray[np.int64]
+
+
+def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ranks: Ranks) -> CodeScores:
     """Mean log-likelihood of the test codes, in nats, with its standard error; ranks share the codes.
 
     Arguments:
@@ -53,25 +69,34 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
             five groups, the standard error over groups is given too.
     """
     rank_moments = GroupedMoments()
+    most = min(codes.index.count("test"), KEPT)
+    kept, groups = np.full(most, np.nan), np.zeros(most, np.int64)
+    first = 0  # place of the block's first code in the split
     with Progress(codes.index.count("test"), "scoring test codes", unit="codes", quiet=not ranks.first) as progress:
         for number, block in enumerate(codes.blocks("test")):
+            before, first = first, first + len(block["codes"])
             if number % ranks.world != ranks.rank:
                 continue
             labels = block.get("labels", np.zeros(len(block["codes"]), np.int64))
+            groups[before:first] = labels[: max(most - before, 0)]
             for start in range(0, len(labels), SCORED_AT_ONCE):
                 part = slice(start, start + SCORED_AT_ONCE)
                 (values,) = score_codes(density, [block["codes"][part]])
                 rank_moments.update(values, labels[part])
+                kept[before + start : before + start + len(values)] = values[: max(most - before - start, 0)]
                 progress.advance(len(values) * ranks.world)
     moments = GroupedMoments()
-    for gathered in ranks.gather(rank_moments):
+    for gathered, rank_kept, rank_groups in ranks.gather((rank_moments, kept, groups)):
         moments.merge(gathered)
+        scored = ~np.isnan(rank_kept)
+        kept[scored], groups[scored] = rank_kept[scored], rank_groups[scored]
     mean, error, count = moments.examples()
     if not np.isfinite(mean):
         raise DataError(f"the mean log-likelihood of the test codes is {mean}: the density has diverged; fit it again")
     scores: dict[str, float] = {"test_log_likelihood": mean, "test_log_likelihood_se": error, "test_scored": float(count)}
     scores |= {"test_log_likelihood_per_dimension": mean / codes.index.dim}
     result = moments.groups()
-    if by_group and result.number >= FEWEST_GROUPS:
+    grouped = by_group and result.number >= FEWEST_GROUPS
+    if grouped:
         scores |= {"test_log_likelihood_group_se": result.standard_error, "test_groups": result.number}
-    return scores
+    return CodeScores(scores, kept, groups if grouped else groups[:0])

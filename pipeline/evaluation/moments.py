@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["GroupedMoments", "Mean", "Moments", "grouped_mean_and_error", "mean_and_error"]
+__all__ = ["KEPT", "GroupedMoments", "Mean", "Moments", "grouped_mean_and_error", "mean_and_error"]
+
+KEPT = 100_000  # scores of single test points that are kept to compare two rows by: the first ones
 
 
 class Mean(NamedTuple):

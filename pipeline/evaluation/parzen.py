@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.evaluation.blocks import Blocks
-from pipeline.evaluation.moments import Moments
+from pipeline.evaluation.moments import KEPT, Moments
 
 __all__ = ["Blocks", "ParzenScore", "ParzenSums", "chunk_sums", "log_likelihoods", "merge", "score"]
 
@@ -239,6 +239,7 @@ class ParzenScore:
         valid_points: Number of validation points.
         test_points: Number of test points.
         at_edge: Whether the chosen bandwidth is the first or last of the grid, which is then too narrow.
+        test_values: Log-likelihood of each of the first test points, in nats, to compare two sets of samples point by point.
     """
 
     bandwidth: float
@@ -251,6 +252,7 @@ class ParzenScore:
     valid_points: int
     test_points: int
     at_edge: bool
+    test_values: NDArray[np.float64] = field(compare=False, repr=False)
 
 
 def score(
@@ -263,7 +265,8 @@ def score(
 ) -> ParzenScore:
     """Chooses the bandwidth on the validation points and scores the test points with it.
 
-    Memory is independent of the numbers of points and samples: only the moments of each chunk of points are kept.
+    Memory is independent of the numbers of points and samples: only the moments of each chunk of points are kept, and the
+    values of the first test points.
 
     Arguments:
         valid: Gives a pass over blocks of validation points, each with shape (n, d) or (n, C, H, W).
@@ -277,16 +280,17 @@ def score(
         DataError: When there are no points or no samples, or shapes differ, or a value isn't finite.
     """
 
-    def moments(points: Blocks, widths: Sequence[float]) -> tuple[list[Moments], int]:
-        moments, count = [Moments() for _ in widths], 0
+    def moments(points: Blocks, widths: Sequence[float], most: int = 0) -> tuple[list[Moments], int, NDArray[np.float64]]:
+        moments, count, kept = [Moments() for _ in widths], 0, np.empty((len(widths), 0))
         for rank_sums in chunk_sums(points, samples, widths, device):
             sums = merge(gather(rank_sums))
-            count = sums.samples
-            for of_width, values in zip(moments, sums.log_likelihoods, strict=True):
+            count, of_points = sums.samples, sums.log_likelihoods
+            for of_width, values in zip(moments, of_points, strict=True):
                 of_width.update(values)
-        return moments, count
+            kept = np.concatenate([kept, of_points[:, : most - kept.shape[1]]], axis=1)
+        return moments, count, kept
 
-    searched, count = moments(valid, bandwidths)
+    searched, count, _ = moments(valid, bandwidths)
     curve = tuple(of_width.mean for of_width in searched)
     best = int(np.argmax(curve))
     bandwidth, at_edge = float(bandwidths[best]), len(bandwidths) > 1 and best in (0, len(bandwidths) - 1)
@@ -294,7 +298,7 @@ def score(
         warnings.warn(
             f"Parzen score: the best bandwidth, {bandwidth:g}, is at an end of the grid; widen the grid", stacklevel=2
         )
-    (final,), _ = moments(test, [bandwidth])
+    (final,), _, (test_values,) = moments(test, [bandwidth], KEPT)
     mean, error, points = final.result()
     return ParzenScore(
         bandwidth=bandwidth,
@@ -307,4 +311,5 @@ def score(
         valid_points=searched[0].count,
         test_points=points,
         at_edge=at_edge,
+        test_values=test_values,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,17 @@ from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, mean_and_error
 from pipeline.system.streams import stream
 
-__all__ = ["Manifolds", "QualityScore", "fid", "kid", "manifolds", "nearest", "score"]
+__all__ = ["Manifolds", "QualityScore", "fid", "kid", "kid_of_subsets", "manifolds", "nearest", "score"]
 
 Features = NDArray[np.floating]
 
 CHUNK = 1024  # rows of distances held at once
 
 
-def kid(real: Features, samples: Features, subsets: int = 10, subset_examples: int = 1000, seed: int = 0) -> Mean:
-    r"""Kernel Inception distance, mean over disjoint random subsets, with its standard error.
+def kid_of_subsets(
+    real: Features, samples: Features, subsets: int = 10, subset_examples: int = 1000, seed: int = 0
+) -> NDArray[np.float64]:
+    r"""Kernel Inception distance of each of several disjoint random subsets, with shape (subsets,).
 
     .. math:: \mathrm{MMD}^2_u, \quad k(x, y) = (x^T y / F + 1)^3
 
@@ -51,7 +54,12 @@ def kid(real: Features, samples: Features, subsets: int = 10, subset_examples: i
     generator = stream("subsets of KID", seed)
     orders = [generator.permutation(len(f))[: subsets * examples].reshape(subsets, examples) for f in (real, samples)]
     x, y = (torch.from_numpy(np.asarray(f, dtype=np.float64)) for f in (real, samples))
-    return mean_and_error([float(poly_mmd(x[i], y[j])) for i, j in zip(*map(torch.from_numpy, orders), strict=True)])
+    return np.array([float(poly_mmd(x[i], y[j])) for i, j in zip(*map(torch.from_numpy, orders), strict=True)])
+
+
+def kid(real: Features, samples: Features, subsets: int = 10, subset_examples: int = 1000, seed: int = 0) -> Mean:
+    """Kernel Inception distance, mean over disjoint random subsets, with its standard error; see `kid_of_subsets`."""
+    return mean_and_error(kid_of_subsets(real, samples, subsets, subset_examples, seed))
 
 
 class _PassThrough(torch.nn.Module):
@@ -98,12 +106,16 @@ class Manifolds:
         recall: Share of real images within the k-th neighbour's distance of some sample.
         density: Number of real images' balls that contain a sample, over k; 1 if the two distributions agree; it may exceed 1.
         coverage: Share of real images whose ball holds a sample.
+        recalled: Whether each real image is within that distance, with shape (n,).
+        covered: Whether its ball holds a sample, with shape (n,).
     """
 
     precision: Mean
     recall: Mean
     density: Mean
     coverage: Mean
+    recalled: NDArray[np.bool_] = field(compare=False, repr=False)
+    covered: NDArray[np.bool_] = field(compare=False, repr=False)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -164,7 +176,8 @@ def manifolds(real: Features, samples: Features, neighbours: int = 3, density_ne
         dense[rows] = inside.sum(1) / density_neighbours
         covered |= inside.any(0)
         recalled |= (squares <= sample_radii[rows, None]).any(0)
-    return Manifolds(*(mean_and_error(v.double().numpy()) for v in (precise, recalled, dense, covered)))
+    precision, recall, density, coverage = (mean_and_error(v.double().numpy()) for v in (precise, recalled, dense, covered))
+    return Manifolds(precision, recall, density, coverage, recalled.numpy(), covered.numpy())
 
 
 @dataclass(frozen=True)
@@ -178,6 +191,7 @@ class QualityScore:
         manifolds: Precision, recall, density and coverage.
         real: Number of real images.
         samples: Number of samples.
+        kid_values: Kernel distance of each subset; those of two sets of samples have the same real images.
     """
 
     network: str
@@ -186,6 +200,7 @@ class QualityScore:
     manifolds: Manifolds
     real: int
     samples: int
+    kid_values: NDArray[np.float64] = field(compare=False, repr=False)
 
     def metrics(self) -> dict[str, float]:
         """Flat metrics, each name starting with the network's, since scores of two networks aren't comparable."""
@@ -195,6 +210,11 @@ class QualityScore:
             values |= {name: result.mean, f"{name}_se": result.standard_error}
         values |= {"real_images": self.real, "samples": self.samples}
         return {f"{self.network}_{name}": value for name, value in values.items()}
+
+    def values(self) -> dict[str, NDArray[Any]]:
+        """What metrics are means of, by their names: those that two sets of samples can be compared by, pair by pair."""
+        kept = {"kid": self.kid_values, "recall": self.manifolds.recalled, "coverage": self.manifolds.covered}
+        return {f"{self.network}_{name}": values for name, values in kept.items()}
 
 
 def score(network: str, real: Features, samples: Features, seed: int = 0, neighbours: int = 3) -> QualityScore:
@@ -210,13 +230,15 @@ def score(network: str, real: Features, samples: Features, seed: int = 0, neighb
         neighbours: k of precision and recall.
     """
     both = min(len(real), len(samples))
+    kid_values = kid_of_subsets(real, samples, seed=seed)
     return QualityScore(
         network=network,
-        kid=kid(real, samples, seed=seed),
+        kid=mean_and_error(kid_values),
         fid=fid(real, samples),
         manifolds=manifolds(real[:both], samples[:both], neighbours),
         real=len(real),
         samples=len(samples),
+        kid_values=kid_values,
     )
 
 

@@ -79,7 +79,8 @@ class ReconstructionScore:
 
     Example:
         >>> score = ReconstructionScore()
-        >>> score.update(np.zeros((2, 1, 16, 16)), np.full((2, 1, 16, 16), 0.1))
+        >>> score.update(np.zeros((2, 1, 16, 16)), np.full((2, 1, 16, 16), 0.1)).round(4).tolist()
+        [0.01, 0.01]
         >>> {name: round(value, 4) for name, value in score.metrics("test").items()}
         {'test_mse': 0.01, 'test_mse_se': 0.0, 'test_squared_error': 2.56, 'test_psnr': 20.0, 'test_psnr_se': 0.0,
          'test_ssim': 0.0099, 'test_ssim_se': 0.0}
@@ -90,19 +91,26 @@ class ReconstructionScore:
     ssim: Moments = field(default_factory=Moments)
     pixels: int = 0
 
-    def update(self, images: NDArray[np.floating], reconstructions: NDArray[np.floating]) -> None:
-        """Adds a block of images in 0..1 and their reconstructions, both with shape (n, C, H, W) or (n, d)."""
+    def update(self, images: NDArray[np.floating], reconstructions: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Adds a block of images in 0..1 and their reconstructions, both with shape (n, C, H, W) or (n, d).
+
+        Returns:
+            The squared error of each image, mean over pixels, with shape (n,).
+        """
         if images.shape != reconstructions.shape:
             raise DataError(f"images have shape {images.shape}, their reconstructions {reconstructions.shape}")
         if not len(images):
-            return
+            return np.empty(0)
         images, reconstructions = images.astype(np.float32), reconstructions.astype(np.float32)
-        errors = np.square(images - reconstructions).reshape(len(images), -1).mean(axis=1, dtype=np.float64)
+        errors: NDArray[np.float64] = (
+            np.square(images - reconstructions).reshape(len(images), -1).mean(axis=1, dtype=np.float64)
+        )
         self.pixels = images[0].size
         self.mse.update(errors)
         self.psnr.update(psnr(errors))
         if images.ndim == 4 and min(images.shape[2:]) >= SSIM_WINDOW:
             self.ssim.update(ssim(images, reconstructions))
+        return errors
 
     def merge(self, other: ReconstructionScore) -> None:
         """Adds what another rank has seen."""

@@ -6,8 +6,19 @@ as a class `Settings` that extends the common one. Unknown keys, wrong types and
 the row and the key.
 """
 
-from pipeline.settings.build import Checked, NamedFile, build, check_that, checked_path, file_setting, flatten, named_files
-from pipeline.settings.params import Params, implementation, read_params
+from pipeline.settings.build import (
+    Checked,
+    NamedFile,
+    build,
+    changed_defaults,
+    check_that,
+    checked_path,
+    describe,
+    file_setting,
+    flatten,
+    named_files,
+)
+from pipeline.settings.params import Params, choices, implementation, read_params
 from pipeline.settings.rows import (
     AutoencoderSettings,
     ControlSettings,
@@ -36,8 +47,11 @@ __all__ = [
     "SamplingSettings",
     "TrainingSettings",
     "build",
+    "changed_defaults",
     "check_that",
     "checked_path",
+    "choices",
+    "describe",
     "file_setting",
     "flatten",
     "implementation",

@@ -16,7 +16,19 @@ from typing import Any, Literal, TypeVar
 from pipeline.errors import SettingsError
 from pipeline.system.files import sha256_file
 
-__all__ = ["Checked", "NamedFile", "build", "check_that", "checked_path", "file_setting", "flatten", "named_files", "shorten"]
+__all__ = [
+    "Checked",
+    "NamedFile",
+    "build",
+    "changed_defaults",
+    "check_that",
+    "checked_path",
+    "describe",
+    "file_setting",
+    "flatten",
+    "named_files",
+    "shorten",
+]
 
 T = TypeVar("T")
 
@@ -129,13 +141,14 @@ def named_files(settings: Any) -> dict[str, NamedFile]:
     return files
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """A type in words, as messages name it."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return " or ".join("null" if a is types.NoneType else _describe(a) for a in typing.get_args(kind))
+        return " or ".join("null" if a is types.NoneType else describe(a) for a in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return f"a list of {_describe(typing.get_args(kind)[0])}"
+        return "a list of " + {int: "integers", float: "numbers", str: "strings"}.get(typing.get_args(kind)[0], "values")
     if dataclasses.is_dataclass(kind):
         return "a table"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -150,7 +163,7 @@ def shorten(value: object) -> str:
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     """`value` as a value of the annotation `kind`, or a SettingsError that names `where`."""
     origin = typing.get_origin(kind)
-    refused = SettingsError(f"{where}: expected {_describe(kind)}, got {shorten(value)}")
+    refused = SettingsError(f"{where}: expected {describe(kind)}, got {shorten(value)}")
     if origin is Literal:
         if type(value) is str and value in typing.get_args(kind):
             return value
@@ -219,11 +232,28 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     for name, spec in known.items():
         required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
         if required and name not in arguments:
-            raise SettingsError(f"{where}.{name}: missing; it must be {_describe(hints[name])}")
+            raise SettingsError(f"{where}.{name}: missing; it must be {describe(hints[name])}")
     try:
         return cls(**arguments)
     except SettingsError as error:
         raise SettingsError(f"{where}.{error}") from None
+
+
+def changed_defaults(settings: Any) -> dict[str, Any]:
+    """Defaults of the keys whose values differ from them; keys of nested settings are dotted.
+
+    Arguments:
+        settings: A dataclass of settings. Keys without a default are left out.
+    """
+    found: dict[str, Any] = {}
+    for spec in dataclasses.fields(settings):
+        value = getattr(settings, spec.name)
+        default = spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        if dataclasses.is_dataclass(value):
+            found |= {f"{spec.name}.{key}": other for key, other in changed_defaults(value).items()}
+        elif default is not dataclasses.MISSING and value != default:
+            found[spec.name] = default
+    return found
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

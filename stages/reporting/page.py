@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import platform
 import re
@@ -11,16 +13,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.settings import Params, flatten
+from pipeline.settings import Params, changed_defaults, flatten
 from pipeline.storage.parts import SPLITS
+from stages.reporting.cards import cards, verdict
+from stages.reporting.explore import explorations, ordered_samples
 from stages.reporting.graph import Graph, StageState
 from stages.reporting.metrics import METRICS, NETWORKS, Metric
 from stages.reporting.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
 from stages.reporting.published import BENCHMARKS, PUBLISHED
 from stages.reporting.scoreboard import (
-    OF_CODES,
     against,
-    contenders,
     duration,
     is_missing,
     plus_minus,
@@ -38,6 +40,7 @@ __all__ = ["description", "page_head", "render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_TOGETHER = ("open-dimensions", "reconstructions", "codes", "interpolations", "interpolation-log-likelihood")
+SAMPLED_ROWS = 4  # rows of a data set whose samples can be sorted by likelihood
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "webdataset", "dvc", "mlflow")
 
 
@@ -129,7 +132,7 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
         yield _Section(
             name=dataset,
             summary=_dataset_summary(params, dataset),
-            verdict=_verdict(board[board["dataset"] == dataset]),
+            verdict=" ".join(verdict(params, board[board["dataset"] == dataset].to_dict("records"))[1]),
             densities=[
                 block(name, _density_summary(params, name, lines[name]), "sample", "evaluate", "fit")
                 for name in densities_of(params, dataset)
@@ -214,47 +217,8 @@ def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
     return ", ".join([*words, "no likelihood" if is_missing(line["value"]) else score])
 
 
-def _verdict(part: pd.DataFrame) -> str:
-    """One sentence on the result of a data set; empty if nothing is scored."""
-    lines = [line for line in part.to_dict("records") if not is_missing(line["value"])]
-    if not (rivals := contenders(lines)):
-        return ""
-    best = max(rivals, key=lambda line: float(line["value"]))
-    codes = {line["autoencoder"] for line in lines if line["kind"] == "model"}
-    if best["score"] == OF_CODES and len(codes) > 1:
-        return _verdict_by_pictures(rivals)
-    text = f"{_named(best)}: {plus_minus(best['value'], best['error'])} nats ({best['score']})"
-    if not is_missing(best["against_control"]):
-        gap = f"{abs(best['control_difference']):.1f} nats"
-        words = {"better": f"{gap} above", "worse": f"{gap} below", "level": "level with"}[best["against_control"]]
-        text += f", {words} the best control ({best['best_control']})"
-    if not is_missing(best["gap_to_truth"]):
-        text += f", {best['gap_to_truth']:.3f} nats short of the true density"
-    if not is_missing(best["paper"]):
-        text += f"; the paper: {plus_minus(best['paper'], best['paper_error'])}"
-    return text + "."
-
-
-def _named(line: Mapping[Any, Any]) -> str:
-    """A row's name, with a remark if it isn't a row of `densities`."""
-    return f"{line['row']} ({remark(line)})" if remark(line) else str(line["row"])
-
-
-def _verdict_by_pictures(rivals: Sequence[Mapping[Any, Any]]) -> str:
-    """The lowest KID in each feature space, for rows whose likelihoods are of different codes."""
-    verdicts = []
-    for network in NETWORKS:
-        kid = f"{network}_kid"
-        if scored := [line for line in rivals if not is_missing(line.get(kid))]:
-            best = min(scored, key=lambda line: float(line[kid]))
-            verdicts.append(
-                f"{_named(best)}: KID {plus_minus(best[kid], best[f'{kid}_se'])} in the features of {network}, the lowest"
-            )
-    return "; ".join(verdicts) + "." if verdicts else ""
-
-
-def _settings(params: Params) -> list[tuple[str, list[tuple[str, list[tuple[str, str]]]]]]:
-    """(table, [(row, [(key, value)])]) with every default resolved."""
+def _settings(params: Params) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(table, [(line of YAML, default that its value differs from)]) with every default resolved."""
     readers: dict[str, Any] = {
         "datasets": params.dataset,
         "controls": params.control,
@@ -263,11 +227,43 @@ def _settings(params: Params) -> list[tuple[str, list[tuple[str, list[tuple[str,
         "evaluations": params.evaluation,
     }
 
-    def flat(settings: Any) -> list[tuple[str, str]]:
-        return [(key, "null" if value is None else str(value)) for key, value in flatten(asdict(settings)).items()]
+    def lines(settings: Any, indent: str) -> Iterator[tuple[str, str]]:
+        defaults = changed_defaults(settings)
+        above: tuple[str, ...] = ()
+        for dotted, value in flatten(asdict(settings)).items():
+            *path, key = dotted.split(".")
+            for depth, part in enumerate(path):
+                if tuple(path[: depth + 1]) != above[: depth + 1]:
+                    yield f"{indent}{'  ' * depth}{part}:", ""
+            above = tuple(path)
+            default = f"default {json.dumps(defaults[dotted])}" if dotted in defaults else ""
+            yield f"{indent}{'  ' * len(path)}{key}: {json.dumps(value)}", default
 
-    tables = [(table, [(row, flat(reader(row))) for row in params.rows(table)]) for table, reader in readers.items()]
-    return [*tables, ("sampling", [("", flat(params.sampling()))])]
+    tables = []
+    for table, reader in readers.items():
+        text: list[tuple[str, str]] = []
+        for row in params.rows(table):
+            text += [(f"  {row}:", ""), *lines(reader(row), "    ")]
+        tables.append((table, text))
+    return [*tables, ("sampling", list(lines(params.sampling(), "  ")))]
+
+
+def _runs_address() -> str:
+    """Where a tracked run is shown: on the tracking server, or where `make ui` shows it."""
+    address = os.environ.get("MLFLOW_TRACKING_URI", "")
+    server = re.sub(r"(://)[^/@]*@", r"\1", address.rstrip("/")) if address.startswith("http") else "http://127.0.0.1:5000"
+    return f"{server}/#/runs/"
+
+
+def _exploration(params: Params) -> dict[str, Any]:
+    """What the page's script shows, by data set."""
+    found = {}
+    for dataset in params.rows("datasets"):
+        shown = explorations(params, autoencoders_of(params, dataset))
+        samples = {row: drawn for row in densities_of(params, dataset)[:SAMPLED_ROWS] if (drawn := ordered_samples(row))}
+        if shown or samples:
+            found[dataset] = shown | {"samples": samples}
+    return found
 
 
 # Templates -----------------------------------------------------------------------------------------------------------
@@ -337,6 +333,10 @@ def render(template: str, params: Params, board: pd.DataFrame, states: Sequence[
             states=states,
             graph=Graph(params, states),
             settings=_settings(params),
+            cards=list(cards(params, board)) if template.endswith(".html") else [],
+            exploration=_exploration(params) if template.endswith(".html") else {},
+            runs=_runs_address(),
+            csv=base64.b64encode(board.to_csv(index=False, lineterminator="\n").encode()).decode(),
             benchmarks=[(b, [p for p in PUBLISHED if p.benchmark == key]) for key, b in BENCHMARKS.items()],
         )
     )

@@ -340,6 +340,7 @@ def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
     for line in board[board["kind"] == "model"].to_dict("records"):
         name = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
         chosen = {name: line["value"], "test_mse": line["test_mse"], "gap_to_truth": line["gap_to_truth"]}
+        chosen |= {f"{network}_kid": line[f"{network}_kid"] for network in NETWORKS}
         if is_missing(line["value"]):
             chosen |= {key: line[key] for key in ("samples_in_dropped_box", "mmd_squared")}
         numbers[line["row"]] = {key: float(value) for key, value in chosen.items() if not is_missing(value)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 
 import click
@@ -9,25 +10,62 @@ import click
 from stages import workspace
 from stages.run import one_line_errors
 
+NEXT = """in Python:
+    from pipeline.generator import Generator
+    samples = Generator.load("{folder}").sample(16, seed=0)"""
+PORT = 5001  # the interface of MLflow takes 5000
+
+
+def _readme(row: str, images: bool) -> str:
+    """How to use the exported folder."""
+    use = f"""\
+# {row}
+
+A generator: {"a density of codes, and the encoder and decoder between codes and images" if images else "a density of codes"}.
+In an environment with the project that made it (`pip install .`):
+
+```python
+from pipeline.generator import Generator
+
+generator = Generator.load(".")  # this folder
+samples = generator.sample(16, seed=0)
+scores = generator.score(samples)
+```
+
+"""
+    shape = "`samples` has shape (16, C, H, W), in 0..1; `encode` and `decode` give codes and images." if images else ""
+    return use + f"{shape} `log_prob` is in nats, of the codes.\n".lstrip()
+
+
+def _serving(model: str) -> str:
+    """Commands that serve a registered model, and ask it."""
+    from stages.tracking.client import shown_uri
+
+    return (
+        f"over HTTP:\n    MLFLOW_TRACKING_URI={shlex.quote(shown_uri())} mlflow models serve -m {model} --env-manager local "
+        f"--port {PORT}\n    curl http://127.0.0.1:{PORT}/invocations -H 'Content-Type: application/json' "
+        """-d '{"dataframe_records": [{"count": 4}]}'"""
+    )
+
 
 @click.command("export")
 @click.argument("row", metavar="NAME")
 @click.option("--to", "target", default=None, help="Folder for the generator.  [default: data/exports/NAME]")
 @click.option("--register/--no-register", default=True, help="Whether to log the generator to MLflow and register it there.")
 def export(row: str, target: str | None, register: bool) -> None:
-    """Copy a trained generator (density and decoder) into one folder, and register it as a model with MLflow.
+    """Copy a trained generator (density, decoder, encoder) into one folder, and register it as a model with MLflow.
 
-    NAME is a row of `densities`. Then `mlflow models serve -m models:/NAME/1 --env-manager local` serves samples.
+    NAME is a row of `densities`. `pipeline.generator.Generator.load` reads the folder. The last lines say how to use both.
     """
     with one_line_errors(f"export {row}"):
         from pathlib import Path
 
-        from pipeline.autoencoders.common.network import Decoder
+        from pipeline.autoencoders.common.network import Decoder, Encoder
         from pipeline.densities import load_density
         from pipeline.errors import PipelineError
         from pipeline.settings import read_params
         from pipeline.storage.codes import CodeReader
-        from pipeline.system.files import atomic_folder, sha256_file, write_json
+        from pipeline.system.files import atomic_folder, sha256_file, write_json, write_text
 
         settings = read_params().density(row)
         density, codes = workspace.density_file(row), CodeReader(workspace.codes_folder(settings.codes))
@@ -40,14 +78,19 @@ def export(row: str, target: str | None, register: bool) -> None:
             if codes.decoder_path is not None:
                 Decoder.load(codes.decoder_path)
                 shutil.copyfile(codes.decoder_path, temporary / "decoder.safetensors")
+                encoder = workspace.autoencoder_folder(settings.codes) / "encoder.safetensors"
+                Encoder.load(encoder)
+                shutil.copyfile(encoder, temporary / encoder.name)
             digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             write_json(temporary / "generator.json", {"row": row, "codes": codes.index.digest, "sha256": digests})
-        click.echo(f"exported to {folder}")
+            write_text(temporary / "README.md", _readme(row, codes.decoder_path is not None))
+        click.echo(f"exported to {folder}\n" + NEXT.format(folder=folder))
         if register:
             from stages.tracking.client import Tracker
 
             tracker = Tracker(f"export {row}", {"stage": "export", "row": row}, {})
             files = {file.stem: str(file.resolve()) for file in folder.glob("*.safetensors")}
+            files.pop("encoder", None)  # a served model only draws
             tracker.model(name=row, **files)
             if tracker.finish() is not None:
-                click.echo(f"registered as models:/{row}")
+                click.echo(f"registered as {tracker.registered}\n" + _serving(tracker.registered))

@@ -70,6 +70,7 @@ class Tracker:
 
     def __init__(self, name: str, tags: Mapping[str, str], params: Mapping[str, Any], off: bool = False) -> None:
         self.run_id: str | None = None
+        self.registered = ""  # address of the model that was registered
         self._process: subprocess.Popen[str] | None = None
         if off or os.environ.get("TRACKING", "on") == "off":
             return
@@ -156,7 +157,7 @@ class Tracker:
         answer: dict[str, Any] = {"late": True, "error": "no answer in time"}
         with contextlib.suppress(ValueError):
             answer = json.loads(reply)
-        self.run_id = answer.get("run_id")
+        self.run_id, self.registered = answer.get("run_id"), str(answer.get("model", ""))
         if answer.get("error"):
             _warn(f"{shown_uri()}: {_without_password(answer['error'])}; the results are complete without it")
         if answer.get("late"):

@@ -7,6 +7,7 @@ registers it with MLflow. The machine that serves the model needs this project i
 from __future__ import annotations
 
 import math
+import secrets
 import tempfile
 from numbers import Integral
 from pathlib import Path
@@ -26,8 +27,8 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
     Arguments:
         density: The density of the codes.
         decoder: Turns codes into images; None if codes are the data.
-        requests: One request per row, with columns `count`, the number of samples, and `seed`. The same request gives the same
-            samples.
+        requests: One request per row, with columns `count`, the number of samples, and `seed`. The same seed gives the same
+            samples; without the column, or where it is null, they are others each time.
 
     Returns:
         Columns `request`, the number of the request's row; `sample`, the values of the sample as one list (of an image
@@ -40,12 +41,14 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
 
     from pipeline.sampling import draw
 
-    counts, seeds = list(requests["count"]), list(requests["seed"])
+    counts = list(requests["count"])
+    given: list[Any] = list(requests["seed"]) if "seed" in requests else [None] * len(counts)
+    seeds: list[Any] = [secrets.randbelow(SEEDS) if _is_null(seed) else seed for seed in given]
     values = density.dim if decoder is None else math.prod(decoder.image_shape)
     whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in (*counts, *seeds))
     if not counts or not whole or min(counts) < 1 or min(seeds) < 0 or max(seeds) >= SEEDS:
         raise MlflowException.invalid_parameter_value(
-            "count must be a whole number, at least 1, and seed a whole number in 0..2^63 - 1"
+            "count must be a whole number, at least 1, and seed a whole number in 0..2^63 - 1, null or left out"
         )
     if sum(map(int, counts)) * values > VALUES:
         raise MlflowException.invalid_parameter_value(
@@ -59,6 +62,11 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
+def _is_null(value: Any) -> bool:
+    """Whether a cell of a request is empty; a column with empty cells may hold floats."""
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
 def log_model(run_id: str, name: str, density: str, decoder: str | None = None) -> str:
     """Logs a generator to a run and registers it.
 
@@ -69,7 +77,7 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
         decoder: Path of the decoder's, if any.
 
     Returns:
-        The model's address, which `mlflow models serve -m` takes.
+        The model's address with its version, which `mlflow models serve -m` takes.
     """
     import mlflow
     from mlflow.models import ModelSignature
@@ -77,7 +85,7 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
     from mlflow.types.schema import AnyType, Array
 
     # They are whole numbers. For others MLflow prints a stack trace, `generate` one line.
-    inputs = Schema([ColSpec(AnyType(), "count"), ColSpec(AnyType(), "seed")])
+    inputs = Schema([ColSpec(AnyType(), "count"), ColSpec(AnyType(), "seed", required=False)])
     outputs = Schema([ColSpec("long", "request"), ColSpec(Array("double"), "sample"), ColSpec(Array("long"), "shape")])
     files = {"density": density} | ({} if decoder is None else {"decoder": decoder})
     with mlflow.start_run(run_id=run_id):
@@ -94,7 +102,7 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
     _forget_paths(info)
     about = f"Samples of the row `{name}`: a request of `count` and `seed` gives one row per sample, with its shape."
     mlflow.MlflowClient().update_model_version(name, str(info.registered_model_version), description=about)
-    return str(info.model_uri)
+    return f"models:/{name}/{info.registered_model_version}"
 
 
 def _forget_paths(info: Any) -> None:

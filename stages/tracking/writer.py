@@ -53,6 +53,7 @@ class _Writer:
         mlflow.set_tracking_uri(address)
         self.client = MlflowClient(address)
         self.run_id = ""
+        self.registered = ""
 
     def experiment(self) -> str:
         """The experiment's id; a missing experiment is created."""
@@ -164,7 +165,7 @@ class _Writer:
         """Logs and registers a model from code."""
         from stages.tracking.serving import log_model
 
-        log_model(self.run_id, **values)
+        self.registered = log_model(self.run_id, **values)
 
     def finish(self, status: str) -> None:
         """Closes the run."""
@@ -245,6 +246,8 @@ def main() -> None:
             pass
     run_id = writer.run_id or None if writer is not None else None
     answer = {"run_id": run_id, "error": error, "late": writer is not None and writer.late and not refused}
+    if writer is not None and writer.registered:
+        answer["model"] = writer.registered
     with contextlib.suppress(OSError):
         print(json.dumps(answer), flush=True)
     os._exit(0)

@@ -1,0 +1,170 @@
+"""A trained generator in Python: draws images, encodes and decodes them, and says how likely they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.autoencoders.common.network import Decoder, Encoder
+from pipeline.densities import Density, load_density
+from pipeline.errors import DataError, PipelineError
+from pipeline.sampling import draw
+from pipeline.settings import read_params
+from pipeline.storage.shards import from_unit, to_unit
+
+__all__ = ["Generator", "Scores"]
+
+AT_ONCE = 250  # images in memory on the way through the networks
+FILES = {"density": "density.safetensors", "decoder": "decoder.safetensors", "encoder": "encoder.safetensors"}
+
+
+class Scores(NamedTuple):
+    """What a generator makes of images, each with shape (n,).
+
+    Attributes:
+        log_prob: Log-density of the codes, in nats: low for images of an unusual composition.
+        squared_error: Squared error of the reconstructions, mean over pixels: high for images unlike all it was trained on.
+    """
+
+    log_prob: NDArray[np.float64]
+    squared_error: NDArray[np.float64]
+
+
+class Generator:
+    """A density of codes, with the networks between codes and images.
+
+    Images are arrays with shape (n, C, H, W) in 0..1; bytes 0..255 are scaled, and (n, H, W) is taken as grey. If the codes are
+    the data, such as the rows of a table, examples are codes: arrays with shape (n, D).
+
+    Arguments:
+        density: The density of the codes.
+        decoder: From codes to images; None if codes are the data.
+        encoder: From images to codes; None if codes are the data, or if it is only to draw.
+
+    Example:
+        >>> from pipeline.densities import LatentDensityEstimator
+        >>> generator = Generator(LatentDensityEstimator(3))
+        >>> samples = generator.sample(5, seed=0)
+        >>> samples.shape, generator.log_prob(samples).shape
+        ((5, 3), (5,))
+    """
+
+    def __init__(self, density: Density, decoder: Decoder | None = None, encoder: Encoder | None = None) -> None:
+        for network in (decoder, encoder):
+            if network is not None and network.latent_dim != density.dim:
+                raise DataError(f"the density is of {density.dim} numbers per code, the autoencoder of {network.latent_dim}")
+        self.density, self.decoder, self.encoder = density, decoder, encoder
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
+        """Loads what `python -m stages export` wrote, or a row of the project in the working folder.
+
+        Arguments:
+            source: The exported folder, or the name of a row of `densities`.
+            device: Where to compute.
+
+        Raises:
+            PipelineError: When there is neither such a folder nor such a row, or a file is missing or damaged.
+        """
+        folder = Path(source)
+        if (folder / FILES["density"]).is_file():
+            paths = {name: folder / file for name, file in FILES.items()}
+        elif Path("params.yaml").is_file():
+            row = str(source)
+            codes = read_params().density(row).codes
+            paths = {
+                "density": Path("data/densities") / row / FILES["density"],
+                "decoder": Path("data/codes") / codes / FILES["decoder"],
+                "encoder": Path("data/autoencoders") / codes / FILES["encoder"],
+            }
+            if not paths["density"].is_file():
+                raise PipelineError(f"{paths['density']} is missing; run `dvc repro fit@{row}`")
+        else:
+            raise PipelineError(
+                f"{source} is neither an exported folder nor a row of a project in {Path.cwd()}; `python -m stages export ROW` "
+                "makes such a folder"
+            )
+        return cls(
+            load_density(paths["density"]).to(device),
+            Decoder.load(paths["decoder"], device) if paths["decoder"].is_file() else None,
+            Encoder.load(paths["encoder"], device) if paths["encoder"].is_file() else None,
+        )
+
+    def sample(self, n: int, seed: int | None = None) -> NDArray[np.float32]:
+        """Draws examples: images (n, C, H, W) in 0..1, or codes (n, D).
+
+        Arguments:
+            n: Number of samples.
+            seed: The same seed gives the same samples; None draws others each time.
+        """
+        seed = int(np.random.default_rng().integers(2**62)) if seed is None else seed
+        return draw(self.density, self.decoder, n, seed)[0]
+
+    @torch.no_grad()
+    def encode(self, images: ArrayLike) -> NDArray[np.float32]:
+        """Codes (n, D) of images.
+
+        Raises:
+            DataError: When the shape isn't that of the images it was trained on, or there is no encoder.
+        """
+        if self.decoder is None:
+            return self._codes(images)
+        if self.encoder is None:
+            raise DataError("this folder holds no encoder: export the row again")
+        value_range = self.decoder.value_range
+        codes = [self.encoder(from_unit(part, value_range)).float().cpu() for part in self._images(images)]
+        return torch.cat(codes).numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: ArrayLike) -> NDArray[np.float32]:
+        """Images (n, C, H, W) in 0..1 of codes (n, D)."""
+        values = self._codes(codes)
+        if self.decoder is None:
+            return values
+        parts = torch.from_numpy(values).to(self.density.shift.device).split(AT_ONCE)
+        return torch.cat([to_unit(self.decoder(part), self.decoder.value_range).cpu() for part in parts]).numpy()
+
+    @torch.no_grad()
+    def log_prob(self, examples: ArrayLike) -> NDArray[np.float64]:
+        """Log-density (n,) of the examples' codes, in nats. It isn't comparable between autoencoders.
+
+        Raises:
+            DataError: When the density has no likelihood.
+        """
+        if not self.density.has_log_prob:
+            raise DataError(f"a density of the family {self.density.family} has no likelihood")
+        codes = torch.from_numpy(self.encode(examples)).to(self.density.shift.device)
+        values: NDArray[np.float64] = self.density.log_prob(codes).double().cpu().numpy()
+        return values
+
+    def score(self, examples: ArrayLike) -> Scores:
+        """How likely examples are, and how well they are reconstructed; the error of codes that are the data is 0."""
+        codes = self.encode(examples)
+        if self.decoder is None:
+            return Scores(self.log_prob(codes), np.zeros(len(codes)))
+        images = torch.cat([part.cpu() for part in self._images(examples)]).numpy()
+        errors = np.square(self.decode(codes) - images).reshape(len(images), -1).mean(1, dtype=np.float64)
+        values = self.density.log_prob(torch.from_numpy(codes).to(self.density.shift.device)).detach()
+        return Scores(values.double().cpu().numpy(), errors)
+
+    def _codes(self, codes: ArrayLike) -> NDArray[np.float32]:
+        values = np.asarray(codes, dtype=np.float32)
+        if values.ndim != 2 or values.shape[1] != self.density.dim:
+            raise DataError(f"codes have shape {values.shape}, expected (n, {self.density.dim})")
+        return values
+
+    def _images(self, images: ArrayLike) -> tuple[torch.Tensor, ...]:
+        """Images in 0..1, some at a time, where the networks are."""
+        assert self.decoder is not None
+        values = np.asarray(images)
+        values = values.astype(np.float32) / np.float32(255) if values.dtype == np.uint8 else values.astype(np.float32)
+        values = values[:, None] if values.ndim == 3 else values  # (n, H, W) -> (n, 1, H, W)
+        if values.ndim != 4 or values.shape[1:] != tuple(self.decoder.image_shape) or not len(values):
+            raise DataError(f"images have shape {values.shape}, expected (n, {', '.join(map(str, self.decoder.image_shape))})")
+        parts: tuple[torch.Tensor, ...] = torch.from_numpy(values).to(self.density.shift.device).split(AT_ONCE)
+        return parts
