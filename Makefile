@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help install repro compare test test-slow test-gpu mutants lint ui clean
+.PHONY: help install repro smoke compare test test-slow test-gpu mutants lint ui clean
 
 install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock
 
@@ -20,6 +20,10 @@ repro: install  ## Build everything that is out of date, and print the scoreboar
 	python -m stages check
 	dvc repro
 	@python -m stages report --show
+
+smoke: install  ## In a minute: check params.yaml, and train, fit, draw and score on packaged digits in Python
+	python -m stages check
+	PYTHONPATH=. python examples/quickstart.py
 
 compare: install  ## Compare settings, scores and samples with the last commit's, or with REV
 	@python -m stages compare $(REV)

@@ -66,9 +66,7 @@ density = CodeDensity(family="lde", minutes=0.3, seed=0, settings={"components":
 generator = Generator(density.density_.float(), autoencoder.decoder, autoencoder.encoder)
 save_figure(image_grid(generator.sample(100, seed=0)), OUTPUT / "samples.png")
 scores = generator.score(test)
-print(
-    f"test images: log-density of their codes {scores.log_prob.mean():.2f} nats, squared error {scores.squared_error.mean():.4f}"
-)
+print(f"test images: log-density of codes {scores.log_prob.mean():.2f} nats, squared error {scores.squared_error.mean():.4f}")
 
 # Images that don't belong: digits upside down are rarer among the codes, and noise can't be rebuilt at all.
 for name, strange in (

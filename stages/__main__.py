@@ -52,7 +52,12 @@ def cli(context: click.Context) -> None:
         print_overview()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the command line, from the project's folder."""
     # One line, like errors; Python's own form quotes the code that warns.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     cli(prog_name="python -m stages", complete_var="_STAGES_COMPLETE")
+
+
+if __name__ == "__main__":
+    main()

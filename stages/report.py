@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.errors import PipelineError
-from pipeline.settings import Params, read_params
+from pipeline.settings import Params, flatten, read_params
 from pipeline.system.files import atomic_file, atomic_folder, write_json, write_text
 from stages.run import one_line_errors
 
@@ -61,8 +62,10 @@ def _report(params: Params) -> None:
             check_output(stage, row, Path(path))
     names = {"dvc.stage": os.environ.get("DVC_STAGE", ""), "dvc.experiment": os.environ.get("DVC_EXP_NAME", "")}
     tags = {"stage": "report", **{key: value for key, value in names.items() if value}}
-    counts = {table: len(params.rows(table)) for table in ("datasets", "controls", "autoencoders", "densities")}
-    tracker = Tracker("pipeline", tags, counts | {"sampling.count": params.sampling().count})
+    # Settings as written, so that two states compared in the UI show what was changed.
+    flat = flatten({table: rows for table, rows in params.tables.items() if table != "sampling"})
+    flat |= flatten(asdict(params.sampling()), "sampling.")
+    tracker = Tracker(" ".join(filter(None, ("pipeline", names["dvc.experiment"]))), tags, flat)
     try:
         states, head = stage_states(params, repro_started()), page_head()
         with atomic_folder(FIGURES) as folder:

@@ -36,6 +36,7 @@ Settings = TypeVar("Settings")
 # Folder below data/ -> the stage that writes it.
 WRITER_OF = {"shards": "prepare", "features": "features", "autoencoders": "train", "codes": "extract", "densities": "fit"}
 WRITER_OF["samples"] = "sample"
+SHOWN_SCORES = 4  # in the line that ends a stage
 OUT_OF_MEMORY = "out of memory: lower batch_size, shuffle_examples or shard_examples"
 FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "a file is too large"}
 
@@ -172,9 +173,18 @@ def _cell(value: float | int | None) -> str:
 
 
 def _headline(scores: Mapping[str, Any]) -> str:
-    tested = ((k, v) for k, v in scores.items() if isinstance(v, float) and "test" in k and not k.endswith("_se"))
-    headline = [f"{k} {v:.4g}" for k, v in tested][:3]
-    return ": " + ", ".join(headline) if headline else ""
+    """The scores that the scoreboard is about, with their errors."""
+    from stages.reporting.metrics import METRICS, NETWORKS
+    from stages.reporting.scoreboard import plus_minus
+
+    shown: dict[str, str] = {}
+    for metric in METRICS.values():
+        for network in NETWORKS if metric.in_features else ("",):
+            key = metric.key.replace("NETWORK", network)
+            if metric.better != "neither" and isinstance(scores.get(key), (int, float)):
+                error = scores.get(metric.error.replace("NETWORK", network))
+                shown.setdefault(key, f"{metric.title} {plus_minus(scores[key], error)}")
+    return ": " + ", ".join([*shown.values()][:SHOWN_SCORES]) if shown else ""
 
 
 def _gpu() -> str:

@@ -11,7 +11,10 @@ from pipeline.system.progress import Progress
 @pytest.mark.parametrize(
     ("seconds", "lines"),
     [
-        (float("inf"), ["work: 1/100 steps, 0.1 steps/s, 990 s left, loss 0.5", "work: 3/100 steps, 0.15 steps/s, 647 s left"]),
+        (
+            float("inf"),
+            ["work: 1/100 steps, 0.1 steps/s, 16 min left, loss 0.5", "work: 3/100 steps, 0.15 steps/s, 10 min left"],
+        ),
         (60.0, ["work: 1/6 steps, 0.1 steps/s, 50 s left, loss 0.5", "work: 3/9 steps, 0.15 steps/s, 40 s left"]),
     ],
 )

@@ -27,7 +27,7 @@ PAGES = {path.relative_to(PROJECT): path.read_text() for path in (PROJECT / "REA
 TEXT = "\n".join(PAGES.values())
 
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-LIBRARY = [code for code in PYTHON if not code.startswith("# ")]
+LIBRARY = [code for code in PYTHON if not code.startswith("# ") and "Generator.load" not in code]  # tests/test_serving.py loads
 FILES = {code.splitlines()[0].removeprefix("# "): code for code in PYTHON if code.startswith("# ")}  # path -> text
 ROWS = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
 SMALL = {"datasets": {}, "autoencoders": {"base_channels": 4, "epochs": 1, "batch_size": 500}, "densities": {"epochs": 1}}
@@ -203,7 +203,7 @@ ASK = {
 def test_tab_completion_in_a_shell(shell: str) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} isn't installed")
-    (lines,) = re.findall(rf"```{shell}\n(.*?)```", TEXT, flags=re.DOTALL)
+    lines = (PROJECT / f"completions/stages.{shell}").read_text()
     start = "compdef() { :; }\n" if shell == "zsh" else ""  # of an interactive shell
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
@@ -242,3 +242,34 @@ def test_every_command_answers_help() -> None:
         command = cli.get_command(click.Context(cli), name)
         assert command is not None
         assert command.help
+
+
+def test_the_citation_is_that_of_the_readme() -> None:
+    citation = YAML(typ="safe").load(PROJECT / "CITATION.cff")
+    readme = PAGES[Path("README.md")]
+    (title,) = re.findall(r"title=\{(.*)\},", readme)
+    assert citation["preferred-citation"]["title"] == title
+    names = [f"{author['family-names']}, {author['given-names']}" for author in citation["preferred-citation"]["authors"]]
+    assert f"author={{{' and '.join(names)}}}" in readme
+    assert citation["version"] in (PROJECT / "pyproject.toml").read_text()
+
+
+def test_continuous_integration_is_the_script_of_the_repository() -> None:
+    workflow = YAML(typ="safe").load(PROJECT / ".github/workflows/ci.yml")
+    assert [step["run"] for step in workflow["jobs"]["check"]["steps"] if "run" in step] == [".ci/run"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_quickstart_runs(tmp_path: Path) -> None:
+    for name in ("pipeline", "examples"):
+        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "output"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "examples/quickstart.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(.+): log-density .*?(-?[\d.]+) nats, squared error ([\d.]+)$", done.stdout, flags=re.MULTILINE)
+    likelihoods, errors = ({name: float(line[i]) for name, *line in found} for i in (0, 1))
+    assert likelihoods["test images"] > likelihoods["upside down"]
+    assert errors["noise"] > 3 * errors["test images"]
+    assert {path.name for path in (tmp_path / "examples/output").iterdir()} == {"samples.png", "unusual.png"}

@@ -648,9 +648,10 @@ def test_pipeline_run_names_every_stage(workspace, monkeypatch):
     monkeypatch.setenv("DVC_EXP_NAME", "trial")
     assert command().exit_code == 0
     run = Recorder.last
-    assert run.name == "pipeline"
+    assert run.name == "pipeline trial"
     assert run.tags == {"stage": "report", "dvc.experiment": "trial"}
-    assert run.params["densities"] == 3
+    assert run.params["densities.digits-iae-lde.components"] == 30
+    assert run.params["sampling.count"] == 10_000
     calls = {call[0]: call for call in run.calls}
     assert run.calls[0][0] == "metrics"
     assert run.calls[0][1]["digits-iae-lde.parzen_test_log_likelihood"] == 264.0

@@ -73,7 +73,7 @@ class Progress:
             left = max(total - self.done, 0) / rate
             shown = "".join(f", {k} {_shown(v)}" for k, v in values.items())
             print(
-                f"{self.label}: {self.done}/{total} {self.unit}, {rate:.4g} {self.unit}/s, {left:.0f} s left{shown}",
+                f"{self.label}: {self.done}/{total} {self.unit}, {rate:.4g} {self.unit}/s, {_time(left)} left{shown}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -106,6 +106,19 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _time(seconds: float) -> str:
+    """A time to wait.
+
+    Example:
+        >>> _time(89.6), _time(2310), _time(9000)
+        ('90 s', '38 min', '2 h 30 min')
+    """
+    minutes = int(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _shown(value: float | str) -> str:

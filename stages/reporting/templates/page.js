@@ -10,6 +10,13 @@ for (const button of document.querySelectorAll(".enlarge")) {
 }
 dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
 
+// Tables that are wider than their box say so.
+for (const box of document.querySelectorAll(".scroll")) {
+  const hint = () => box.classList.toggle("more", box.scrollWidth > box.clientWidth + 1 && box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  box.addEventListener("scroll", hint, { passive: true });
+  new ResizeObserver(hint).observe(box);
+}
+
 const data = document.getElementById("exploration");
 const explored = data ? JSON.parse(data.textContent) : {};
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D", "#E7298A", "#66A61E"];
