@@ -22,7 +22,7 @@ ABOUT = """\
 Runs named `pipeline` are states of the whole pipeline, with the headline scores of every row and a link to the report. Their
 child runs are its stages, named by stage and row. Search `tags.stage = 'report'` to see only pipeline runs, and
 `tags.stage = 'fit'` or `tags.row = 'digits-iae-lde'` to compare trials. Settings are logged without the row's name, so rows and
-trials share their columns. Seconds, memory and the like are metrics below `run/`.
+trials share their columns. Seconds, memory and the like are tags below `run.`.
 """
 VIEW = "scores"  # name of the run list's view with the headline scores as columns
 VIEW_COLUMNS = 16
@@ -117,9 +117,11 @@ class _Writer:
         elif os.path.isfile(path):
             self.client.log_artifact(self.run_id, path, folder)
 
-    def tag(self, name: str, value: str) -> None:
-        """Sets a tag."""
-        self.client.set_tag(self.run_id, name, value)
+    def tags(self, values: dict[str, str]) -> None:
+        """Sets tags."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in values.items()])
 
     def describe(self, markdown: str) -> None:
         """Sets the description; `ARTIFACTS` in it becomes the address of the run's files."""
@@ -223,7 +225,7 @@ def main() -> None:
                     points = []
                 if message.get("end"):
                     break
-                for name in ("start", "dataset", "artifact", "tag", "describe", "view", "model"):
+                for name in ("start", "dataset", "artifact", "tags", "describe", "view", "model"):
                     if name in message:
                         if name == "start":
                             writer = _Writer()
