@@ -36,7 +36,8 @@ Settings = TypeVar("Settings")
 # Folder below data/ -> the stage that writes it.
 WRITER_OF = {"shards": "prepare", "features": "features", "autoencoders": "train", "codes": "extract", "densities": "fit"}
 WRITER_OF["samples"] = "sample"
-SHOWN_SCORES = 4  # in the line that ends a stage
+# In the line that ends a stage.
+SHOWN_SCORES = ("parzen_test_log_likelihood", "test_log_likelihood", "gap_to_truth", "kid", "recall", "test_mse")
 OUT_OF_MEMORY = "out of memory: lower batch_size, shuffle_examples or shard_examples"
 FULL = {errno.ENOSPC: "no space left on the disk", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "a file is too large"}
 
@@ -178,14 +179,13 @@ def _headline(scores: Mapping[str, Any]) -> str:
     from stages.reporting.metrics import METRICS, NETWORKS
     from stages.reporting.scoreboard import plus_minus
 
-    shown: dict[str, str] = {}
-    for metric in METRICS.values():
+    shown = []
+    for metric in map(METRICS.__getitem__, SHOWN_SCORES):
         for network in NETWORKS if metric.in_features else ("",):
-            key = metric.key.replace("NETWORK", network)
-            if metric.better != "neither" and isinstance(scores.get(key), (int, float)):
-                error = scores.get(metric.error.replace("NETWORK", network))
-                shown.setdefault(key, f"{metric.title} {plus_minus(scores[key], error)}")
-    return ": " + ", ".join([*shown.values()][:SHOWN_SCORES]) if shown else ""
+            value, error = (scores.get(key.replace("NETWORK", network)) for key in (metric.key, metric.error))
+            if value is not None:
+                shown.append(f"{metric.title} {plus_minus(value, error)}")
+    return ": " + ", ".join(shown) if shown else ""
 
 
 def _gpu() -> str:

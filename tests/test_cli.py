@@ -178,7 +178,12 @@ def test_a_dry_run_says_what_would_be_read_and_written(stage, row, project):
 
 def test_a_dry_run_resolves_defaults(project):
     lines = [line.strip() for line in run("fit", "grid-lde", "--dry-run")[1].splitlines()]
-    assert {"learning_rate: 0.0001", "components: 5", "batch_size: 128", 'family: "lde"'} <= set(lines)
+    assert {
+        "learning_rate: 0.0001  # default 0.0002",
+        "components: 5  # default 30",
+        "batch_size: 128",
+        'family: "lde"',
+    } <= set(lines)
 
 
 @pytest.mark.parametrize(("stage", "row"), [pair for pair, paths in READS.items() if paths])
@@ -313,7 +318,7 @@ def lock_of(project: Path) -> dict:
         rows = params[entry["foreach"][2:-1]] if "foreach" in entry else {"": {}}
         body = entry.get("do", entry)
         for key, item in rows.items():
-            outs = [filled(path, key, item) for path in body["outs"]]
+            outs = [filled(path if isinstance(path, str) else next(iter(path)), key, item) for path in body["outs"]]
             lock[f"{stage}@{key}" if key else stage] = {
                 "cmd": filled(body["cmd"], key, item),
                 "deps": [digest(filled(path, key, item)) for path in body["deps"]],

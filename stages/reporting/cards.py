@@ -91,7 +91,7 @@ def _images(params: Params, dataset: str, row: str) -> tuple[NDArray[Any] | None
     from pipeline.sources.common.patches import restore
     from stages.arrays import as_bytes
 
-    real, drawn = (as_bytes(0.5 + restore(patches.values[key])) for key in ("real", "samples"))
+    real, drawn = (as_bytes(0.5 + restore(patches.values[key]))[:, None] for key in ("real", "samples"))  # (n, 1, H, W)
     return drawn, real
 
 
@@ -138,8 +138,8 @@ def verdict(params: Params, lines: Sequence[Line]) -> tuple[Tone, list[str]]:
         seen, quality = _quality(best, [line for line in lines if line["kind"] == "control"], network)
         tone = seen if tone in ("none", seen) else "mixed" if seen != "none" else tone
     other = _runner_up(rivals, best)
-    sentences = [_score(best) if by_score else quality, _against_runner_up(best, other) if other else "", control]
-    sentences += [quality] if by_score else []
+    sentences = [_score(best), control, quality] if by_score else [quality]
+    sentences.append(_against_runner_up(best, other) if other else "")
     return tone, [sentence for sentence in sentences if sentence]
 
 
@@ -208,7 +208,7 @@ def _against_runner_up(best: Line, other: Line) -> str:
 def _against_control(best: Line) -> str:
     gap, control = f"{abs(best['control_difference']):.1f} nats", best["best_control"]
     words = {"better": f"{gap} above", "worse": f"{gap} below", "level": "level with"}[best["against_control"]]
-    return f"That is {words} the best control ({control}); averages score high, too: the score alone proves no good pictures."
+    return f"The score is {words} the best control ({control}); averages score high, too: the score alone proves no good pictures."
 
 
 def _quality(best: Line, controls: Sequence[Line], network: str) -> tuple[Tone, str]:

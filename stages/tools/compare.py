@@ -7,21 +7,21 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, flatten, read_params
 from stages import workspace
-from stages.arrays import PER_EXAMPLE
-from stages.reporting.differences import Difference, difference
 from stages.reporting.metrics import METRICS, NETWORKS, Metric
-from stages.reporting.scoreboard import plus_minus
 from stages.run import one_line_errors
 from stages.tools.overview import DONE, states
 from stages.tools.rows import parse, plain
 from stages.tools.settings import as_yaml
+
+if TYPE_CHECKING:
+    from stages.reporting.differences import Difference
 
 __all__ = ["compare"]
 
@@ -59,6 +59,8 @@ class State:
 
     def points(self, row: str) -> dict[str, Any]:
         """Scores of single test points of a row and of its autoencoder, by metric."""
+        from stages.arrays import PER_EXAMPLE
+
         return self._arrays("train", self.params.density(row).codes, PER_EXAMPLE) | self._arrays("evaluate", row, PER_EXAMPLE)
 
     def samples(self, row: str) -> Any:
@@ -202,6 +204,8 @@ def _shown(scores: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tupl
 
 def _table(before: State, first: str, after: State, second: str) -> list[str]:
     """A row's scores in both states, one line per metric, at most 80 characters wide."""
+    from stages.reporting.differences import difference
+
     old, new = before.scores(first), after.scores(second)
     old_points, new_points = before.points(first), after.points(second)
     heads = (first, before.label, after.label) if first == second else ("", first, second)
@@ -219,11 +223,15 @@ def _table(before: State, first: str, after: State, second: str) -> list[str]:
 
 def _number(scores: Mapping[str, Any], key: str, found: Difference) -> str:
     """A score with the decimals of its difference's error."""
+    from stages.reporting.scoreboard import plus_minus
+
     return plus_minus(float(scores[key]), found.error).partition(" ")[0]
 
 
 def _said(found: Difference, metric: Metric) -> str:
     """The difference in words: `better` and `worse` where it is more than two standard errors."""
+    from stages.reporting.scoreboard import plus_minus
+
     number = plus_minus(found.value, found.error) + ("" if found.paired or not found.error > 0 else " *")
     sign = "+" if found.value > 0 else ""
     if not found.error >= 0 or found.value == 0:

@@ -89,7 +89,7 @@ const widgets = {
     const inputs = ranges(widget, [ks.length - 1], [Math.min(2, ks.length - 1)]);
     listen(inputs, () => {
       const place = Number(inputs[0].value);
-      say(inputs[0], `${ks[place]} of ${ks[ks.length - 1]} numbers`);
+      say(inputs[0], `${ks[place]} of ${ks[ks.length - 1]}`);
       for (const r of rows) {
         const own = Math.min(place, r.row.ks.length - 1);
         draw(r.canvas, r.sprite, numbers(own * images), across, zoom);
