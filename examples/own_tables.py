@@ -37,8 +37,7 @@ print(f"first in the contest: {best['family']}")
 # Rows that don't belong: each column drawn from another row, so that columns no longer fit each other.
 mixed = np.random.default_rng(0).permuted(test, axis=0)
 likely, unlikely = density.score_samples(test), density.score_samples(mixed)
-print(
-    f"rows with mixed columns: {unlikely.mean():.2f} nats; less likely than a real row in {(unlikely < likely[:, None]).mean():.0%}"
-)
+share = (unlikely < likely[:, None]).mean()
+print(f"rows with mixed columns: {unlikely.mean():.2f} nats, less likely than a real row in {share:.0%} of pairs")
 print("two new rows:")
 print(np.round(density.sample(2, seed=0), 2))
