@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.settings import Params, flatten, read_params
 from pipeline.system.files import atomic_file, atomic_folder, write_json, write_text
 from stages.run import one_line_errors
+from stages.workspace import HEADLINE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 REPORTS, LOCK = Path("reports"), Path("dvc.lock")
 SCOREBOARD = REPORTS / "scoreboard.csv"
-HEADLINE = REPORTS / "headline"
 MARKDOWN = REPORTS / "report.md"
 PAGE = REPORTS / "index.html"
 TEMPLATE_OF = {PAGE: "report.html", MARKDOWN: "report.md"}

@@ -8,11 +8,13 @@ from pathlib import Path
 
 __all__ = [
     "CHAIN",
+    "HEADLINE",
     "TABLE_OF_STAGE",
     "arrays_folder",
     "autoencoder_folder",
     "checkpoint_folder",
     "codes_folder",
+    "committed",
     "curve_file",
     "density_file",
     "features_folder",
@@ -38,6 +40,7 @@ TABLE_OF_STAGE = {
     "sample": "densities",
     "evaluate": "densities",
 }
+HEADLINE = Path("reports/headline")  # scores that git keeps, one file per row
 CHAIN = ("train", "extract", "fit", "sample", "evaluate")  # stages behind a density's scores
 
 
@@ -124,6 +127,15 @@ def uncommitted(*paths: Path) -> bool:
         return bool(_changes(*map(str, paths), untracked=True))
     except (OSError, subprocess.SubprocessError):
         return False
+
+
+def committed(path: Path) -> str | None:
+    """The text of a file at the last commit; None if it wasn't there, or this is no git repository."""
+    command = ["git", "show", f"HEAD:./{path.as_posix()}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
 
 
 def git_state() -> dict[str, str]:

@@ -245,6 +245,9 @@ def test_the_loop_in_a_fresh_clone(tmp_path: Path) -> None:
     changes = difference["reports/headline/grid-gmm.json"]["test_log_likelihood"]
     assert changes["old"] == pytest.approx(scores["test_log_likelihood"] - 0.5)
     assert changes["new"] == pytest.approx(scores["test_log_likelihood"])
+    board = (clone.folder / "reports/scoreboard.csv").read_text().splitlines()
+    column = board[0].split(",").index("since_commit")
+    assert float(next(line for line in board if line.startswith("grid-gmm,")).split(",")[column]) == pytest.approx(0.5)
     clone.commit()
     assert "git commit" not in clone.call("python", "-m", "stages", "report", "--show")
 

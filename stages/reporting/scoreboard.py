@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -61,6 +62,7 @@ COLUMNS: Mapping[str, str] = {
     "error": "its standard error over test points; for a `mean`, the error over trials that the protocol names",
     "group_error": "its standard error over the images that test patches come from",
     "against_control": "`better`, `worse`, or `level`: within 2 standard errors of the best control of as many samples",
+    "since_commit": "the score less that of the last commit",
     "best_control": "that control",
     "control_difference": "the score less that control's",
     "paper": "the paper's value for this method, if the protocol is the same",
@@ -156,6 +158,8 @@ def build_scoreboard(params: Params) -> pd.DataFrame:
     lines += [*_means(params, models), *models]
     for line in lines:
         _compare(line, [other for other in lines if other["kind"] == "control"])
+        if line["kind"] == "model":
+            line["since_commit"] = _since_commit(line)
     board = pd.DataFrame([{column: line.get(column) for column in COLUMNS} for line in lines], columns=list(COLUMNS))
     order = {name: i for i, name in enumerate(params.rows("datasets"))}
     board["_dataset"] = board["dataset"].map(order)
@@ -286,6 +290,18 @@ def _cost(runs: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = [run["seconds"] for run in runs if "seconds" in run]
     memory = [run["peak_memory_mib"] for run in runs if "peak_memory_mib" in run]
     return {"seconds": round(sum(seconds), 3) if seconds else None, "peak_memory_mib": max(memory, default=None)}
+
+
+def _since_commit(line: Mapping[str, Any]) -> float | None:
+    """How much the score has changed since the last commit, by the headline that git keeps."""
+    text = workspace.committed(workspace.HEADLINE / f"{line['row']}.json")
+    try:
+        before = json.loads(text) if text else {}
+    except ValueError:
+        return None
+    key = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
+    old = before.get(key) if isinstance(before, dict) else None
+    return float(line["value"]) - old if isinstance(old, (int, float)) and not is_missing(line["value"]) else None
 
 
 def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:

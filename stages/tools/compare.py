@@ -27,7 +27,6 @@ __all__ = ["compare"]
 
 WIDTH = 80
 PICTURES = Path("reports/compare")
-HEADLINE = Path("reports/headline")
 SHOWN = 10  # samples of each
 NO_SETTING = "default"
 
@@ -54,7 +53,7 @@ class State:
             found |= json.loads(data) if data else {}
         if found:
             return found
-        data = self.read(HEADLINE / f"{row}.json")
+        data = self.read(workspace.HEADLINE / f"{row}.json")
         return dict(json.loads(data)) if data else {}
 
     def points(self, row: str) -> dict[str, Any]:
@@ -271,7 +270,9 @@ def _remarks(before: State, after: State, nowhere: list[str]) -> Iterator[str]:
     if nowhere:
         yield f"\nno scores of {', '.join(nowhere)} in both states"
     partly = [row for row in after.params.rows("densities") if row in before.params.rows("densities")]
-    if any(before.read(HEADLINE / f"{r}.json") and not before.read(workspace.metrics_file("evaluate", r)) for r in partly):
+    if any(
+        before.read(workspace.HEADLINE / f"{r}.json") and not before.read(workspace.metrics_file("evaluate", r)) for r in partly
+    ):
         yield (
             f"\nonly headline scores of {before.label} are here, without errors: the others were made elsewhere. `dvc pull` "
             "fetches them from a remote; or commit dvc.lock after `make repro`, and compare with that commit"
