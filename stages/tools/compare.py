@@ -269,10 +269,9 @@ def _remarks(before: State, after: State, nowhere: list[str]) -> Iterator[str]:
         yield f"\n{waiting} stages are out of date: `dvc repro` runs them"
     if nowhere:
         yield f"\nno scores of {', '.join(nowhere)} in both states"
-    partly = [row for row in after.params.rows("densities") if row in before.params.rows("densities")]
-    if any(
-        before.read(workspace.HEADLINE / f"{r}.json") and not before.read(workspace.metrics_file("evaluate", r)) for r in partly
-    ):
+    both = [row for row in after.params.rows("densities") if row in before.params.rows("densities")]
+    partly = [row for row in both if before.read(workspace.HEADLINE / f"{row}.json")]
+    if any(before.read(workspace.metrics_file("evaluate", row)) is None for row in partly):
         yield (
             f"\nonly headline scores of {before.label} are here, without errors: the others were made elsewhere. `dvc pull` "
             "fetches them from a remote; or commit dvc.lock after `make repro`, and compare with that commit"
