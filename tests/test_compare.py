@@ -142,7 +142,7 @@ def test_a_row_is_explained_with_what_differs(project):
 
 def test_a_dry_run_marks_what_is_no_default(project):
     out = run("fit", "grid-gmm", "--dry-run")[1]
-    assert "  components: [1]  # default [1, 2, 3" in out
+    assert "  components: [1]  # default [10, 20, 50, 100, 200]" in out
     assert "  seed: 0\n" in out
 
 
@@ -153,7 +153,7 @@ def test_a_value_is_changed_and_nothing_else(project):
     code, out = run("set", "grid-gmm", "components=[2, 3]", "ridge=[1e-4]")
     assert code == 0, out
     assert "densities.grid-gmm.components: [1] -> [2, 3]\n" in out
-    assert "fit, sample and evaluate of grid-gmm" in out
+    assert "`dvc repro` runs 11 stages, as before" in out  # none has run yet
     after = TEXT.replace("    components: [1]  # one Gaussian\n", "    components: [2, 3] # one Gaussian\n    ridge: [1e-4]\n")
     assert [line.split() for line in project.read_text().splitlines()] == [line.split() for line in after.splitlines()]
     assert read_params().density("grid-gmm").ridge == (1e-4,)
@@ -233,7 +233,7 @@ def test_the_loop_in_a_fresh_clone(tmp_path: Path) -> None:
     # A typo in the last row stops the first stage that runs.
     clone.edit("family: gmm", "family: gmn")
     output = clone.call("dvc", "repro", code=255)
-    assert "error: prepare grid: densities.grid-gmm.family: unknown 'gmn'; did you mean 'gmm'?" in output
+    assert "error: prepare grid: densities.grid-gmm.family: unknown 'gmn'" in output
     assert output.count("Running stage") == 1
     clone.edit("family: gmn", "family: gmm")
 
@@ -251,7 +251,8 @@ def test_the_loop_in_a_fresh_clone(tmp_path: Path) -> None:
     clone.commit()
     assert "git commit" not in clone.call("python", "-m", "stages", "report", "--show")
 
-    clone.call("python", "-m", "stages", "set", "grid-gmm", "components=[3]")
+    said = clone.call("python", "-m", "stages", "set", "grid-gmm", "components=[3]")
+    assert "`dvc repro` runs fit, sample and evaluate of grid-gmm; report\n" in said
     assert clone.repro() == {"fit@grid-gmm", "sample@grid-gmm", "evaluate@grid-gmm", "report"}
     table = clone.call("python", "-m", "stages", "compare").splitlines()
     assert table[0] == "densities.grid-gmm.components: [1] -> [3]"

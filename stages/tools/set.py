@@ -113,8 +113,9 @@ def _reruns(before: Params, after: Params) -> str:
     report = stages.pop("", [])
     waiting = sum(state != DONE for state in new.values()) - sum(map(len, stages.values())) - len(report)
     texts = [f"{_joined(of_row)} of {row}" for row, of_row in stages.items()] + report
-    text = f"`dvc repro` runs {'; '.join(texts)}" if texts else "no stage that has run depends on it"
-    return text + (f" (and {waiting} stages that were out of date before)" if waiting else "")
+    if not texts:
+        return f"`dvc repro` runs {waiting} stages, as before" if waiting else "no stage depends on it"
+    return f"`dvc repro` runs {'; '.join(texts)}" + (f" (and {waiting} stages that were out of date before)" if waiting else "")
 
 
 def _joined(words: list[str]) -> str:
