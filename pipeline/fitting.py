@@ -185,8 +185,8 @@ def fit_density(
         settings.batch_size,
         settings.seed,
         window=settings.shuffle_examples,
-        rank=ranks.rank,
-        world=ranks.world,
+        rank=ranks.rank if density.has_mean_loss else 0,
+        world=ranks.world if density.has_mean_loss else 1,
     )
 
     def prepare(arrays: dict[str, Any]) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.system.draws import Randomness, integers, normal
+
 __all__ = ["Prior", "PriorName"]
 
 PriorName = Literal["normal", "two_normals"]
@@ -47,7 +49,7 @@ class Prior:
         logs = -0.5 * distances - 0.5 * self.latent_dim * math.log(2 * math.pi)
         return logs.logsumexp(1) - math.log(len(self.means))
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+    def sample(self, count: int, generator: Randomness) -> Tensor:
         """Draws with shape (count, D), on the CPU."""
-        components = torch.randint(len(self.means), (count, 1), generator=generator)
-        return self.means[components] + torch.randn(count, self.latent_dim, generator=generator)
+        components = integers(len(self.means), (count, 1), generator)
+        return self.means[components] + normal((count, self.latent_dim), generator)

@@ -37,7 +37,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
     ranks = join()
     codes = CodeReader(workspace.codes_folder(settings.codes))
     run.read(settings.codes, codes.index.digest, codes.folder, "training")
-    checkpoint = Checkpoint(workspace.checkpoint_folder("fit", run.row), identity(settings, codes.index.digest, ranks.world))
+    checkpoint = Checkpoint(workspace.checkpoint_folder("fit", run.row), identity(settings, codes.index.digest))
     density, training = fit_density(settings, codes, ranks, f"fitting {run.row}", checkpoint)
     if ranks.first:
         with atomic_folder(workspace.density_file(run.row).parent) as temporary:

@@ -80,7 +80,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
             images = images.contiguous(memory_format=torch.channels_last)
         return {"images": images}
 
-    checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity(settings, reader.index.digest, ranks.world))
+    checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity(settings, reader.index.digest))
     training = train_model(
         objective,
         batches,

@@ -17,7 +17,7 @@ controls:
   blobs: {dataset: blobs, kmeans_centroids: 20, kmeans_epochs: 1}
 autoencoders:
   blobs-ae: {dataset: blobs, objective: ae, latent_dim: 3, blocks: 1, base_channels: 4, epochs: 4, batch_size: 16,
-    learning_rate: 0.01, schedule: cosine, ema_decay: 0.9, checkpoint_minutes: 0.0001, sync_batch_norm: true}
+    learning_rate: 0.01, schedule: cosine, ema_decay: 0.9, checkpoint_minutes: 0.0001}
   points: {dataset: points, objective: identity}
 densities:
   blobs-lde: {codes: blobs-ae, dataset: blobs, family: lde, components: 2, epochs: 4, batch_size: 16, learning_rate: 0.01,

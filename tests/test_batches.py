@@ -1,4 +1,4 @@
-"""Shuffled batches: a function of (seed, epoch, rank) alone."""
+"""Shuffled batches: a function of (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.storage.batches import Batches
+from pipeline.system.streams import stream
 
 
 def batches(counts: list[int], batch_size: int, **arguments: int) -> Batches:
@@ -38,28 +39,64 @@ def test_each_example_at_most_once_an_epoch_and_all_but_a_rest(
     assert {len(batch) for batch in taken} == {b.batch_size}
 
 
-@settings(max_examples=100, deadline=None)
-@given(COUNTS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 200))
-def test_ranks_take_equal_steps_and_share_the_examples(counts: list[int], batch_size: int, world: int, window: int) -> None:
-    if sum(counts) < world:
-        with pytest.raises(SettingsError, match=rf"set PROCESSES to {sum(counts)} or fewer"):
+def joined(b: list[Batches], number: int) -> list[list[int]]:
+    """The batches of an epoch, of the places of all processes one after another."""
+    return [[x for part in parts for x in part] for parts in zip(*(epoch(rank, number) for rank in b), strict=True)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 64), st.integers(2, 6), st.integers(1, 300))
+def test_a_batch_is_the_same_in_the_same_order_on_any_number_of_processes(
+    counts: list[int], batch_size: int, world: int, window: int
+) -> None:
+    if min(sum(counts), batch_size) < world:
+        with pytest.raises(SettingsError, match=rf"set PROCESSES to {min(sum(counts), batch_size)} or fewer"):
             batches(counts, batch_size, world=world)
         return
-    ranks = [batches(counts, batch_size, rank=r, world=world, window=window) for r in range(world)]
-    taken = [epoch(b) for b in ranks]
-    assert len({len(t) for t in taken}) == 1
-    assert len({b.steps_per_epoch for b in ranks}) == 1
-    assert {len(batch) for t in taken for batch in t} == {ranks[0].rank_batch}
-    # Where the parts divide evenly no example comes twice, and what is left out is less than a batch.
-    if len(set(counts)) == 1 and (len(counts) % world == 0):
-        seen = [x for t in taken for batch in t for x in batch]
-        assert len(seen) == len(set(seen))
-        assert sum(counts) - len(seen) < ranks[0].batch_size
-    # A rank that ran out starts again, but no two ranks ever read the same example.
-    owners: dict[int, int] = {}
-    for rank, t in enumerate(taken):
-        for x in {x for batch in t for x in batch}:
-            assert owners.setdefault(x, rank) == rank
+    ranks = [batches(counts, batch_size, rank=rank, world=world, window=window) for rank in range(world)]
+    assert joined(ranks, 1) == epoch(batches(counts, batch_size, window=window), 1)
+    assert sum(rank.share for rank in ranks) == pytest.approx(world)
+    assert [x for rank in ranks for x in rank.places] == list(range(ranks[0].batch_size))
+
+
+@pytest.mark.parametrize("counts", [[10] * 23, [10, 10, 3, 10, 25, 10, 1, 10, 40], [7, 9]])
+@pytest.mark.parametrize("batch_size", [8, 12])
+def test_the_order_is_that_of_a_naive_deal(counts: list[int], batch_size: int) -> None:
+    """Parts go to lanes in turn, windows of each are shuffled, and lanes that have any left give an example each in turn."""
+    b = batches(counts, batch_size, window=60)
+    starts = np.cumsum([0, *counts])
+    order = stream("order of parts", 0, 2).permutation(len(counts)).tolist()
+    lengths = [sum(counts[part] for part in order[lane :: b.lanes]) for lane in range(b.lanes)]
+    dealt = [(lane, i) for i in range(max(lengths)) for lane in range(b.lanes) if i < lengths[lane]]
+    dealt = dealt[: len(dealt) // batch_size * batch_size]
+    lanes: list[list[int]] = []
+    for lane in range(b.lanes):
+        rows, gathered, number = list[int](), list[int](), lane
+        wanted = sum(owner == lane for owner, _ in dealt)
+        for part in order[lane :: b.lanes]:
+            gathered += range(starts[part], starts[part + 1])
+            if len(gathered) >= 60 / b.lanes or len(rows) + len(gathered) >= wanted:
+                rows += np.array(gathered)[stream("order of examples", 0, 2, number).permutation(len(gathered))].tolist()
+                gathered, number = [], number + b.lanes
+        lanes.append(rows)
+    cut = [sorted(dealt[start : start + batch_size]) for start in range(0, len(dealt), batch_size)]
+    assert epoch(b, 2) == [[lanes[lane][i] for lane, i in batch] for batch in cut]
+
+
+@pytest.mark.parametrize(("world", "most"), [(1, 40), (2, 20), (4, 10), (8, 10)])  # four lanes
+def test_a_process_reads_its_share_of_the_parts(world: int, most: int) -> None:
+    read: list[int] = []
+
+    def load(i: int) -> dict[str, np.ndarray]:
+        read.append(i)
+        return {"x": np.zeros(16)}
+
+    for rank in range(world):
+        read.clear()
+        b = Batches(load, [16] * 40, 64, seed=0, window=79, rank=rank, world=world, cache_mib=0)
+        assert b.lanes == 4
+        list(b.epoch(0))
+        assert len(read) == len(set(read)) == most
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,15 +108,10 @@ def test_a_resumed_epoch_goes_on_where_it_stopped(
     assert epoch(b, number, skip) == epoch(batches(counts, batch_size, window=window), number)[skip:]
 
 
-@pytest.mark.parametrize(("counts", "world"), [([1, 2], 3), ([4], 4), ([1, 1, 1, 2], 5), ([3, 1], 4)])
-def test_every_rank_trains_on_its_share_however_few_there_are(counts: list[int], world: int) -> None:
-    shares = [{x for batch in epoch(batches(counts, 128, rank=rank, world=world)) for x in batch} for rank in range(world)]
-    assert all(shares)
-    assert sum(map(len, shares)) == len(set.union(*shares)) == sum(counts)
-
-
-def test_fewer_examples_than_processes_are_refused_in_a_line() -> None:
-    with pytest.raises(SettingsError, match=r"\A4 examples can't be shared by 6 processes: set PROCESSES to 4 or fewer\Z"):
+def test_a_batch_of_fewer_examples_than_processes_is_refused_in_a_line() -> None:
+    with pytest.raises(
+        SettingsError, match=r"\Aa batch of 4 examples can't be shared by 6 processes: set PROCESSES to 4 or fewer\Z"
+    ):
         batches([3, 1], 128, rank=5, world=6)
 
 

@@ -1,4 +1,4 @@
-"""Several processes: the same codes, samples and scores as one, and the same loss curve."""
+"""Several processes: the same codes, samples, scores and curves as one."""
 
 from __future__ import annotations
 
@@ -212,14 +212,11 @@ def curve(stage: str, row: str) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_training_with_two_ranks_follows_the_curve_of_one(workspace: Path) -> None:
-    """The mean loss of 5 epochs within 10 percent of the curve's range at the same global batch, batch norm synchronised.
-
-    The order of examples differs between one rank and two, so single losses do too.
-    """
+def test_training_with_two_processes_has_the_curve_of_one(workspace: Path) -> None:
+    """The batches, their noise and the statistics of batch norm are the same, so losses differ by rounding alone."""
     params = Path("params.yaml")
-    params.write_text(params.read_text().replace("epochs: 4", "epochs: 30"))
-    for stage, row, per_epoch in (("train", "blobs-ae", 7), ("fit", "blobs-lde", 7)):
+    params.write_text(params.read_text().replace("epochs: 4", "epochs: 20"))
+    for stage, row in (("train", "blobs-ae"), ("fit", "blobs-lde")):
         assert small.run(stage, row).exit_code == 0
         one = curve(stage, row)
         scored = json.loads(Path(f"reports/metrics/{stage}/{row}.json").read_text())
@@ -227,13 +224,26 @@ def test_training_with_two_ranks_follows_the_curve_of_one(workspace: Path) -> No
         assert code == 0, err
         # Both share the scoring, too.
         assert json.loads(Path(f"reports/metrics/{stage}/{row}.json").read_text()).keys() == scored.keys()
-        both = curve(stage, row)
-        one, both = (c[~np.isnan(c)][: 30 * per_epoch] for c in (one, both))
-        rows = len(one) // 30 * 30
-        means = [c[:rows].reshape(6, -1).mean(1) for c in (one, both)]
-        assert np.abs(means[1] - means[0]).max() < 0.1 * np.ptp(one), (stage, means)
+        assert np.allclose(curve(stage, row), one, rtol=1e-4, atol=1e-6, equal_nan=True), (stage, one)
         runs = json.loads(Path(f"reports/runs/{stage}/{row}.json").read_text())
         assert runs["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_stopped_run_of_two_processes_goes_on_as_one(workspace: Path) -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("epochs: 4", "epochs: 200"))
+    assert small.run("train", "blobs-ae").exit_code == 0
+    one = curve("train", "blobs-ae")
+    process = two("train", "blobs-ae")
+    deadline = time.monotonic() + 100
+    while not list(Path(".checkpoints").rglob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert outcome(process)[0] == 1
+    assert small.run("train", "blobs-ae").exit_code == 0
+    assert json.loads(Path("reports/runs/train/blobs-ae.json").read_text())["resumed_at"] > 0
+    assert np.allclose(curve("train", "blobs-ae"), one, rtol=1e-2)
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ TRAINING = {
     "seed": 1,
 }
 # Neither changes a result: how often a checkpoint is written, and what several processes tell each other.
-ELSEWHERE = {"checkpoint_minutes", "sync_batch_norm"}
+ELSEWHERE = {"checkpoint_minutes"}
 
 
 def toy(**settings: Any) -> None:
@@ -296,10 +296,10 @@ def toy(**settings: Any) -> None:
             return {"loss": self.norm(batch["x"]).square().mean()}
 
     batches = Batches(lambda i: {"x": np.eye(2, dtype=np.float32)}, [2], 1, seed=0)
-    ranks, checkpoint = settings.pop("ranks", ALONE), settings.pop("checkpoint", None)
+    checkpoint = settings.pop("checkpoint", None)
     row = TrainingSettings(epochs=2, **settings)
     loop.train(
-        Toy(), batches, row, ranks, prepare=lambda a: {"x": torch.from_numpy(a["x"]).repeat(2, 1)}, checkpoint=checkpoint
+        Toy(), batches, row, ALONE, prepare=lambda a: {"x": torch.from_numpy(a["x"]).repeat(2, 1)}, checkpoint=checkpoint
     )
 
 
@@ -319,26 +319,6 @@ def test_checkpoint_minutes_are_those_between_checkpoints(
 
     toy(checkpoint_minutes=minutes, checkpoint=Counted(tmp_path, {}))
     assert len(saved) == written
-
-
-@pytest.mark.parametrize("sync", [True, False])
-def test_batch_norm_is_synchronised_where_asked(monkeypatch: pytest.MonkeyPatch, sync: bool) -> None:
-    class Synchronised(Exception):
-        pass
-
-    class Joined(Exception):
-        pass
-
-    def synchronise(model: object) -> None:
-        raise Synchronised
-
-    class Two(Ranks):
-        def gather(self, value: Any) -> list[Any]:
-            raise Joined
-
-    monkeypatch.setattr(loop, "synchronise_batch_norm", synchronise)
-    with pytest.raises(Synchronised if sync else Joined):
-        toy(sync_batch_norm=sync, ranks=Two(0, 2, torch.device("cpu")))
 
 
 # Autoencoders ---------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from pipeline.settings import EvaluationSettings, NamedFile, QualitySettings, Tr
 from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader
 from pipeline.storage.shards import ShardReader
+from pipeline.system.draws import normal
 from pipeline.system.ranks import Ranks
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training import loop as training
@@ -55,7 +56,7 @@ class Toy(Trainable):
 
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         x = batch["x"]
-        noisy = x + 0.1 * torch.randn(x.shape, generator=step.generator)
+        noisy = x + 0.1 * normal(x.shape, step.generator)
         net = self.net if phase == "model" else self.other
         loss = (net(noisy).squeeze(1) - x.sum(1)).square().mean()
         return {"loss": loss, "size": x.abs().mean()}
@@ -255,10 +256,10 @@ def test_loader_workers_change_no_bit(workers: int) -> None:
 
 
 def test_a_checkpoint_of_another_run_is_not_picked_up(tmp_path: Path) -> None:
-    identity = {"settings": repr(SETTINGS), "data": "d1", "code": "c1", "world": 1}
+    identity = {"settings": repr(SETTINGS), "data": "d1", "code": "c1"}
     with pytest.raises(PipelineError, match="stopped by"):
         run(Checkpoint(tmp_path, identity), prepare=Interrupt(3))
-    for key, value in (("settings", "other"), ("data", "d2"), ("code", "c2"), ("world", 2)):
+    for key, value in (("settings", "other"), ("data", "d2"), ("code", "c2")):
         assert Checkpoint(tmp_path, identity | {key: value}).load() is None
     assert Checkpoint(tmp_path, dict(reversed(identity.items()))).load() is not None
 
@@ -270,17 +271,16 @@ def test_the_identity_holds_everything_that_decides_the_weights(tmp_path: Path, 
     network = {"dataset": "toy", "objective": "ae", "latent_dim": 3, "blocks": 1}
     settings = ae.Settings(**network, perceptual_weight=0.1, perceptual_weights=f"{weights}{digest}")
     assert list(named_files(settings)) == ["perceptual_weights"]
-    keys = [checkpoints.identity(settings, "d1", 1)]
-    keys.append(checkpoints.identity(dataclasses.replace(settings, seed=1), "d1", 1))
-    keys.append(checkpoints.identity(settings, "d2", 1))
-    keys.append(checkpoints.identity(settings, "d1", 2))
+    keys = [checkpoints.identity(settings, "d1")]
+    keys.append(checkpoints.identity(dataclasses.replace(settings, seed=1), "d1"))
+    keys.append(checkpoints.identity(settings, "d2"))
     weights.write_bytes(b"others")
-    keys.append(checkpoints.identity(settings, "d1", 1))
+    keys.append(checkpoints.identity(settings, "d1"))
     monkeypatch.setattr(checkpoints, "code_digest", lambda: "other code")
-    keys.append(checkpoints.identity(settings, "d1", 1))
+    keys.append(checkpoints.identity(settings, "d1"))
     assert len({Checkpoint(tmp_path, key).path for key in keys}) == len(keys)
     imagenet = dataclasses.replace(settings, perceptual_weights="imagenet")
-    assert checkpoints.identity(imagenet, "d1", 1)["files"] == {}
+    assert checkpoints.identity(imagenet, "d1")["files"] == {}
 
 
 def test_files_of_nested_settings_are_named(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_a_stage_names_its_checkpoint_by_all_that_decides(tmp_path: Path, monkey
     table = read_params()
     settings = table.autoencoder("blobs-ae") if stage == "train" else table.density("points-lde")
     index = ShardReader("data/shards/blobs").index if stage == "train" else CodeReader("data/codes/points").index
-    assert identity == checkpoints.identity(settings, index.digest, 1)
+    assert identity == checkpoints.identity(settings, index.digest)
 
 
 # Settings that do something -------------------------------------------------------------------------------------------
@@ -506,17 +506,18 @@ def test_validations_come_every_so_many_steps(validate_steps: int, steps: list[i
     assert [row["step"] for row in record.validations] == steps
 
 
-def test_every_step_and_rank_has_noise_of_its_own() -> None:
-    seeds: list[int] = []
+def test_every_step_and_place_has_noise_of_its_own() -> None:
+    rows: set[tuple[float, ...]] = set()
+    seeds: set[int] = set()
     for rank in range(2):
-        ranks = dataclasses.replace(ALONE, rank=rank)
-        state = training._Run(Toy(), PLAIN, ranks, 5, "", None, 0.0, 0)
+        state = training._Run(
+            Toy(), PLAIN, dataclasses.replace(ALONE, rank=rank), batches(rank=rank, world=2), "", None, 0.0, 0
+        )
         for _ in range(6):
-            step = state.next_step()
-            seeds += [step.generator.initial_seed()]
-            assert torch.initial_seed() == seeds[-1]  # of dropout
+            rows |= {tuple(row) for row in normal((4, 3), state.next_step().generator).tolist()}
+            seeds.add(torch.initial_seed())  # of layers that draw by themselves
             state.index += 1
-    assert len(set(seeds)) == 12
+    assert (len(rows), len(seeds)) == (2 * 6 * 4, 2 * 6)
 
 
 # NaN ------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.settings import check_that
+from pipeline.system.draws import integers
 from pipeline.training.trainable import Step
 
 __all__ = ["RegularisedObjective", "Settings", "build"]
@@ -85,7 +86,7 @@ class RegularisedObjective(ImageObjective):
             return torch.stack([parameter.square().sum() for parameter in self.decoder.parameters()]).sum()
         if not codes.requires_grad:  # in validation, where gradients are off
             return codes.new_zeros(())
-        signs = torch.randint(2, reconstructions.shape, generator=step.generator).to(reconstructions) * 2 - 1
+        signs = integers(2, reconstructions.shape, step.generator).to(reconstructions) * 2 - 1
         (gradient,) = torch.autograd.grad(reconstructions, codes, signs, create_graph=True)  # (B, D)
         if opened is not None:
             gradient = gradient * opened

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pipeline.autoencoders.common.base import ImageAutoencoderSettings, ImageObjective
 from pipeline.priors import PriorName
 from pipeline.settings import check_that
+from pipeline.system.draws import normal
 from pipeline.training.trainable import Step
 
 __all__ = ["Settings", "VariationalObjective", "build", "kl_divergence"]
@@ -84,6 +84,7 @@ class VariationalObjective(ImageObjective):
     Example:
         >>> settings = Settings(dataset="digits", objective="vae", latent_dim=2, blocks=1, kl_weight=0.1)
         >>> objective = build(settings, shape=(1, 28, 28), value_range=(0, 1))
+        >>> import torch
         >>> images = torch.rand(4, 1, 28, 28)
         >>> losses = objective("model", {"images": images}, Step(0, 0.0, torch.Generator()))
         >>> sorted(losses)
@@ -105,7 +106,7 @@ class VariationalObjective(ImageObjective):
         """The loss, in nats per image at the noise scale above, and its parts; `kl` in nats over all dimensions."""
         images = batch["images"]
         mean, log_variance = self.encoder.moments(images)
-        noise = torch.randn(mean.shape, generator=step.generator).to(mean)
+        noise = normal(mean.shape, step.generator).to(mean)
         codes = mean + (0.5 * log_variance).exp() * noise
         divergence = kl_divergence(mean, log_variance)  # (B, D)
         opened = self.mask(codes, step)

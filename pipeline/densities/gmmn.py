@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from pipeline.densities.common.density import Density, uniform
 from pipeline.densities.common.first_order import first_order
 from pipeline.settings import Checked, DensitySettings, check_that
+from pipeline.system.draws import Randomness
 
 __all__ = ["MomentMatchingNetwork", "Options", "Settings", "squared_discrepancy"]
 
@@ -137,6 +138,7 @@ class MomentMatchingNetwork(Density):
     family = "gmmn"
     options_type = Options
     has_log_prob = False
+    has_mean_loss = False
 
     options: Options
 
@@ -149,11 +151,11 @@ class MomentMatchingNetwork(Density):
             self.network.extend([nn.Linear(inputs, outputs), nn.ReLU()])
         self.network.append(nn.Linear((noise_dim, *hidden)[-1], dim))
 
-    def _generate(self, n: int, generator: Generator | None) -> Tensor:
+    def _generate(self, n: int, generator: Randomness | None) -> Tensor:
         codes: Tensor = self.network(2 * uniform((n, self.options.noise_dim), self.shift, generator) - 1)
         return 20 * (torch.sigmoid(codes) - 0.5) if self.options.output == "sigmoid" else codes
 
-    def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+    def loss(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
         """Root of the squared maximum mean discrepancy between the batch and as many samples, in standardised units.
 
         Arguments:

@@ -24,6 +24,7 @@ from pipeline.densities.common.separate import SeparateNetworks
 from pipeline.errors import PipelineError
 from pipeline.settings import DensitySettings, check_that
 from pipeline.system.devices import has_bfloat16
+from pipeline.system.draws import BatchGenerator, Randomness
 from pipeline.system.streams import stream_seed
 
 __all__ = ["LatentDensityEstimator", "Options", "Settings"]
@@ -100,7 +101,7 @@ def _several(dim: int, count: int) -> Tensor | None:
 class _LossInParts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, density: LatentDensityEstimator, z: Tensor, generator: Generator | None, *parameters: Tensor
+        ctx: Any, density: LatentDensityEstimator, z: Tensor, generator: Randomness | None, *parameters: Tensor
     ) -> Tensor:
         names = [name for name, parameter in density.network.named_parameters() if parameter.requires_grad]
 
@@ -109,17 +110,16 @@ class _LossInParts(torch.autograd.Function):
             # which a recording must not touch.
             leaves = [parameter.detach().requires_grad_() for parameter in parameters]
             total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
-            for part in density._chunks(z):
+            for part, source in density._chunks_to_learn(z, generator):
                 with torch.enable_grad():
-                    outputs = functional_call(density.network, dict(zip(names, leaves, strict=True)), (part, generator))
+                    outputs = functional_call(density.network, dict(zip(names, leaves, strict=True)), (part, source))
                     value = density._mixtures(outputs, part).sum() / (-density.dim * len(z))
                 gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
                 torch._foreach_add_(sums, gradients)
                 total += value.detach()
             return [total, *sums]
 
-        draws = density.training and density.options.dropout > 0
-        if z.is_cuda and not draws:
+        if z.is_cuda and not density._drops:
             read = (*density.network.parameters(), *density.network.buffers())
             total, *sums = density._recorded(loss_and_gradients, z, *read)
         else:
@@ -232,7 +232,7 @@ class LatentDensityEstimator(Density):
             log_scales = floor + F.softplus(log_scales - floor)
         return torch.cat([logits, means, log_scales], dim=-1)
 
-    def _log_prob(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+    def _log_prob(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
         if self.averaged_orders is None:
             return self._read(self._ordered(z), generator)
         each = torch.stack([self._read(as_pairs(z, order), generator) for order in self.averaged_orders])
@@ -242,7 +242,7 @@ class LatentDensityEstimator(Density):
         """Standardised codes with their dimensions in the order in which they are read."""
         return z if self.order is None else z[:, self.order]
 
-    def _read(self, inputs: Tensor, generator: Generator | None = None) -> Tensor:
+    def _read(self, inputs: Tensor, generator: Randomness | None = None) -> Tensor:
         """Log-density (B,) of what the network reads: codes (B, D), or pairs (B, D, 2) as `as_pairs` gives them."""
         return self._mixtures(self.network(inputs, generator), inputs)
 
@@ -258,7 +258,7 @@ class LatentDensityEstimator(Density):
         value = mixtures.log_likelihood(first.expand(len(z), -1), z[:, 0])
         return value, mixtures.log_likelihood(others, z[:, 1:].T)
 
-    def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+    def loss(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
         """The loss of equation 4, see `Density.loss`; orders and dropout are drawn from the generator.
 
         Its gradient with respect to the parameters is computed at once, chunk after chunk, so that features stay in the cache
@@ -276,6 +276,18 @@ class LatentDensityEstimator(Density):
             return -self._read(inputs, generator).mean() / self.dim
         loss: Tensor = _LossInParts.apply(self, inputs, generator, *trained)
         return loss
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.options.dropout > 0
+
+    def _chunks_to_learn(self, z: Tensor, generator: Randomness | None) -> list[tuple[Tensor, Randomness | None]]:
+        """Codes (B, D) in parts that the loss is computed of one after another, each with the source of its dropout."""
+        chunks = self._chunks(z)
+        if not self._drops or not isinstance(generator, BatchGenerator):
+            return [(part, generator) for part in chunks]
+        sources = generator.split(len(chunks[0]))
+        return list(zip(z.split([len(source.places) for source in sources]), sources, strict=True))
 
     def _apply(self, *arguments: Any, **keywords: Any) -> Self:
         self._recorded = Recorded()  # weights move away, and a recording holds memory of the GPU
@@ -297,7 +309,7 @@ class LatentDensityEstimator(Density):
         return self._in_drawn_order(super()._restored(z, generator), self.orders, generator)
 
     @staticmethod
-    def _in_drawn_order(z: Tensor, several: Tensor | None, generator: Generator | None) -> Tensor:
+    def _in_drawn_order(z: Tensor, several: Tensor | None, generator: Randomness | None) -> Tensor:
         if several is None:
             return z
         drawn = (uniform((len(z),), z, generator) * len(several)).long().clamp_(max=len(several) - 1)
@@ -392,7 +404,7 @@ class LatentDensityEstimator(Density):
         return self._drawn_in(orders, generator, z, given.sum(dim=1)).view(n, -1, self.dim)
 
 
-def _random_orders(z: Tensor, generator: Generator | None) -> Tensor:
+def _random_orders(z: Tensor, generator: Randomness | None) -> Tensor:
     """A random order for each code, with the shape of z (B, D)."""
     return uniform(tuple(z.shape), z, generator).argsort(dim=1)
 

@@ -62,7 +62,7 @@ class TrainingSettings(Checked):
 
     Attributes:
         epochs: Passes over the training examples.
-        batch_size: Examples per step, over all ranks together.
+        batch_size: Examples per step, over all processes together.
         learning_rate: The highest learning rate.
         betas: Adam's decay rates; (0.5, 0.999) in the paper's supplement, section A.
         weight_decay: Decoupled weight decay, in units of the learning rate; 0 is plain Adam.
@@ -74,7 +74,6 @@ class TrainingSettings(Checked):
         ema_decay: Decay of the exponential moving average of the weights, which is the result; 0 keeps the last weights.
         precision: `float32`, or `bfloat16` for mixed precision, which is slow on processors without such instructions.
         checkpoint_minutes: Minutes between checkpoints.
-        sync_batch_norm: Whether batch norm takes its statistics over all processes; no effect with one process.
         shuffle_examples: Size of the shuffle window in memory, in examples; it consists of whole shards.
         seed: Seed of initial weights, order of examples and noise.
     """
@@ -91,7 +90,6 @@ class TrainingSettings(Checked):
     ema_decay: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_minutes: float = 1.0
-    sync_batch_norm: bool = False
     shuffle_examples: int = 16_384
     seed: int = 0
 

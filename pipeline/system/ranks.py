@@ -134,18 +134,17 @@ def shared_folder(path: str | Path, ranks: Ranks) -> Iterator[Path]:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum over ranks whose gradient is the sum of the ranks' gradients."""
+    """A sum over ranks whose gradient is the sum of the ranks' gradients, to any order."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
+        total = values.contiguous().clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
+        total: Tensor = _SumOverRanks.apply(gradient)
         return total
 
 

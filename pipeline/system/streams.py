@@ -18,6 +18,7 @@ Purpose = Literal[
     "order of parts",
     "order of examples",
     "step",
+    "step of a process",
     "validation samples",
     "subset for a transform",
     "subset for a mixture",

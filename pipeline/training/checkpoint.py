@@ -33,16 +33,15 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def identity(settings: Any, data: str, world: int) -> dict[str, Any]:
-    """Everything that affects the weights of a run: settings, files that they name, data, code, number of processes.
+def identity(settings: Any, data: str) -> dict[str, Any]:
+    """Everything that affects the weights of a run: settings, files that they name, data, code.
 
     Arguments:
         settings: The row's settings.
         data: Digest of the shards or codes to train on.
-        world: Number of processes.
     """
     files = {key: sha256_file(file.path) for key, file in named_files(settings).items()}
-    return {"settings": repr(settings), "files": files, "data": data, "code": code_digest(), "world": world}
+    return {"settings": repr(settings), "files": files, "data": data, "code": code_digest()}
 
 
 class Checkpoint:

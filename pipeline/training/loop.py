@@ -1,7 +1,9 @@
 """The training loop of all models.
 
 A killed and resumed run ends with the same bits as an uninterrupted one. The order of examples, the noise and the learning rate
-are functions of the seed and the step; everything else is in the checkpoint.
+are functions of the seed and the step; everything else is in the checkpoint. On any number of processes a step has the same
+batch, the same noise and the same statistics of batch norm. Its loss and its gradient differ by rounding alone, and another
+number of processes can resume from a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pipeline.errors import PipelineError, TrainingError
 from pipeline.settings import TrainingSettings
 from pipeline.storage.batches import Batches
 from pipeline.system.devices import has_bfloat16
+from pipeline.system.draws import BatchGenerator
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, synchronise_batch_norm
 from pipeline.system.streams import stream_seed
@@ -67,7 +70,7 @@ def train(
 
     Arguments:
         model: The model, on the rank's device.
-        batches: Shuffled batches of this rank.
+        batches: Shuffled batches, the places of this rank.
         settings: Epochs, optimizer, schedule, precision, averaging.
         ranks: This process among its peers.
         prepare: Arrays of a batch -> tensors on the device.
@@ -84,7 +87,7 @@ def train(
         TrainingError: When a loss isn't finite, with the step and the likely cause; the last checkpoint is kept.
         PipelineError: On SIGINT or SIGTERM, after a checkpoint was written.
     """
-    run = _Run(model, settings, ranks, batches.steps_per_epoch, label, checkpoint, max_minutes, patience)
+    run = _Run(model, settings, ranks, batches, label, checkpoint, max_minutes, patience)
     run.resume()
     with _signals() as received, run.progress as progress:
         while not run.over:
@@ -102,15 +105,14 @@ def train(
             # At the end of an epoch the validation comes first: a resumed run then has it too.
             run.validate(validate, best)
             run.save_if_due(received)
-    return run.finish(batches.batch_size)
+    return run.finish()
 
 
 class _Run:
     """State of one training run: optimizers, averages, the record, the step, the checkpoint.
 
     Arguments:
-        model, settings, ranks, label, checkpoint, max_minutes, patience: As for `train`.
-        steps_per_epoch: Steps per epoch.
+        model, settings, ranks, batches, label, checkpoint, max_minutes, patience: As for `train`.
 
     Attributes:
         index: Steps done.
@@ -122,19 +124,19 @@ class _Run:
         model: Trainable,
         settings: TrainingSettings,
         ranks: Ranks,
-        steps_per_epoch: int,
+        batches: Batches,
         label: str,
         checkpoint: Checkpoint | None,
         max_minutes: float,
         patience: int,
     ) -> None:
         self.model, self.settings, self.ranks, self.label, self.checkpoint = model, settings, ranks, label, checkpoint
-        self.steps_per_epoch, self.total = steps_per_epoch, settings.epochs * steps_per_epoch
+        self.batches, self.steps_per_epoch = batches, batches.steps_per_epoch
+        self.total = settings.epochs * self.steps_per_epoch
         self.limit = max_minutes * 60 or math.inf  # seconds
         self.patience = patience
-        if settings.sync_batch_norm and ranks.world > 1:
+        if ranks.world > 1:
             synchronise_batch_norm(model)
-        self.generator = torch.Generator()
         self.wrapped: nn.Module = model
         self._begin()
 
@@ -240,6 +242,7 @@ class _Run:
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
                 find_unused_parameters=len(self.model.phases) > 1,
+                broadcast_buffers=False,  # statistics of batch norm are those of the whole batch on every rank
             )
         if self.settings.precision == "bfloat16" and not has_bfloat16(device) and self.ranks.first:
             emulated = f"this {device.type} emulates bfloat16, slowly; try precision: float32"
@@ -267,6 +270,8 @@ class _Run:
             )
 
     def _save(self) -> None:
+        # The sums of all ranks, so that any number of ranks can go on from them.
+        self.sums = dict(zip(self.sums, self.ranks.mean(list(self.sums.values())), strict=True))
         # Best weights and losses are checked: a checkpoint is always a good state.
         written = (
             self.checkpoint is not None
@@ -289,10 +294,11 @@ class _Run:
 
     def next_step(self) -> Step:
         """The next step, with generators seeded by its number."""
-        seed = stream_seed("step", self.settings.seed, self.index, self.ranks.rank)
-        self.generator.manual_seed(seed)
-        _seed_global_generators(seed, self.ranks.device)  # dropout draws from them
-        return Step(self.index, self.index / self.steps_per_epoch, self.generator)
+        seed = self.settings.seed
+        # For layers that draw by themselves, such as nn.Dropout. None of ours does: their noise couldn't follow the example.
+        _seed_global_generators(stream_seed("step of a process", seed, self.index, self.ranks.rank), self.ranks.device)
+        generator = BatchGenerator(seed, self.index, self.batches.batch_size, self.batches.places)
+        return Step(self.index, self.index / self.steps_per_epoch, generator)
 
     def optimise(self, step: Step, batch: dict[str, Tensor]) -> float:
         """Takes a step in every phase and returns the loss of the first."""
@@ -317,13 +323,13 @@ class _Run:
             losses = self.wrapped(phase, batch, step)
         for name, value in losses.items():
             key = name if phase == self.model.phases[0] else f"{phase}_{name}"
-            self.sums[key] = self.sums.get(key, 0.0) + float(value.detach())
+            self.sums[key] = self.sums.get(key, 0.0) + self.batches.share * float(value.detach())
         loss = losses["loss"]
         if not math.isfinite(float(loss.detach())):
             raise TrainingError(self._not_finite(phase, batch))
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss if self.batches.share == 1 else loss * self.batches.share).backward()
         if self.settings.gradient_clip:
             torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self.settings.gradient_clip)
         for optimizer in optimizers:
@@ -383,19 +389,19 @@ class _Run:
         row = self.record.validations[-1] if self.record.validations else {}
         return {name: value for name, value in row.items() if name not in ("step", "epoch")}
 
-    def finish(self, batch_size: int) -> Training:
+    def finish(self) -> Training:
         """Puts the best, or averaged, weights into the model of every rank, and returns the record."""
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         elif self.averages is not None:
             self.model.load_state_dict(self.averages.values)
-        # Running statistics that aren't synchronised differ between ranks; all ranks score those that the first one saves.
+        # Ranks may differ by rounding; all score what the first one saves.
         self.ranks.take_from_first(self.model.state_dict().values())
         self.model.eval()
         if self.record.ended_by == "epochs" and self.index < self.total:
             self.record.ended_by = "patience"
         self.record.steps = self.index
-        self.record.examples = self.index * batch_size
+        self.record.examples = self.index * self.batches.batch_size
         self._note_time()
         return self.record
 

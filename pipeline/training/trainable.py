@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
+
+from pipeline.system.draws import Randomness
 
 __all__ = ["Step", "Trainable", "Training"]
 
@@ -18,13 +19,14 @@ class Step:
     Attributes:
         index: Steps done before this one.
         epoch: Fractional epoch, index / steps per epoch.
-        generator: Source of all randomness of the step, on the CPU. It is seeded from (seed, index, rank) at every step, so a
-            resumed run draws the same numbers without saved state.
+        generator: Source of all randomness of the step, on the CPU. Draw from it by the functions of `pipeline.system.draws`.
+            Its numbers follow from (seed, index) and an example's place in the batch. So a resumed run draws the same numbers
+            without saved state, on any number of processes.
     """
 
     index: int
     epoch: float
-    generator: torch.Generator
+    generator: Randomness
 
 
 class Trainable(nn.Module):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.settings import check_that
+from pipeline.system import draws
+from pipeline.system.draws import Randomness
 
 __all__ = ["IncrementalSettings", "mask", "open_dimensions"]
 
@@ -79,7 +81,7 @@ def open_dimensions(epoch: float, latent_dim: int, warm_up: float, steps: int | 
     return -(-latent_dim * step // steps)
 
 
-def mask(settings: IncrementalSettings, codes: Tensor, epoch: float, generator: torch.Generator) -> Tensor:
+def mask(settings: IncrementalSettings, codes: Tensor, epoch: float, generator: Randomness) -> Tensor:
     """The mask of a batch of codes: 1 where a dimension is open, 0 where it is closed.
 
     Masked codes are zero in the closed dimensions and get no gradient there.
@@ -104,7 +106,7 @@ def mask(settings: IncrementalSettings, codes: Tensor, epoch: float, generator: 
     """
     batch, latent_dim = codes.shape
     if settings.mode == "nested_dropout":
-        uniform = torch.rand(batch, 1, generator=generator, dtype=torch.float64)
+        uniform = draws.uniform((batch, 1), generator, torch.float64)
         if settings.cut_off == "uniform":
             count = (uniform * latent_dim).floor() + 1
         else:

@@ -6,12 +6,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pipeline.densities.common import mixtures
 from pipeline.densities.common.density import dropout_mask
 from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.products import ACTIVATIONS, Activation, apply_linear, linear
+from pipeline.system.draws import Randomness
 
 __all__ = ["AttentionNetwork", "as_pairs"]
 
@@ -64,16 +65,16 @@ class _Block(nn.Module):
         queries, keys, values = joined.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return queries, keys, values
 
-    def finish(self, x: Tensor, attended: Tensor, generator: Generator | None = None) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, generator: Randomness | None = None) -> Tensor:
         """The block's outputs (B, T, C), from its inputs (B, T, C) and what the heads attend to (B, H, T, C / H)."""
         x = x + self._dropped(apply_linear(self.mix, attended.transpose(1, 2).flatten(2)), generator)
         hidden = apply_linear(self.into, self.before_layer(x), self.activation)
         return x + self._dropped(apply_linear(self.back, hidden), generator)
 
-    def _dropped(self, x: Tensor, generator: Generator | None) -> Tensor:
+    def _dropped(self, x: Tensor, generator: Randomness | None) -> Tensor:
         return x * dropout_mask(x, self.dropout, generator) if self.dropout and self.training else x
 
-    def forward(self, x: Tensor, generator: Generator | None) -> Tensor:
+    def forward(self, x: Tensor, generator: Randomness | None) -> Tensor:
         """Outputs (B, T, C), each of the inputs (B, T, C) up to its place."""
         return self.finish(x, F.scaled_dot_product_attention(*self.projected(x), is_causal=True), generator)
 
@@ -132,7 +133,7 @@ class AttentionNetwork(nn.Module):
         hidden = self.activation.apply(torch.addcmul(self.offsets[dimensions], values[..., None], self.slopes[dimensions]))
         return apply_linear(self.embed, hidden)
 
-    def forward(self, z: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, generator: Randomness | None = None) -> tuple[Tensor, Tensor]:
         """Outputs of the first conditional and of the others.
 
         Arguments:

@@ -7,13 +7,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pipeline.densities.common import mixtures
 from pipeline.densities.common.density import dropout_mask
 from pipeline.densities.common.first_order import first_order
 from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.products import ACTIVATIONS, Activation, add_product, affine, apply_linear, autocast, inner
+from pipeline.system.draws import Randomness
 from pipeline.system.ranks import batch_mean
 
 __all__ = ["CausalNetwork", "causal_convolution"]
@@ -155,7 +156,7 @@ class _Layer(nn.Module):
             h = apply_linear(self.mix, h)
         return x + h if self.shortcut else h
 
-    def forward(self, x: Tensor, padding: Tensor, padded: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, padding: Tensor, padded: int, generator: Randomness | None) -> tuple[Tensor, Tensor]:
         """Outputs at the real positions (T, B, C') and the one vector (C') at all `padded` positions."""
         training_norm = self.norm is not None and self.training
         weight, bias = (self.weight, self.bias) if training_norm else self.affine()
@@ -166,7 +167,7 @@ class _Layer(nn.Module):
             h, h_padding = self._normalised(h, h_padding, padded)
         mask = None
         if self.dropout and self.training:  # of real positions: the vector at padded ones is shared by the whole batch
-            mask = dropout_mask(h[..., : self.filters], self.dropout, generator)
+            mask = dropout_mask(h[..., : self.filters], self.dropout, generator, dim=1)
         return self.finish(h, x, activated, mask), self.finish(h_padding, padding)
 
 
@@ -238,7 +239,7 @@ class CausalNetwork(nn.Module):
         taps = [layer.weight for layer in self._layers()[1:]]
         return taps + [layer.mix.weight for layer in self._layers() if layer.mix is not None]
 
-    def forward(self, z: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, generator: Randomness | None = None) -> tuple[Tensor, Tensor]:
         """Outputs of the first conditional, one vector, and of the others.
 
         Arguments:

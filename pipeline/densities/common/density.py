@@ -19,6 +19,8 @@ from torch import Generator, Tensor, nn
 from pipeline.densities.common.transforms import Transform, build_transform
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import Checked, DensitySettings, build, implementation
+from pipeline.system import draws
+from pipeline.system.draws import Randomness
 from pipeline.system.files import atomic_file
 
 __all__ = [
@@ -59,6 +61,7 @@ class Density(nn.Module):
         options_type: The class of the family's options, each with its meaning, default and range.
         options: Those of this density.
         has_log_prob: Whether the family has a likelihood.
+        has_mean_loss: Whether `loss` is a mean over examples. If not, every process computes it on the whole batch.
         has_meta: Whether it can be built on torch's `meta` device, which holds shapes but no values.
         has_vmap: Whether `log_prob` can be transformed by `torch.func.vmap`, `grad` and the like.
         has_given: Whether it can be asked about some dimensions given others.
@@ -73,6 +76,7 @@ class Density(nn.Module):
     family: ClassVar[str]
     options_type: ClassVar[type[Checked]] = Checked
     has_log_prob: ClassVar[bool] = True
+    has_mean_loss: ClassVar[bool] = True
     has_meta: bool = True
     has_vmap: bool = True
     trained_by_gradient: ClassVar[bool] = True
@@ -274,7 +278,7 @@ class Density(nn.Module):
         """The same as `log_prob`."""
         return self.log_prob(z)
 
-    def loss(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+    def loss(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
         r"""Training loss :math:`-\frac{1}{D} \log q`, mean over the batch, in nats a dimension of standardised codes (eq. 4).
 
         Arguments:
@@ -481,21 +485,32 @@ def build_density(settings: DensitySettings, dim: int) -> Density:
     return model(dim, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(model.options_type)})
 
 
-def uniform(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
-    """Numbers from U[0, 1) in the dtype and on the device of `like`, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+def uniform(shape: tuple[int, ...], like: Tensor, generator: Randomness | None, dim: int = 0) -> Tensor:
+    """Numbers from U[0, 1) in the dtype and on the device of `like`, drawn where the generator lives.
+
+    Arguments:
+        shape: Their shape.
+        like: A tensor.
+        generator: Their source.
+        dim: Dimension along which the examples of a batch lie.
+    """
+    return draws.uniform(shape, generator, like.dtype, _home(generator, like), dim).to(like.device)
 
 
-def dropout_mask(like: Tensor, rate: float, generator: Generator | None) -> Tensor:
-    """Factors for dropout: 0 with probability `rate`, else 1 / (1 - rate)."""
-    return (uniform(tuple(like.shape), like, generator) >= rate).to(like.dtype) / (1 - rate)
+def dropout_mask(like: Tensor, rate: float, generator: Randomness | None, dim: int = 0) -> Tensor:
+    """Factors for dropout: 0 with probability `rate`, else 1 / (1 - rate); examples lie along `dim`."""
+    return (uniform(tuple(like.shape), like, generator, dim) >= rate).to(like.dtype) / (1 - rate)
 
 
-def standard_normal(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
+def standard_normal(shape: tuple[int, ...], like: Tensor, generator: Randomness | None) -> Tensor:
     """Numbers from N(0, 1) in the dtype and on the device of `like`, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    return draws.normal(shape, generator, like.dtype, _home(generator, like)).to(like.device)
+
+
+def _home(generator: Randomness | None, like: Tensor) -> torch.device | None:
+    if generator is None:
+        return like.device
+    return generator.device if isinstance(generator, Generator) else None
 
 
 def random_subset(blocks: Iterable[Tensor], limit: int, seed: int) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pipeline.densities.common import mixtures
 from pipeline.densities.common.density import dropout_mask
 from pipeline.densities.common.options import NetworkOptions
 from pipeline.densities.common.products import ACTIVATIONS, apply_linear
+from pipeline.system.draws import Randomness
 
 __all__ = ["SeparateNetworks"]
 
@@ -39,7 +40,7 @@ class _Network(nn.Module):
         """The matrices W and V of all blocks."""
         return [module.weight for modules in (self.into, self.back) for module in modules if isinstance(module, nn.Linear)]
 
-    def forward(self, z: Tensor, generator: Generator | None = None) -> Tensor:
+    def forward(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
         """Outputs (B, 3K) of a conditional, from the dimensions before it (B, i)."""
         x = apply_linear(self.start, z)
         for into, back in zip(self.into, self.back, strict=True):
@@ -72,7 +73,7 @@ class SeparateNetworks(nn.Module):
         """The matrices (C, C) of all blocks."""
         return [weight for network in self.networks for weight in network.hidden_matrices()]  # type: ignore[operator]
 
-    def forward(self, z: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, generator: Randomness | None = None) -> tuple[Tensor, Tensor]:
         """Outputs of the first conditional, one vector, and of the others.
 
         Arguments:
