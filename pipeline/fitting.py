@@ -190,7 +190,7 @@ def fit_density(
     )
 
     def prepare(arrays: dict[str, Any]) -> dict[str, Tensor]:
-        return {"codes": torch.from_numpy(arrays["codes"]).to(ranks.device)}
+        return {"codes": torch.from_numpy(arrays["codes"]).to(ranks.device, non_blocking=True)}
 
     best = "valid_log_likelihood" if density.has_log_prob else "valid_minus_squared_mmd"
 
@@ -258,7 +258,7 @@ def _estimate(density: Density, codes: CodeReader, settings: DensitySettings, ra
             nonlocal over
             tried[f"valid_log_likelihood of {name}"] = value
             progress.advance(1, **tried)
-            over = bool(ranks.greatest(time.monotonic() - started >= limit)[0])  # all ranks stop at the same candidate
+            over = bool(ranks.greatest(time.monotonic() - started >= limit))  # all ranks stop at the same candidate
             return not over
 
         blocks: Callable[[], Iterable[Tensor]] = lambda: (  # noqa: E731

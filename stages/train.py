@@ -75,7 +75,8 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     )
 
     def prepare(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
-        images = scale_pixels(torch.from_numpy(arrays["examples"]).to(ranks.device), reader.index.value_range)
+        pixels = torch.from_numpy(arrays["examples"]).to(ranks.device, non_blocking=True)
+        images = scale_pixels(pixels, reader.index.value_range)
         if getattr(settings, "channels_last", False):
             images = images.contiguous(memory_format=torch.channels_last)
         return {"images": images}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError, PipelineError, SettingsError
-from pipeline.storage.batches import Batches
+from pipeline.storage.batches import AHEAD, Batches, run_ahead
 from pipeline.system.streams import stream
 
 
@@ -187,3 +190,49 @@ def test_numbers_of_the_environment_are_checked(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_data_set_smaller_than_a_batch_is_one_batch() -> None:
     assert [sorted(batch) for batch in epoch(batches([3, 2], 128))] == [[0, 1, 2, 3, 4]]
+
+
+# Ahead ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_thread_gathers_the_same_batches_a_few_ahead() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[dict[str, np.ndarray]]:
+        for number in range(20):
+            made.append(number)
+            yield {"x": np.array([number])}
+
+    ahead = run_ahead(source())
+    for number in range(20):
+        assert int(next(ahead)["x"][0]) == number
+        assert len(made) <= number + AHEAD + 2  # one in hand, and one that waits to be put
+    assert next(ahead, None) is None
+
+
+def test_an_error_of_the_thread_is_raised_where_batches_are_taken() -> None:
+    def source() -> Iterator[dict[str, np.ndarray]]:
+        yield {"x": np.zeros(1)}
+        raise DataError("shard 3 is broken")
+
+    ahead = run_ahead(source())
+    next(ahead)
+    with pytest.raises(DataError, match=r"\Ashard 3 is broken\Z"):
+        next(ahead)
+
+
+def test_a_thread_ends_when_no_batch_is_wanted_any_more() -> None:
+    closed: list[bool] = []
+
+    def source() -> Iterator[dict[str, np.ndarray]]:
+        try:
+            while True:
+                yield {"x": np.zeros(1)}
+        finally:
+            closed.append(True)
+
+    ahead = run_ahead(source())
+    next(ahead)
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+    assert closed == [True]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.autoencoders import aae, ae, rae, vae
 from pipeline.autoencoders.common.incremental import IncrementalSettings
@@ -154,6 +155,53 @@ FLOAT32: dict[str, Model] = {
     "aae": autoencoder(aae),
     "rae": autoencoder(rae, decoder_penalty="jacobian"),
 }
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that wait for the device: a number or a shape is read from it."""
+
+    OPERATIONS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if function.overloadpacket.__name__ in self.OPERATIONS:
+            self.found.append(function.overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_numbers_are_read_and_exchanged_once_an_interval(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    exchanged: list[int] = []
+    tolist = Tensor.tolist
+
+    class Counted(Ranks):
+        def exchange(self, *values: float) -> list[list[float]]:
+            exchanged.append(len(values))
+            return super().exchange(*values)
+
+    monkeypatch.setattr(Tensor, "tolist", lambda self: read.append(self.numel()) or tolist(self))
+    monkeypatch.setattr(loop, "CURVE_POINTS", 1)
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 1e9)
+    model, settings, data, _ = FLOAT32[name]()
+    settings = dataclasses.replace(settings, epochs=1, batch_size=4)
+    batches = Batches(lambda i: {"x": data}, [len(data)], 4, 0)
+
+    def prepare(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        x = torch.from_numpy(arrays["x"])
+        return {"codes": x, "images": x}
+
+    with Reads() as reads:
+        record = train(model, batches, settings, Counted(0, 1, torch.device("cpu")), prepare=prepare)
+    assert record.steps == 30
+    assert reads.found == []
+    looks = [1, 2, 4, 8, 15]  # steps since the look before: at most twice as many each time, and all the rest at the end
+    assert sum(read) % 30 == 0
+    assert [numbers // (sum(read) // 30) for numbers in read] == looks
+    assert len(exchanged) == len(looks)
 
 
 @pytest.mark.slow

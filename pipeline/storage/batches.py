@@ -11,6 +11,8 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import queue
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ from pipeline.system.processes import die_with_parent
 from pipeline.system.streams import stream
 from pipeline.system.watchdog import stall_seconds, stalled
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "run_ahead"]
 
+AHEAD = 2  # batches that wait to be trained on
+JOIN_SECONDS = 5.0  # for the thread that gathers them to end
 CACHE_MIB = 512  # parts are kept in memory up to this total, so small data sets are read only once
 
 
@@ -308,3 +312,48 @@ def _from_environment(name: str, default: int) -> int:
     if not value.isdecimal() or len(value) > 9:
         raise SettingsError(f"{name} is {value[:40]!r}: expected a number from 0 on")
     return int(value)
+
+
+def run_ahead(batches: Iterator[Arrays], pinned: bool = False) -> Iterator[Arrays]:
+    """The same batches, gathered by a thread that runs ahead of the one that trains on them.
+
+    Arguments:
+        batches: The batches.
+        pinned: Whether to put them into page-locked memory, from which a copy to a GPU doesn't wait.
+    """
+    ready: queue.Queue[Arrays | BaseException | None] = queue.Queue(AHEAD)
+    ended = threading.Event()
+
+    def put(item: Arrays | BaseException | None) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def gather() -> None:
+        try:
+            for batch in batches:
+                put(_pinned(batch) if pinned else batch)
+                if ended.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=gather, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+        thread.join(JOIN_SECONDS)  # a reader that hangs must not keep the run from ending
+
+
+def _pinned(batch: Arrays) -> Arrays:
+    import torch
+
+    pinned = {name: torch.from_numpy(values).pin_memory() for name, values in batch.items()}
+    return {name: values.numpy() for name, values in pinned.items()}

@@ -47,22 +47,20 @@ class Ranks:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
-    def mean(self, values: list[float]) -> list[float]:
-        """The mean over all ranks of each number."""
-        return self._reduced(values, dist.ReduceOp.SUM, self.world)
-
-    def greatest(self, *values: float) -> list[float]:
-        """The greatest over all ranks of each number, for decisions that all ranks must share."""
-        return self._reduced(list(values), dist.ReduceOp.MAX)
-
-    def _reduced(self, values: list[float], operation: Any, divisor: int = 1) -> list[float]:
+    def exchange(self, *values: float) -> list[list[float]]:
+        """The numbers of all ranks, in order, on every rank: what decisions are made of that all ranks must share."""
         if self.world == 1:
-            return values
+            return [list(values)]
         worked()
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(tensor, operation)
-        reduced: list[float] = (tensor / divisor).tolist()
-        return reduced
+        numbers = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(numbers, tensor)
+        exchanged: list[list[float]] = torch.stack(numbers).tolist()
+        return exchanged
+
+    def greatest(self, value: float) -> float:
+        """The greatest over all ranks of a number."""
+        return max(numbers[0] for numbers in self.exchange(value))
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order, on every rank: plain types only."""
@@ -158,7 +156,7 @@ class _SynchronisedVectorNorm(nn.BatchNorm1d):
         return super().forward(x)
 
 
-def batch_mean(norm: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, int]:
+def batch_mean(norm: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, Tensor | int]:
     r"""Mean over all but the last dimension, and over all ranks if the norm is synchronised, with its gradient.
 
     .. math:: \frac{\sum_r \sum_i x_{ri}}{\sum_r n_r}
@@ -168,7 +166,7 @@ def batch_mean(norm: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, int]:
         x: The features of this rank, with shape (*, C).
 
     Returns:
-        The mean, with shape (C), and the number of vectors in it.
+        The mean, with shape (C), and the number of vectors in it; on the device if the norm is synchronised.
     """
     dims = tuple(range(x.ndim - 1))
     count = x.numel() // x.shape[-1]
@@ -176,7 +174,8 @@ def batch_mean(norm: nn.BatchNorm1d, x: Tensor) -> tuple[Tensor, int]:
         return x.mean(dim=dims), count
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     total = _SumOverRanks.apply(torch.cat([wide.sum(dim=dims), wide.new_full((1,), count)]))  # (C + 1,)
-    return total[:-1] / total[-1].detach(), int(total[-1])
+    count = total[-1].detach()
+    return total[:-1] / count, count
 
 
 class _SynchronisedBatchNorm(nn.BatchNorm2d):

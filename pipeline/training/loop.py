@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError, TrainingError
 from pipeline.settings import TrainingSettings
-from pipeline.storage.batches import Batches
+from pipeline.storage.batches import Batches, run_ahead
 from pipeline.system.devices import has_bfloat16
 from pipeline.system.draws import BatchGenerator
 from pipeline.system.progress import Progress
@@ -39,6 +39,7 @@ from pipeline.training.trainable import Step, Trainable, Training
 __all__ = ["train"]
 
 CURVE_POINTS = 200  # approximate number of rows of a training curve
+LOOK_SECONDS, LOOK_STEPS = 1.0, 1000  # between two looks at the losses, at most
 CALM = "lower learning_rate or set gradient_clip"
 RESUMED = (
     "curve",
@@ -92,19 +93,27 @@ def train(
     with _signals() as received, run.progress as progress:
         while not run.over:
             model.train()
-            for arrays in batches.epoch(run.epoch, skip=run.index % run.steps_per_epoch):
+            epoch = batches.epoch(run.epoch, skip=run.index % run.steps_per_epoch)
+            for arrays in run_ahead(epoch, pinned=ranks.device.type == "cuda"):
                 step, batch = run.next_step(), prepare(arrays)
-                loss = run.optimise(step, batch)
-                run.add_to_curve(step, extra)
-                progress.advance(1, loss=loss, **run.last_validation())
-                if run.out_of_time() or run.between_epochs:
+                run.optimise(step, batch)
+                looks = run.is_time_to_look(validate_steps, received)
+                if looks:
+                    run.look(received, prepare)
+                    run.add_to_curve(step, extra)
+                progress.advance(1, **run.shown())
+                if not looks:
+                    continue
+                if run.out_of_time or run.between_epochs:
                     break
                 if validate_steps and run.index % validate_steps == 0:
                     run.validate(validate, best)
-                run.save_if_due(received)
+                run.save_if_due()
             # At the end of an epoch the validation comes first: a resumed run then has it too.
-            run.validate(validate, best)
-            run.save_if_due(received)
+            if validate is not None:
+                run.validate(validate, best)
+                run.look(received, prepare)
+            run.save_if_due()
     return run.finish()
 
 
@@ -138,6 +147,8 @@ class _Run:
         if ranks.world > 1:
             synchronise_batch_norm(model)
         self.wrapped: nn.Module = model
+        first, *others = model.phases
+        self.phase_of = {"loss": first} | {f"{phase}_loss": phase for phase in others}  # by the loss's name in the curve
         self._begin()
 
     def _begin(self) -> None:
@@ -146,7 +157,10 @@ class _Run:
         self.best_weights: dict[str, Tensor] | None = None
         self.record = Training()
         self.index = 0
-        self.sums: dict[str, float] = {}  # of each loss since the last row of the curve
+        self.losses: list[dict[str, Tensor]] = []  # of the steps since the last look, on the device
+        self.loss = math.nan  # of the step before the last look
+        self.signal, self.due = 0, False  # at the last look, over all ranks: a signal to end, and whether a checkpoint is due
+        self.sums: dict[str, float] = {}  # of each loss since the last row of the curve, over all ranks
         self.summed = 0  # steps in them
         self.rate = 0.0
         self.saved_step: int | None = None  # of the checkpoint
@@ -176,15 +190,79 @@ class _Run:
             sum(row["step"] > best["step"] for row in self.record.validations) >= self.patience
         )
 
+    @property
     def out_of_time(self) -> bool:
-        """Updates the time; whether any rank has reached the limit, which then stops all ranks."""
-        self._note_time()
-        if self.limit < math.inf and self.ranks.greatest(self.record.seconds / self.limit)[0] >= 1:
-            self.record.ended_by = "max_minutes"
+        """Whether a rank had reached the time limit at the last look, which stops all ranks."""
         return self.record.ended_by == "max_minutes"
 
     def _note_time(self) -> None:
         self.record.seconds = time.monotonic() - self.started
+
+    @property
+    def _curve_steps(self) -> int:
+        return max(self.total // CURVE_POINTS, 1)
+
+    def is_time_to_look(self, validate_steps: int, received: list[int]) -> bool:
+        """Whether something is due that needs the losses, or that all ranks must decide together.
+
+        On several ranks it is a function of the step and of what they have agreed on, so they all look after the same step. One
+        alone also looks at once when it has received a signal, when a checkpoint is due or when its time is over.
+        """
+        if self.ranks.world == 1:
+            self._note_time()
+            if received or self._checkpoint_is_due() or self.record.seconds >= self.limit:
+                return True
+        return (
+            self.index >= min(self.look_at, self.total)
+            or self.between_epochs
+            or self.index % self._curve_steps == 0
+            or bool(validate_steps and self.index % validate_steps == 0)
+        )
+
+    def look(self, received: list[int], prepare: Callable[[dict[str, np.ndarray]], dict[str, Tensor]]) -> None:
+        """Reads the losses of the steps since the last look, and agrees with the other ranks on what is due.
+
+        Apart from validations and checkpoints, only here does the loop wait for the device, and do ranks exchange numbers.
+
+        Raises:
+            TrainingError: When a loss isn't finite, on all ranks.
+        """
+        self._note_time()
+        steps = len(self.losses)
+        first = self.index - steps
+        bad = math.inf  # number of the first loss that isn't finite
+        names = list(self.losses[0]) if steps else []
+        values = torch.stack([value for losses in self.losses for value in losses.values()]).tolist() if steps else []
+        for number, value in enumerate(values):
+            name = names[number % len(names)]
+            self.sums[name] = self.sums.get(name, 0.0) + self.batches.share * value
+            if name in self.phase_of and not math.isfinite(value):
+                bad = min(bad, number)
+        self.losses = []
+        told = self.ranks.exchange(
+            received[0] if received else 0,
+            self._checkpoint_is_due(),
+            self.record.seconds,
+            -bad,
+            self.batches.share * values[-len(names)] if steps else self.loss,
+            *self.sums.values(),
+        )
+        signals, due, seconds, bads, losses, *sums = zip(*told, strict=True)
+        if max(bads) > -math.inf:
+            step, number = divmod(int(-max(bads)), len(names))
+            raise TrainingError(self._not_finite(first + step, self.phase_of[names[number]], prepare))
+        self.signal, self.due, self.seconds = int(max(signals)), any(due), max(seconds)
+        self.sums = {name: math.fsum(parts) / len(told) for name, parts in zip(self.sums, sums, strict=True)}
+        if steps:
+            self.loss = math.fsum(losses) / len(told)
+            pace = max(self.seconds - self.looked, 1e-9) / steps
+            self.look_at = self.index + max(min(int(LOOK_SECONDS / pace), 2 * steps, LOOK_STEPS), 1)
+            self.looked = self.seconds
+        if self.seconds >= self.limit:
+            self.record.ended_by = "max_minutes"
+
+    def _checkpoint_is_due(self) -> bool:
+        return time.monotonic() - self.saved >= self.settings.checkpoint_minutes * 60
 
     # Resume -----------------------------------------------------------------------------------------------------------
 
@@ -249,29 +327,27 @@ class _Run:
             print(f"warning: {self.label}: {emulated}", file=sys.stderr)
         self.saved = time.monotonic()
         self.started = self.saved - self.record.seconds
+        self.seconds = self.looked = self.record.seconds
+        self.look_at = self.index + 1
         remaining = self.limit - self.record.seconds
         self.progress = Progress(
             self.total, self.label, "steps", initial=self.index, quiet=not self.ranks.first, seconds=remaining
         )
 
-    def save_if_due(self, received: list[int]) -> None:
-        """Saves the state when it's due, and ends the run after a signal.
+    def save_if_due(self) -> None:
+        """Saves the state if that was due at the last look, and ends the run after a signal.
 
         Raises:
             PipelineError: After a signal.
         """
-        due = time.monotonic() - self.saved >= self.settings.checkpoint_minutes * 60
-        number, wanted = (int(v) for v in self.ranks.greatest(received[0] if received else 0, due))
-        if number or wanted:
+        if self.signal or self.due:
             self._save()
-        if number:
+        if self.signal:
             raise PipelineError(
-                f"{self.label}: stopped by {signal.Signals(number).name} at step {self.index}; {self._what_is_kept()}"
+                f"{self.label}: stopped by {signal.Signals(self.signal).name} at step {self.index}; {self._what_is_kept()}"
             )
 
     def _save(self) -> None:
-        # The sums of all ranks, so that any number of ranks can go on from them.
-        self.sums = dict(zip(self.sums, self.ranks.mean(list(self.sums.values())), strict=True))
         # Best weights and losses are checked: a checkpoint is always a good state.
         written = (
             self.checkpoint is not None
@@ -279,7 +355,7 @@ class _Run:
             and all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
             and self.checkpoint.save(self.state())
         )
-        if self.ranks.greatest(written)[0]:
+        if self.ranks.greatest(written):
             self.saved_step = self.index
         self.saved = time.monotonic()
 
@@ -300,21 +376,21 @@ class _Run:
         generator = BatchGenerator(seed, self.index, self.batches.batch_size, self.batches.places)
         return Step(self.index, self.index / self.steps_per_epoch, generator)
 
-    def optimise(self, step: Step, batch: dict[str, Tensor]) -> float:
-        """Takes a step in every phase and returns the loss of the first."""
+    def optimise(self, step: Step, batch: dict[str, Tensor]) -> None:
+        """Takes a step in every phase."""
         worked()  # the batch has arrived; if one process doesn't get its batch, the others wait within the step
-        share = self.ranks.greatest(self.record.seconds / self.limit)[0] if self.limit < math.inf else None
+        seconds = self.record.seconds if self.ranks.world == 1 else self.seconds
+        share = seconds / self.limit if self.limit < math.inf else None
         self.rate = learning_rate(self.settings, self.index, self.steps_per_epoch, share)
-        displayed_loss = 0.0
+        self.losses.append({})
         for phase in self.model.phases:
-            loss = self._optimise_phase(phase, batch, step)
-            displayed_loss = displayed_loss or loss
+            self._optimise_phase(phase, batch, step)
         self.index += 1
+        self.summed += 1
         if self.averages is not None:
             self.averages.update(self.model, self.index)
-        return displayed_loss
 
-    def _optimise_phase(self, phase: str, batch: dict[str, Tensor], step: Step) -> float:
+    def _optimise_phase(self, phase: str, batch: dict[str, Tensor], step: Step) -> None:
         optimizers = self.optimizers[phase]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         for group in groups:
@@ -323,10 +399,8 @@ class _Run:
             losses = self.wrapped(phase, batch, step)
         for name, value in losses.items():
             key = name if phase == self.model.phases[0] else f"{phase}_{name}"
-            self.sums[key] = self.sums.get(key, 0.0) + self.batches.share * float(value.detach())
+            self.losses[-1][key] = value.detach()
         loss = losses["loss"]
-        if not math.isfinite(float(loss.detach())):
-            raise TrainingError(self._not_finite(phase, batch))
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         (loss if self.batches.share == 1 else loss * self.batches.share).backward()
@@ -334,28 +408,29 @@ class _Run:
             torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], self.settings.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()
-        return float(loss.detach())
 
-    def _not_finite(self, phase: str, batch: Mapping[str, Tensor]) -> str:
-        bad = [name for name, value in batch.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    def _not_finite(self, step: int, phase: str, prepare: Callable[[dict[str, np.ndarray]], dict[str, Tensor]]) -> str:
+        # The batch is gone, but it can be made again.
+        epoch, skip = divmod(step, self.steps_per_epoch)
+        batch = prepare(next(self.batches.epoch(epoch, skip)))
+        own = [name for name, value in batch.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+        bad = sorted({name for names in self.ranks.gather(own) for name in names})
         cause = (
             f"the data hold values that aren't finite ({', '.join(bad)})" if bad else "the learning rate is probably too high"
         )
         remedy = "check the data set" if bad else CALM
         remark = " The last good checkpoint is kept." if self.saved_step is not None else ""
-        return f"{self.label}: the loss of phase '{phase}' isn't finite at step {self.index}: {cause}; {remedy}.{remark}"
+        return f"{self.label}: the loss of phase '{phase}' isn't finite at step {step}: {cause}; {remedy}.{remark}"
 
     # The record -------------------------------------------------------------------------------------------------------
 
     def add_to_curve(self, step: Step, extra: Callable[[Step], dict[str, float]] | None) -> None:
-        """Adds the step's losses, and a row of their means to the curve when it's due."""
-        self.summed += 1
-        if self.index % max(self.total // CURVE_POINTS, 1) and self.index != self.total:
+        """Adds a row of the mean losses to the curve when it's due."""
+        if self.index % self._curve_steps and self.index != self.total:
             return
-        means = self.ranks.mean([value / self.summed for value in self.sums.values()])
         self.record.curve.append(
             {"step": self.index, "epoch": self.index / self.steps_per_epoch, "learning_rate": self.rate}
-            | dict(zip(self.sums, means, strict=True))
+            | {name: value / self.summed for name, value in self.sums.items()}
             | (extra(step) if extra is not None else {})
         )
         self.sums, self.summed = {}, 0
@@ -384,10 +459,10 @@ class _Run:
         self.model.train()
         self.progress.note(**values)
 
-    def last_validation(self) -> dict[str, float]:
-        """Scores of the last validation, to show with each loss."""
+    def shown(self) -> dict[str, float]:
+        """The loss at the last look, and the scores of the last validation."""
         row = self.record.validations[-1] if self.record.validations else {}
-        return {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        return {"loss": self.loss} | {name: value for name, value in row.items() if name not in ("step", "epoch")}
 
     def finish(self) -> Training:
         """Puts the best, or averaged, weights into the model of every rank, and returns the record."""

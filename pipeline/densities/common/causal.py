@@ -125,19 +125,20 @@ class _Layer(nn.Module):
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
         share = padded / (padded + len(x))  # of padding among the columns
-        examples, mean = x.shape[1], share * padding
+        count, mean = x.shape[1] * (padded + len(x)), share * padding
         if len(x):
-            real, count = batch_mean(self.norm, x)
-            examples, mean = count // len(x), mean + (1 - share) * real
+            real, vectors = batch_mean(self.norm, x)
+            count, mean = vectors // len(x) * (padded + len(x)), mean + (1 - share) * real
         deviation, padding_deviation = x - mean, padding - mean
         variance = share * padding_deviation.square()
         if len(x):
             variance = variance + (1 - share) * batch_mean(self.norm, deviation.square())[0]
         with torch.no_grad():
-            count = (padded + len(x)) * examples
             momentum = self.norm.momentum or 0.0
             self.norm.running_mean.lerp_(mean, momentum)
-            self.norm.running_var.lerp_(variance * count / max(count - 1, 1), momentum)
+            self.norm.running_var.lerp_(
+                variance * count / (count - 1 if isinstance(count, Tensor) else max(count - 1, 1)), momentum
+            )
             if self.norm.num_batches_tracked is not None:
                 self.norm.num_batches_tracked.add_(1)
         factor = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
