@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PORT ?= 5000
+JOBS ?= 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
@@ -16,9 +17,9 @@ $(VENV)/.installed: requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
 	touch $@
 
-repro: install  ## Build everything that is out of date, and print the scoreboard
+repro: install  ## Build everything that is out of date, JOBS rows at a time, and print the scoreboard
 	python -m stages check
-	dvc repro
+	python -m stages repro --jobs $(JOBS)
 	@python -m stages report --show
 
 smoke: install  ## In a minute: check params.yaml, and train, fit, draw and score on packaged digits in Python

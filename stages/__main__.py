@@ -10,7 +10,7 @@ import click
 from stages.workspace import TABLE_OF_STAGE
 
 STAGES = (*TABLE_OF_STAGE, "report")
-TOOLS = ("compare", "set", "settings", "record", "export", "check", "preset", "doctor", "complete")
+TOOLS = ("repro", "compare", "set", "settings", "record", "export", "check", "preset", "doctor", "complete")
 
 
 class LazyGroup(click.Group):
@@ -32,8 +32,9 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     invoke_without_command=True,
-    epilog="Environment variables set where things run, and never change a result: DEVICE (auto, cpu, cuda), PROCESSES, "
-    "LOADER_WORKERS, CACHE_MIB, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKING (on, off).",
+    epilog="Environment variables set where things run, and never change a result: DEVICE (auto, cpu, cuda), LAUNCHER (local, "
+    "torchrun, ray, slurm), PROCESSES, RESTARTS, LOADER_WORKERS, CACHE_MIB, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, "
+    "TRACKING (on, off).",
 )
 @click.pass_context
 def cli(context: click.Context) -> None:

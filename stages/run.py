@@ -23,7 +23,8 @@ from pipeline.errors import PipelineError, printable
 from pipeline.settings import Params, changed_defaults, flatten, read_params
 from pipeline.system.files import sha256_file, write_json, write_text
 from stages import workspace
-from stages.launching.local import PEER_LOST, launched
+from stages.launching.common.choice import launched
+from stages.launching.common.processes import PEER_LOST
 from stages.tracking.client import Tracker
 
 if TYPE_CHECKING:

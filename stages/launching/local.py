@@ -8,7 +8,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,32 +16,27 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.errors import PipelineError
 from pipeline.system.processes import die_with_parent
+from stages.launching.common.processes import PEER_LOST, free_port, stage_command
 
-__all__ = ["PEER_LOST", "launched"]
+__all__ = ["launch"]
 
-PEER_LOST = 3  # exit status of a process that stopped because another was lost
 PATIENCE_SECONDS = 10.0  # time that the other processes have to end after one has failed
 
 
-def launched() -> bool:
-    """Starts PROCESSES processes that share the work, as torchrun would, and waits for them. Does nothing in one of them.
+def launch(processes: int) -> None:
+    """Starts processes that share the work, as torchrun would, and waits for them.
 
-    Returns whether it did; then the work is done. Unlike torchrun it starts at once, and an error stays one line.
+    Unlike torchrun it starts at once, and an error stays one line.
+
+    Raises:
+        PipelineError: When one of them failed.
     """
-    processes = os.environ.get("PROCESSES", "1")
-    if "RANK" in os.environ or processes == "1":
-        return False
-    if not processes.isdecimal() or not 1 <= int(processes) <= 1024:
-        raise PipelineError(f"PROCESSES is {processes[:40]!r}: expected a number from 1 to 1024")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(processes), 1)))
-    command = [sys.executable, "-m", "stages", *sys.argv[1:]]
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    command = [sys.executable, *stage_command()]
     with contextlib.ExitStack() as stack:
         # Only the first prints. The output of another is shown if it caused a failure.
-        outputs = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(int(processes) - 1))]
+        outputs = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes - 1))]
         peers: list[subprocess.Popen[bytes]] = []
         die = functools.partial(die_with_parent, os.getpid())
         with _forwarded(peers) as received:
@@ -60,7 +54,7 @@ def launched() -> bool:
                 f"(process {', '.join(map(str, killed))}): run the same command again to resume training"
             )
         if failed is None:
-            return True
+            return
         code, output = peers[failed].returncode, outputs[failed]
         reason = ""
         if output is not None:

@@ -1,0 +1,270 @@
+"""Launchers: the same bits from local processes, torchrun, Ray and Slurm; rows side by side."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import small
+from project import Project
+
+from pipeline.errors import PipelineError
+from pipeline.settings import read_params
+from stages.launching.common.choice import launched
+from stages.launching.common.processes import Outcome, conclude, run_rank
+from stages.tools.repro import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+# The choice -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LAUNCHER": "mpi"}, "LAUNCHER is 'mpi': expected local, torchrun, ray or slurm"),
+        ({"PROCESSES": "two"}, "PROCESSES is 'two': expected a number from 1 to 1024"),
+        ({"PROCESSES": "2", "LAUNCHER": "torchrun", "RESTARTS": "-1"}, "RESTARTS is '-1': expected a number from 0 to 1024"),
+        ({"LAUNCHER": "ray"}, "LAUNCHER=ray needs Ray: pip install"),
+        ({"LAUNCHER": "slurm"}, "LAUNCHER=slurm needs submitit: pip install"),
+    ],
+)
+def test_a_launcher_that_isnt_there_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name in ("ray", "submitit"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("RANK", "LAUNCHER", "PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PipelineError, match=message):
+        launched()
+
+
+def test_one_local_process_and_a_rank_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LAUNCHER", "PROCESSES"):
+        monkeypatch.delenv(name, raising=False)
+    assert not launched()
+    monkeypatch.setenv("LAUNCHER", "ray")
+    monkeypatch.setenv("RANK", "0")
+    assert not launched()
+
+
+def test_a_rank_passes_on_what_it_prints_and_tells_its_error(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code = "import os, sys; print('progress', file=sys.stderr); print('error: fit a: it broke', file=sys.stderr); sys.exit(1)"
+    for rank in range(2):
+        assert run_rank(["-c", code], {"RANK": str(rank)}, tmp_path) == Outcome(1, "it broke")
+        assert capfd.readouterr().err == ("progress\n" if rank == 0 else "")
+    started: list[subprocess.Popen[str]] = []
+    assert run_rank(["-c", "import os; os.kill(os.getpid(), 9)"], {"RANK": "0"}, tmp_path, started) == Outcome(-9)
+    assert started[0].returncode == -9
+
+
+def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
+    conclude([Outcome(0), Outcome(0)])
+    with pytest.raises(PipelineError, match=r"\Ait broke\Z"):
+        conclude([Outcome(3), Outcome(-6), Outcome(1, "it broke")])
+    with pytest.raises(PipelineError, match=r"\Aprocess 1 was killed by SIGKILL\Z"):
+        conclude([Outcome(3), Outcome(-9)])
+
+
+# Rows side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_tasks_hold_every_stage_once_after_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(small.PARAMS)
+    found = tasks(read_params())
+    stages = [stage for task in found.values() for stage in task.stages]
+    assert sorted(stages) == sorted("@".join(stage) for stage in small.STAGES)
+    done: set[str] = set()
+    for name, task in found.items():
+        assert task.needs <= done
+        done.add(name)
+    assert found["densities blobs-lde"].needs == {"autoencoders blobs-ae", "evaluations blobs"}
+    assert found["controls blobs"].needs == {"evaluations blobs"}
+
+
+PARAMS = """\
+datasets:
+  grid: {source: grid, root: pipeline/sources/grid.py, train_count: 2000, valid_count: 500, test_count: 500}
+controls: {}
+autoencoders:
+  grid: {dataset: grid, objective: identity}
+densities:
+  a: {codes: grid, dataset: grid, family: lde, components: 2, epochs: 1}
+  b: {codes: grid, dataset: grid, family: gmm, components: [2]}
+  c: {codes: grid, dataset: grid, family: gaussian}
+  d: {codes: grid, dataset: grid, family: gmm, components: [3]}
+sampling: {count: 200, shard_examples: 100}
+evaluations:
+  grid: {}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_four_rows_by_two_jobs_leave_a_lock_file_that_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    project = Project(tmp_path / "project", PARAMS)
+    project.environment["TRACKING"] = "off"
+    output = project.call(sys.executable, "-m", "stages", "repro", "--jobs", "2")
+    assert "Running stage" in output
+    assert "up to date" in project.call("dvc", "status")
+    assert project.repro() == set()
+    assert len(project.metrics()) == 4 + 4 * 3
+    # An error leaves the other rows done, and is told.
+    project.edit("components: [3]", "components: [3000]")
+    project.edit("components: [2]", "components: [4]")
+    output = project.call(sys.executable, "-m", "stages", "repro", "--jobs", "2", code=1)
+    assert "error: repro: failed: densities d" in output
+    project.edit("components: [3000]", "components: [3]")
+    assert project.repro() <= {"report"}
+    assert project.repro() == set()
+
+
+# The same bits --------------------------------------------------------------------------------------------------------
+
+RUN = (("prepare", "blobs"), ("train", "blobs-ae"), ("extract", "blobs-ae"), ("features", "blobs"), ("fit", "blobs-lde"),
+       ("sample", "blobs-lde"), ("evaluate", "blobs-lde"))  # fmt: skip
+
+
+def start(folder: Path, *stage: str, **variables: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TRACKING": "off",
+        "PROCESSES": "2",
+        **variables,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages", *stage], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err[-4000:]
+    return err
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    small.write_raw(folder)
+    for stage in RUN:
+        finish(start(folder, *stage))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Two nodes of Ray on this machine."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray isn't installed: pip install '.[ray]'")
+    started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    started.add_node(num_cpus=1)
+    yield started.address
+    started.shutdown()
+
+
+def compare(local: Path, folder: Path) -> None:
+    assert small.files(folder / "data") == small.files(local / "data")
+    for stage, row in RUN:
+        path = f"reports/metrics/{stage}/{row}.json"
+        assert json.loads((folder / path).read_text()) == json.loads((local / path).read_text()), path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_ray_cluster_of_two_nodes_gives_the_bits_of_local_processes(local: Path, cluster: str, tmp_path: Path) -> None:
+    small.write_raw(tmp_path)
+    for stage in RUN:
+        finish(start(tmp_path, *stage, LAUNCHER="ray", RAY_ADDRESS=cluster))
+    compare(local, tmp_path)
+    assert not list((tmp_path / ".launching").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_of_ray_killed_in_the_middle_of_fit_changes_no_bit(local: Path, cluster: str, tmp_path: Path) -> None:
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        shutil.copytree(local, folder)
+        shutil.rmtree(folder / "data/densities")
+        params = folder / "params.yaml"
+        params.write_text(params.read_text().replace("epochs: 4", "epochs: 300"))
+    finish(start(tmp_path / "whole", "fit", "blobs-lde"))
+    process = start(tmp_path / "killed", "fit", "blobs-lde", LAUNCHER="ray", RAY_ADDRESS=cluster)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed/.checkpoints").rglob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = [peer for peer in psutil.process_iter() if _is_rank(peer, tmp_path / "killed", "1")]
+    assert ranks
+    ranks[0].parent().kill()
+    err = finish(process)
+    assert "going on from the checkpoint" in err
+    assert small.files(tmp_path / "killed/data/densities") == small.files(tmp_path / "whole/data/densities")
+
+
+def _is_rank(process: psutil.Process, folder: Path, rank: str) -> bool:
+    try:
+        return process.cwd() == str(folder) and process.environ().get("RANK") == rank and "stages" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed("ray"), reason="Ray isn't installed: pip install '.[ray]'")
+def test_a_cluster_that_isnt_there_is_told_in_a_line(local: Path) -> None:
+    process = start(local, "extract", "blobs-ae", LAUNCHER="ray", RAY_ADDRESS="127.0.0.1:1")
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].startswith("error: extract blobs-ae: no Ray cluster answers at '127.0.0.1:1'")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not installed("submitit"), reason="submitit isn't installed: pip install '.[slurm]'")
+def test_a_job_of_slurm_gives_the_bits_of_local_processes(local: Path, tmp_path: Path) -> None:
+    small.write_raw(tmp_path)
+    for stage in RUN:
+        finish(start(tmp_path, *stage, LAUNCHER="slurm", SLURM_CLUSTER="local"))
+    compare(local, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed("submitit"), reason="submitit isn't installed: pip install '.[slurm]'")
+def test_an_error_of_a_job_is_told_in_a_line(local: Path, tmp_path: Path) -> None:
+    shutil.copytree(local, tmp_path / "copy")
+    path = tmp_path / "copy/data/shards/blobs/train-000001.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    process = start(tmp_path / "copy", "extract", "blobs-ae", LAUNCHER="slurm", SLURM_CLUSTER="local")
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 1
+    assert "error: extract blobs-ae:" in err.splitlines()[-1]
+    assert "train-000001.tar doesn't match the digest" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_gives_the_bits_of_local_processes(local: Path, tmp_path: Path) -> None:
+    small.write_raw(tmp_path)
+    for stage in RUN:
+        finish(start(tmp_path, *stage, LAUNCHER="torchrun"))
+    compare(local, tmp_path)
