@@ -51,6 +51,7 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
         The divergences, with shape (*), not summed.
 
     Example:
+        >>> import torch
         >>> kl_divergence(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.0]))
         tensor([0.0000, 0.5000])
     """
