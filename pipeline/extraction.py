@@ -48,7 +48,8 @@ def extract_codes(
         encoder = Encoder.load(autoencoder / "encoder.safetensors").to(ranks.device)
     with shared_folder(folder, ranks) as temporary:
         work = [(split, number) for split in SPLITS for number in range(len(reader.index.parts(split)))]
-        rank_parts = {}
+        rank_parts: dict[str, dict[str, object]] = {}
+        rank_moments: dict[int, VectorMoments] = {}  # of each file of training codes
         with Progress(len(work), f"encoding {folder.name}", unit="shards", quiet=not ranks.first) as progress:
             for i in ranks.share(len(work)):
                 split, number = work[i]
@@ -61,17 +62,29 @@ def extract_codes(
                     codes.append(examples)
                     labels.append(block.get("labels"))
                 joined = None if labels[0] is None else np.concatenate([label for label in labels if label is not None])
-                rank_parts[f"{split}/{number}"] = vars(write_part(temporary, split, number, np.concatenate(codes), joined))
+                vectors = np.concatenate(codes)
+                rank_parts[f"{split}/{number}"] = vars(write_part(temporary, split, number, vectors, joined))
+                if split == "train":
+                    rank_moments[number] = VectorMoments(vectors.shape[1])
+                    rank_moments[number].update(vectors)
                 progress.advance(ranks.world)
         parts: dict[str, dict[str, object]] = {}
-        for gathered in ranks.gather(rank_parts):
-            parts |= gathered
+        moments: dict[int, VectorMoments] = {}
+        for other_parts, other_moments in ranks.gather((rank_parts, rank_moments)):
+            parts |= other_parts
+            moments |= other_moments
         if ranks.first:
-            index = _write_index(temporary, reader, autoencoder, parts)
+            index = _write_index(temporary, reader, autoencoder, parts, moments)
     return (index if ranks.first else CodeReader(folder).index), reader.index
 
 
-def _write_index(folder: Path, reader: ShardReader, autoencoder: Path, parts: dict[str, dict[str, object]]) -> CodeIndex:
+def _write_index(
+    folder: Path,
+    reader: ShardReader,
+    autoencoder: Path,
+    parts: dict[str, dict[str, object]],
+    moments_of: dict[int, VectorMoments],
+) -> CodeIndex:
     by_split = {
         split: tuple(Part(**parts[f"{split}/{n}"]) for n in range(len(reader.index.parts(split))))  # type: ignore[arg-type]
         for split in SPLITS
@@ -81,19 +94,12 @@ def _write_index(folder: Path, reader: ShardReader, autoencoder: Path, parts: di
         if not decoder.is_file():
             raise DataError(f"{decoder} is missing; run train again")
         shutil.copyfile(decoder, folder / "decoder.safetensors")
-    dim = int(reader.index.shape[0])
-    from safetensors.numpy import load_file
-
-    # The moments are over the finished files in order, so they don't depend on the number of ranks.
-    moments: VectorMoments | None = None
-    for part in by_split["train"]:
-        codes = load_file(folder / part.name)["codes"]
-        dim = codes.shape[1]
-        moments = moments or VectorMoments(dim)
-        moments.update(codes)
-    assert moments is not None
+    # Merged in the order of the files, so they don't depend on the number of ranks.
+    moments = VectorMoments(len(moments_of[0].mean))
+    for number in sorted(moments_of):
+        moments.merge(moments_of[number])
     index = CodeIndex(
-        dim=dim,
+        dim=len(moments.mean),
         mean=tuple(moments.mean.tolist()),
         std=tuple(moments.std.tolist()),
         source_digest=reader.index.digest,

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import DatasetSettings, implementation
-from pipeline.storage.parts import SPLITS, write_index
+from pipeline.storage.parts import SPLITS, Part, part_name, write_index
 from pipeline.storage.shards import ShardIndex, ShardWriter
 from pipeline.system.files import atomic_folder
 from pipeline.system.processes import die_with_parent
 from pipeline.system.progress import Progress
 from pipeline.system.watchdog import stall_seconds, stalled
+
+if TYPE_CHECKING:
+    from pipeline.system.ranks import Ranks
 
 __all__ = ["PreparationReport", "prepare_shards"]
 
@@ -62,12 +66,18 @@ class PreparationReport:
 
 
 class _Duplicates:
-    """Counts examples that are in two splits, by 64-bit digests in bucket files: memory holds 1/64 of them."""
+    """Finds examples that are in two splits, by 64-bit digests in bucket files: memory holds 1/64 of them.
+
+    Arguments:
+        folder: Where the files are; several processes may each write their own.
+        rank: Number of this process.
+    """
 
     _type = np.dtype([("digest", "<u8"), ("split", "u1")])
 
-    def __init__(self, folder: Path) -> None:
-        self._files = [open(folder / f"{i:02d}", "w+b") for i in range(BUCKETS)]  # noqa: SIM115
+    def __init__(self, folder: Path, rank: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._files = [open(folder / f"{i:02d}-{rank}", "wb") for i in range(BUCKETS)]  # noqa: SIM115
 
     def add(self, split: int, examples: np.ndarray) -> None:
         digests = np.array(
@@ -78,26 +88,47 @@ class _Duplicates:
         for bucket in np.unique(digests % BUCKETS):
             self._files[int(bucket)].write(rows[digests % BUCKETS == bucket].tobytes())
 
-    def counts(self) -> dict[str, int]:
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    @classmethod
+    def counts(cls, folder: Path) -> dict[str, int]:
         """For each pair of splits, the number of examples of the later one that are also in the earlier one."""
         counts = {"train_valid": 0, "train_test": 0, "valid_test": 0}
-        for file in self._files:
-            file.seek(0)
-            rows = np.frombuffer(file.read(), self._type)
+        for bucket in range(BUCKETS):
+            data = b"".join(path.read_bytes() for path in sorted(folder.glob(f"{bucket:02d}-*")))
+            rows = np.frombuffer(data, cls._type)
             splits = [rows["digest"][rows["split"] == i] for i in range(3)]
             for pair, (a, b) in zip(counts, ((0, 1), (0, 2), (1, 2)), strict=True):
                 counts[pair] += int(np.isin(splits[b], splits[a]).sum())
-            file.close()
         return counts
 
 
-def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int | None = None) -> PreparationReport:
-    """Writes the shards of a data set; the same raw files and settings give the same bytes.
+@dataclass
+class _Written:
+    """What one process wrote: shards by split and number, and what it found."""
+
+    shards: dict[tuple[str, int], Part] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    enlarged: int = 0
+    dark: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = "uint8"
+
+
+def prepare_shards(
+    settings: DatasetSettings, folder: str | Path, processes: int | None = None, ranks: Ranks | None = None
+) -> PreparationReport:
+    """Writes the shards of a data set; the same raw files and settings give the same bytes, on any number of ranks.
+
+    A shard holds a fixed range of the source's examples, without those that can't be read. Each rank writes a range of shards.
 
     Arguments:
         settings: A row of `datasets`.
         folder: Where the shards go; replaced as a whole.
         processes: Number of reading processes, by default one per core.
+        ranks: This process among its peers; None for one alone, which needs no PyTorch.
 
     Raises:
         DataError: When raw files are missing or too many can't be read.
@@ -107,61 +138,126 @@ def prepare_shards(settings: DatasetSettings, folder: str | Path, processes: int
     report = PreparationReport(
         split_origin=source.split_origin, notes=source.notes, means=source.means, skipped=dict(source.skipped)
     )
-    ranges = [
-        (split, start, min(start + READ_EXAMPLES, source.counts[split]))
-        for split in SPLITS
-        for start in range(0, source.counts.get(split, 0), READ_EXAMPLES)
-    ]
     for split in SPLITS:
         if not source.counts.get(split):
             raise DataError(f"{settings.root}: split '{split}' of source '{settings.source}' has no examples")
-    shards: dict[str, Any] = {}
-    shape: tuple[int, ...] = ()
-    dtype = "uint8"
-    with atomic_folder(folder) as temporary, tempfile.TemporaryDirectory(dir=temporary) as scratch:
-        duplicates = _Duplicates(Path(scratch))
-        writer: ShardWriter | None = None
-        total = sum(source.counts.values())
-        allowed = getattr(settings, "unreadable_share", 0.001) * total
-        with Progress(total, f"preparing {Path(folder).name}", unit="examples") as progress:
-            for (split, start, stop), block in _read_all(source, ranges, processes or os.cpu_count() or 1):
-                if writer is None or writer.split != split:
-                    if writer is not None:
-                        writer.close()
-                    writer = ShardWriter(temporary, split, settings.shard_examples)
-                    shards[split] = writer.shards
-                report.unreadable += block.unreadable
-                report.enlarged += block.enlarged
-                report.dark += block.dark
-                if len(report.unreadable) > allowed:  # at once: otherwise the list would grow with the data set
-                    raise DataError(
-                        f"{settings.root}: {len(report.unreadable)} or more of {total} files can't be read, more than "
-                        f"unreadable_share allows; the first: {report.unreadable[0]}"
-                    )
-                if len(block.examples):
-                    shape, dtype = block.examples.shape[1:], str(block.examples.dtype)
-                    arrays = {"examples": block.examples} | ({} if block.labels is None else {"labels": block.labels})
-                    writer.write(**arrays)
-                    duplicates.add(SPLITS.index(split), block.examples)
-                progress.advance(stop - start)
-            if writer is not None:
-                writer.close()
+    ranges = [
+        (split, start, min(start + settings.shard_examples, source.counts[split]))
+        for split in SPLITS
+        for start in range(0, source.counts[split], settings.shard_examples)
+    ]
+    rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+    rank_ranges = ranges[rank * len(ranges) // world : (rank + 1) * len(ranges) // world]
+    total = sum(source.counts.values())
+    allowed = getattr(settings, "unreadable_share", 0.001) * total
+
+    def check(unreadable: list[str]) -> None:
+        if len(unreadable) > allowed:
+            raise DataError(
+                f"{settings.root}: {len(unreadable)} or more of {total} files can't be read, more than "
+                f"unreadable_share allows; the first: {unreadable[0]}"
+            )
+
+    with _folder(folder, ranks) as temporary:
+        duplicates = _Duplicates(temporary / "duplicates", rank)
+        try:
+            written = _write(
+                source,
+                settings,
+                rank_ranges,
+                temporary,
+                duplicates,
+                check,
+                processes,
+                f"preparing {Path(folder).name}",
+                rank > 0,
+            )
+        finally:
+            duplicates.close()
+        everything: list[_Written] = [written] if ranks is None else ranks.gather(written)
+        report.unreadable = [line for part in everything for line in part.unreadable]
+        report.enlarged, report.dark = sum(part.enlarged for part in everything), sum(part.dark for part in everything)
+        check(report.unreadable)
+        parts = {key: part for some in everything for key, part in some.shards.items()}
+        shards = {split: [part for (of, _), part in sorted(parts.items()) if of == split] for split in SPLITS}
         for split in SPLITS:
-            if not shards.get(split):
+            if not shards[split]:
                 raise DataError(f"{settings.root}: no example of split '{split}' could be read")
+        filled = next(part for part in everything if part.shape)
         index = ShardIndex(
             kind=source.kind,
-            shape=shape,
-            dtype="uint8" if dtype == "uint8" else "float32",
+            shape=filled.shape,
+            dtype="uint8" if filled.dtype == "uint8" else "float32",
             value_range=source.value_range,
             label_names=source.label_names,
-            **{split: tuple(shards[split]) for split in SPLITS},
+            **{split: _numbered(temporary, split, shards[split], rank == 0) for split in SPLITS},
         )
-        report.duplicates = duplicates.counts()
-        write_index(temporary, index)
+        if rank == 0:
+            report.duplicates = _Duplicates.counts(temporary / "duplicates")
+            shutil.rmtree(temporary / "duplicates")
+            write_index(temporary, index)
     report.counts = {split: index.count(split) for split in SPLITS}
     report.digest = index.digest
     return report
+
+
+def _folder(folder: str | Path, ranks: Ranks | None) -> contextlib.AbstractContextManager[Path]:
+    if ranks is None:
+        return atomic_folder(folder)
+    from pipeline.system.ranks import shared_folder
+
+    return shared_folder(folder, ranks)
+
+
+def _write(
+    source: Any,
+    settings: DatasetSettings,
+    ranges: list[tuple[str, int, int]],
+    folder: Path,
+    duplicates: _Duplicates,
+    check: Callable[[list[str]], None],
+    processes: int | None,
+    label: str,
+    quiet: bool,
+) -> _Written:
+    """Writes the shards of some ranges of examples."""
+    written = _Written()
+    blocks = [
+        (split, first, min(first + READ_EXAMPLES, stop))
+        for split, start, stop in ranges
+        for first in range(start, stop, READ_EXAMPLES)
+    ]
+    cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    writer: ShardWriter | None = None
+    with Progress(sum(stop - start for _, start, stop in blocks), label, "examples", quiet=quiet) as progress:
+        for (split, start, stop), block in _read_all(source, blocks, processes or cores):
+            number = start // settings.shard_examples
+            if writer is None or (writer.split, writer.first) != (split, number):
+                writer = ShardWriter(folder, split, settings.shard_examples, number)
+            written.unreadable += block.unreadable
+            written.enlarged += block.enlarged
+            written.dark += block.dark
+            check(written.unreadable)  # at once: otherwise the list would grow with the data set
+            if len(block.examples):
+                written.shape, written.dtype = block.examples.shape[1:], str(block.examples.dtype)
+                arrays = {"examples": block.examples} | ({} if block.labels is None else {"labels": block.labels})
+                writer.write(**arrays)
+                duplicates.add(SPLITS.index(split), block.examples)
+            if stop % settings.shard_examples == 0 or stop == source.counts[split]:
+                writer.close()
+                if writer.shards:
+                    written.shards[split, number] = writer.shards[0]
+            progress.advance(stop - start)
+    return written
+
+
+def _numbered(folder: Path, split: str, shards: list[Part], renames: bool) -> tuple[Part, ...]:
+    """Shards under consecutive numbers: one of which no example could be read leaves a gap."""
+    names = [part_name(split, number, "tar") for number in range(len(shards))]
+    if renames:
+        for name, shard in zip(names, shards, strict=True):
+            os.rename(folder / shard.name, folder / name)
+    return tuple(replace(shard, name=name) for name, shard in zip(names, shards, strict=True))
 
 
 def _read_all(source: Any, ranges: list[tuple[str, int, int]], processes: int) -> Iterator[tuple[tuple[str, int, int], Any]]:

@@ -37,6 +37,7 @@ def _settings(params: Params, row: str) -> Settings:
         *([workspace.features_folder(settings.control.dataset)] if settings.evaluation.quality else []),
     ],
     writes=lambda settings, row: [workspace.arrays_folder("control", row)],
+    ranks=True,
 )
 def control(run: Run, settings: Settings) -> None:
     """Score training images and k-means centroids as if they were samples.
@@ -62,21 +63,25 @@ def control(run: Run, settings: Settings) -> None:
     images = training_samples(train, count, settings.control.seed)
     run.arrays("training-images", {"images": as_bytes(next(rebatch(images(), SHOWN)))})
     if parzen is not None:
-        centroids = kmeans_centroids(
-            train,
-            min(settings.control.kmeans_centroids or count, count),
-            settings.control.seed,
-            settings.control.kmeans_batch_size,
-            settings.control.kmeans_epochs,
-        )
+        centroids = None
+        if ranks.first:
+            centroids = kmeans_centroids(
+                train,
+                min(settings.control.kmeans_centroids or count, count),
+                settings.control.seed,
+                settings.control.kmeans_batch_size,
+                settings.control.kmeans_epochs,
+            )
+        centroids = ranks.gather(centroids)[0]
         run.arrays("kmeans-centroids", {"images": as_bytes(centroids[:SHOWN])})
         controls = ("training_images", lambda: iter(images()), count), ("kmeans", lambda: iter([centroids]), len(centroids))
         for name, samples, number in controls:
             run.metrics(parzen_score(samples, number, reader, parzen, ranks).metrics(f"{name}_"))
-    if settings.evaluation.quality is not None:
+    if settings.evaluation.quality is not None and ranks.first:
         _quality(run, settings, reader)
-    if settings.control.pca_components:
+    if settings.control.pca_components and ranks.first:
         _principal_components(run, settings.control.pca_components, reader)
+    ranks.barrier()
 
 
 def _quality(run: Run, settings: Settings, reader: ShardReader) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,21 +20,29 @@ if TYPE_CHECKING:
     settings=Params.dataset,
     reads=lambda settings, row: [],
     writes=lambda settings, row: [workspace.shards_folder(row)],
+    ranks=True,
     flags={"download": "Download the raw files first, if torchvision can. Nothing is downloaded without this option."},
 )
 def prepare(run: Run, settings: DatasetSettings) -> None:
     """Read raw files, split them, and write WebDataset shards.
 
-    NAME is a row of `datasets`. The same input gives the same bytes. All cores are used.
+    NAME is a row of `datasets`. The same input gives the same bytes, on any number of processes. All cores are used.
     """
     from pipeline.preparation import prepare_shards
 
-    if "download" in run.flags:
+    ranks = None
+    if "RANK" in os.environ:  # PyTorch takes seconds to import, which one process alone needn't wait for
+        from pipeline.system.ranks import join
+
+        ranks = join()
+    if "download" in run.flags and run.first:
         module = implementation("pipeline.sources", settings.source, f"datasets.{run.row}.source")
         if not hasattr(module, "download"):
             raise DataError(f"'{settings.source}' can't be downloaded by a program; data/raw/README.md says where to find it")
         module.download(settings, Path(settings.root))
-    report = prepare_shards(settings, workspace.shards_folder(run.row))
+    if ranks is not None:
+        ranks.barrier()
+    report = prepare_shards(settings, workspace.shards_folder(run.row), ranks=ranks)
     run.metrics({f"{split}_examples": count for split, count in report.counts.items()})
     run.metrics({f"duplicates_{pair}": count for pair, count in report.duplicates.items()})
     run.metrics({"unreadable_files": len(report.unreadable)})
@@ -42,7 +51,7 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     run.read(f"raw {run.row}", report.digest, Path(settings.root), "raw")
     run.details(digest=report.digest, unreadable=report.unreadable, split=report.split_origin, skipped=report.skipped)
     run.details(**({"means": report.means} if report.means else {}))
-    for line in _warnings(report):
+    for line in _warnings(report) if run.first else ():
         print(printable(f"prepare {run.row}: {line}"), flush=True)
 
 

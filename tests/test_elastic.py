@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -33,6 +34,13 @@ from pipeline.training.trainable import Step, Trainable
 
 CODES = np.random.default_rng(0).normal(size=(120, 4)).cumsum(1).astype(np.float32)
 IMAGES = np.random.default_rng(1).random((120, 1, 8, 8), np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """What the first step imports, once instead of in every process that is forked."""
+    importlib.import_module("torch._dynamo")
+
 
 Built = tuple[Trainable, TrainingSettings, np.ndarray, bool]  # the last: whether the loss is a mean over examples
 Model = Callable[[], Built]
@@ -146,7 +154,7 @@ def test_losses_in_float64_are_those_of_one_process(name: str) -> None:
 
 
 FLOAT32: dict[str, Model] = {
-    "lde": density("lde", components=3, optimizer="muon", layers=3, width=8),
+    "lde": density("lde", components=3, layers=3, width=8),
     "lde with dropout and batches of several blocks": density("lde", components=2, dropout=0.1, blocks="separate", width=8),
     "maf": density("maf", hidden=[8], transforms=2),
     "ae": autoencoder(ae, ema_decay=0.9, schedule="cosine"),

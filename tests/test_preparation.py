@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from test_sources_images import plain, write_folder
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.preparation import PreparationReport, _read_all, prepare_shards
 from pipeline.settings import build, implementation
 from pipeline.sources.common.source import Block, Source
+from pipeline.storage.parts import SPLITS
 from pipeline.storage.shards import ShardReader
+from pipeline.system.ranks import Ranks
 from stages.prepare import _warnings
 
 
-def prepare(root: Path, shards: Path, **values: object) -> PreparationReport:
+def prepare(
+    root: Path, shards: Path, values: Mapping[str, object] | None = None, ranks: Ranks | None = None
+) -> PreparationReport:
     settings = implementation("pipeline.sources", "images", "datasets.row.source").Settings
-    return prepare_shards(
-        build(settings, {"source": "images", "root": str(root), "image_px": 8, **values}, "datasets.row"), shards
-    )
+    row = {"source": "images", "root": str(root), "image_px": 8, **(values or {})}
+    return prepare_shards(build(settings, row, "datasets.row"), shards, ranks=ranks)
 
 
 def test_what_is_counted_and_said(tmp_path: Path) -> None:
@@ -31,7 +40,7 @@ def test_what_is_counted_and_said(tmp_path: Path) -> None:
     files |= {"train/bad\n\x1b[31m.png": b"", "train/again.png": plain(100), "train/1.heic": b"", "notes.txt": b""}
     files |= {"train/tiny.png": plain(50, 4, 4), "test/black.bmp": b"BM" + bytes(60)}
     root = write_folder(tmp_path / "raw", files)
-    report = prepare(root, tmp_path / "shards", unreadable_share=0.1)
+    report = prepare(root, tmp_path / "shards", {"unreadable_share": 0.1})
     assert report.counts == {"train": 20, "valid": 2, "test": 6}
     assert ShardReader(tmp_path / "shards").load("test", 0)["examples"][:, 0, 4, 4].min() >= 100
     lines = list(_warnings(report))
@@ -43,6 +52,34 @@ def test_what_is_counted_and_said(tmp_path: Path) -> None:
     assert any(r"bad \x1b[31m.png: it is damaged" in line for line in report.unreadable)
     with pytest.raises(DataError, match="more than unreadable_share allows"):
         prepare(root, tmp_path / "shards")
+
+
+def _prepare_as_rank(rank: int, world: int, root: Path, shards: Path, meet: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
+    report = prepare(root, shards, SIZES, Ranks(rank, world, torch.device("cpu")))
+    if rank == 0:
+        (shards.parent / "report.json").write_text(json.dumps(vars(report), default=list))
+    dist.destroy_process_group()
+
+
+SIZES = {"unreadable_share": 0.5, "shard_examples": 4}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_writes_the_same_shards(tmp_path: Path, world: int) -> None:
+    files = {f"train/{i:02d}.png": plain(i) for i in range(20)} | {f"test/{i}.png": plain(i) for i in range(6)}
+    files |= {f"train/1{i}.png": b"" for i in range(9)}  # one shard and a part of two others
+    root = write_folder(tmp_path / "raw", files)
+    alone = prepare(root, tmp_path / "shards", SIZES)
+    index = ShardReader(tmp_path / "shards").index
+    assert [part.name for part in index.train] == [f"train-{i:06d}.tar" for i in range(len(index.train))]
+    assert sum(len(index.parts(split)) * 4 for split in SPLITS) < 26 + 3 * 4 - 4  # none is empty
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    mp.start_processes(_prepare_as_rank, (world, root, folder / "shards", tmp_path / "meet"), nprocs=world, start_method="fork")
+    assert small.files(folder / "shards") == small.files(tmp_path / "shards")
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(vars(alone), default=list))
 
 
 class Probe(Source):

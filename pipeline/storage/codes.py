@@ -68,15 +68,22 @@ class VectorMoments:
 
     def update(self, vectors: np.ndarray) -> None:
         """Adds vectors with shape (n, D)."""
-        n = len(vectors)
-        if n == 0:
+        if len(vectors) == 0:
             return
         wide = vectors.astype(np.float64)
-        mean = wide.mean(0)
-        delta = mean - self.mean
-        total = self.count + n
-        self._squares += ((wide - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
-        self.mean = self.mean + delta * (n / total)
+        added = VectorMoments(len(self.mean))
+        added.count, added.mean = len(vectors), wide.mean(0)
+        added._squares = ((wide - added.mean) ** 2).sum(0)
+        self.merge(added)
+
+    def merge(self, other: VectorMoments) -> None:
+        """Adds the vectors of other moments; the same numbers as `update` with them gives."""
+        if other.count == 0:
+            return
+        delta = other.mean - self.mean
+        total = self.count + other.count
+        self._squares += other._squares + delta**2 * (self.count * other.count / total)
+        self.mean = self.mean + delta * (other.count / total)
         self.count = total
 
     @property

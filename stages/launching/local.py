@@ -32,6 +32,7 @@ def launch(processes: int) -> None:
         PipelineError: When one of them failed.
     """
     environment = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment["LOCAL_WORLD_SIZE"] = str(processes)
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     command = [sys.executable, *stage_command()]
     with contextlib.ExitStack() as stack:

@@ -75,7 +75,7 @@ def _work(settings: dict[str, Any]) -> list[tuple[int, str]]:
     meeting: list[Any] = [own]
     dist.broadcast_object_list(meeting, src=0)
     host, port = meeting[0]
-    environment = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     environment |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), **settings["environment"]}
     outcome = run_rank(settings["command"], environment, settings["folder"])
     outcomes: list[Any] = [None] * dist.get_world_size()

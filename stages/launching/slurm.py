@@ -91,6 +91,7 @@ class Task:
         job = submitit.JobEnvironment()
         environment = {"RANK": str(job.global_rank), "WORLD_SIZE": str(job.num_tasks), "LOCAL_RANK": str(job.local_rank)}
         host = job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1"
+        environment["LOCAL_WORLD_SIZE"] = str(job.num_tasks // job.num_nodes)
         environment |= {"MASTER_ADDR": host, "MASTER_PORT": str(self.port)}
         return astuple(run_rank(self.command, environment, self.folder, self._started))
 
