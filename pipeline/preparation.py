@@ -256,7 +256,8 @@ def _numbered(folder: Path, split: str, shards: list[Part], renames: bool) -> tu
     names = [part_name(split, number, "tar") for number in range(len(shards))]
     if renames:
         for name, shard in zip(names, shards, strict=True):
-            os.rename(folder / shard.name, folder / name)
+            if (folder / shard.name).exists():  # or in the STORE, by digest
+                os.rename(folder / shard.name, folder / name)
     return tuple(replace(shard, name=name) for name, shard in zip(names, shards, strict=True))
 
 

@@ -126,6 +126,7 @@ PLUMBING = (
     "pipeline.system.progress",
     "pipeline.system.processes",
     "pipeline.system.watchdog",
+    "pipeline.storage.stores",
     "stages.run",
     "stages.workspace",
     "stages.arrays",

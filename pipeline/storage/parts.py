@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
+from pipeline.storage.stores import current_store
 from pipeline.system.files import read_json, sha256_bytes, sha256_file, write_json
 
 __all__ = ["SPLITS", "Arrays", "Part", "PartIndex", "PartReader", "part_name", "part_of", "write_index"]
@@ -40,8 +41,13 @@ class Part:
 
 
 def part_of(path: Path, count: int) -> Part:
-    """The entry of a finished file that holds `count` examples."""
-    return Part(name=path.name, count=count, bytes=path.stat().st_size, sha256=sha256_file(path))
+    """The entry of a finished file that holds `count` examples. With a STORE, the file moves there."""
+    part = Part(name=path.name, count=count, bytes=path.stat().st_size, sha256=sha256_file(path))
+    store = current_store()
+    if store is not None:
+        store.put(path, part.sha256)
+        path.unlink()
+    return part
 
 
 class PartIndex:
@@ -157,9 +163,15 @@ class PartReader(Generic[Index]):
         return self.index.counts(split)
 
     def _bytes(self, part: Part) -> bytes:
-        """The content of a file, after checking its length and digest."""
-        self._check_length(part)
+        """The content of a file, here or in the STORE, after checking its length and digest."""
         path = self.folder / part.name
+        store = current_store()
+        if store is not None and not path.exists():
+            try:
+                return store.get(str(path), part.sha256, part.bytes)
+            except DataError as error:
+                raise self._error(str(error)) from None
+        self._check_length(part)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -173,6 +185,8 @@ class PartReader(Generic[Index]):
         try:
             length = path.stat().st_size
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and current_store() is not None:
+                return  # the store is asked when it is read
             raise self._error(f"{path} can't be read ({error.strerror})") from None
         if length != part.bytes:
             raise self._error(f"{path} has {length} bytes instead of {part.bytes}: truncated or changed")

@@ -14,7 +14,16 @@ from stages.launching.common.processes import Outcome, conclude, free_port, rest
 
 __all__ = ["launch"]
 
-PASSED_ON = ("DEVICE", "CACHE_MIB", "LOADER_WORKERS", "STALL_MINUTES", "TRACKING", "OMP_NUM_THREADS")
+PASSED_ON = (
+    "DEVICE",
+    "CACHE_MIB",
+    "LOADER_WORKERS",
+    "STALL_MINUTES",
+    "TRACKING",
+    "OMP_NUM_THREADS",
+    "STORE",
+    "STORE_CACHE_GIB",
+)
 PATIENCE_SECONDS = 24 * 3600
 
 
