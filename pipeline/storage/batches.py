@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -314,7 +314,7 @@ def _from_environment(name: str, default: int) -> int:
     return int(value)
 
 
-def run_ahead(batches: Iterator[Arrays], pinned: bool = False) -> Iterator[Arrays]:
+def run_ahead(batches: Iterator[Arrays], pinned: bool = False) -> Generator[Arrays, None, None]:
     """The same batches, gathered by a thread that runs ahead of the one that trains on them.
 
     Arguments:

@@ -94,21 +94,22 @@ def train(
         while not run.over:
             model.train()
             epoch = batches.epoch(run.epoch, skip=run.index % run.steps_per_epoch)
-            for arrays in run_ahead(epoch, pinned=ranks.device.type == "cuda"):
-                step, batch = run.next_step(), prepare(arrays)
-                run.optimise(step, batch)
-                looks = run.is_time_to_look(validate_steps, received)
-                if looks:
-                    run.look(received, prepare)
-                    run.add_to_curve(step, extra)
-                progress.advance(1, **run.shown())
-                if not looks:
-                    continue
-                if run.out_of_time or run.between_epochs:
-                    break
-                if validate_steps and run.index % validate_steps == 0:
-                    run.validate(validate, best)
-                run.save_if_due()
+            with contextlib.closing(run_ahead(epoch, pinned=ranks.device.type == "cuda")) as ahead:
+                for arrays in ahead:
+                    step, batch = run.next_step(), prepare(arrays)
+                    run.optimise(step, batch)
+                    looks = run.is_time_to_look(validate_steps, received)
+                    if looks:
+                        run.look(received, prepare)
+                        run.add_to_curve(step, extra)
+                    progress.advance(1, **run.shown())
+                    if not looks:
+                        continue
+                    if run.out_of_time or run.between_epochs:
+                        break
+                    if validate_steps and run.index % validate_steps == 0:
+                        run.validate(validate, best)
+                    run.save_if_due()
             # At the end of an epoch the validation comes first: a resumed run then has it too.
             if validate is not None:
                 run.validate(validate, best)
