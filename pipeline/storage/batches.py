@@ -239,15 +239,15 @@ class _Deal:
             return
         numbers = np.arange(first, first + size)
         segments = np.searchsorted(self._first, numbers, side="right") - 1
-        lane, index = np.empty_like(numbers), np.empty_like(numbers)
+        owners, indices = np.empty_like(numbers), np.empty_like(numbers)
         for segment in np.unique(segments):
             here, live = segments == segment, self._live[segment]
             rounds, turn = np.divmod(numbers[here] - self._first[segment], len(live))
-            lane[here], index[here] = live[turn], self._rounds[segment] + rounds
-        chosen = np.argsort(lane, kind="stable")[places.start : places.stop]
-        for number in np.unique(lane[chosen]):
-            indices = index[chosen[lane[chosen] == number]]
-            yield int(number), int(indices[0]), int(indices[-1]) + 1
+            owners[here], indices[here] = live[turn], self._rounds[segment] + rounds
+        chosen = np.argsort(owners, kind="stable")[places.start : places.stop]
+        for owner in np.unique(owners[chosen]):
+            taken = indices[chosen[owners[chosen] == owner]]
+            yield int(owner), int(taken[0]), int(taken[-1]) + 1
 
 
 def _length(arrays: Arrays) -> int:

@@ -160,6 +160,8 @@ class _Run:
         self.index = 0
         self.losses: list[dict[str, Tensor]] = []  # of the steps since the last look, on the device
         self.loss = math.nan  # of the step before the last look
+        self.seconds = self.looked = 0.0  # the greatest of all ranks: at the last look, and at the last with losses
+        self.look_at = 1  # step of the next look
         self.signal, self.due = 0, False  # at the last look, over all ranks: a signal to end, and whether a checkpoint is due
         self.sums: dict[str, float] = {}  # of each loss since the last row of the curve, over all ranks
         self.summed = 0  # steps in them

@@ -125,7 +125,8 @@ class _Layer(nn.Module):
         assert self.norm.running_mean is not None
         assert self.norm.running_var is not None
         share = padded / (padded + len(x))  # of padding among the columns
-        count, mean = x.shape[1] * (padded + len(x)), share * padding
+        count: Tensor | int = x.shape[1] * (padded + len(x))
+        mean = share * padding
         if len(x):
             real, vectors = batch_mean(self.norm, x)
             count, mean = vectors // len(x) * (padded + len(x)), mean + (1 - share) * real
