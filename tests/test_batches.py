@@ -176,8 +176,9 @@ def test_a_killed_loader_is_told_in_one_line() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
-    with pytest.raises(PipelineError, match="lower LOADER_WORKERS"):
-        list(Batches(load, [10], 5, seed=0, workers=1).epoch(0))
+    for take in (iter, run_ahead):  # in the main thread, and in another, which isn't told when a process dies
+        with pytest.raises(PipelineError, match="lower LOADER_WORKERS"):
+            list(take(Batches(load, [10], 5, seed=0, workers=1).epoch(0)))
 
 
 @pytest.mark.parametrize("name", ["LOADER_WORKERS", "CACHE_MIB"])

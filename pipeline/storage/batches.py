@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from pipeline.system.watchdog import stall_seconds, stalled
 __all__ = ["Batches", "run_ahead"]
 
 AHEAD = 2  # batches that wait to be trained on
+LOADER_SECONDS = 2.0  # between two checks that loader processes live; only the main thread is told when one dies
 JOIN_SECONDS = 5.0  # for the thread that gathers them to end
 CACHE_MIB = 512  # parts are kept in memory up to this total, so small data sets are read only once
 
@@ -163,7 +165,7 @@ class Batches:
                     batch_size=None,
                     num_workers=self.workers,
                     collate_fn=_as_is,
-                    timeout=stall_seconds(),
+                    timeout=min(LOADER_SECONDS, stall_seconds() or LOADER_SECONDS),
                     multiprocessing_context="fork",
                     worker_init_fn=functools.partial(_start_worker, os.getpid()),
                 )
@@ -290,18 +292,23 @@ def _as_is(part: Any) -> Any:
 
 
 def _next(loader: Iterator[Any]) -> Arrays:
-    try:
-        part = next(loader)
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        if "timed out" in str(error):
-            for worker in multiprocessing.active_children():
-                with contextlib.suppress(RuntimeError):  # PyTorch's, when it notices
-                    worker.kill()  # joining a stopped one would wait for it
-                    worker.join()
-            raise PipelineError(f"{stalled('a loader process', stall_seconds())}; run the stage again") from None
-        raise PipelineError("a loader process was killed, probably for memory: lower LOADER_WORKERS") from None
+    patience = stall_seconds()
+    started = time.monotonic()
+    while True:
+        try:
+            part = next(loader)
+            break
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            if "timed out" not in str(error):
+                raise PipelineError("a loader process was killed, probably for memory: lower LOADER_WORKERS") from None
+            if patience and time.monotonic() - started >= patience:
+                for worker in multiprocessing.active_children():
+                    with contextlib.suppress(RuntimeError):  # PyTorch's, when it notices
+                        worker.kill()  # joining a stopped one would wait for it
+                        worker.join()
+                raise PipelineError(f"{stalled('a loader process', patience)}; run the stage again") from None
     if isinstance(part, PipelineError):
         raise part
     return cast(Arrays, part)
