@@ -191,18 +191,22 @@ def test_samples_codes_and_scores_dont_depend_on_the_number_of_ranks(
     workspace: Path, launch: Callable[..., subprocess.Popen[str]]
 ) -> None:
     expected = small.files(Path("data"))
-    scores = json.loads(Path("reports/metrics/evaluate/blobs-lde.json").read_text())
-    for folder in ("codes/blobs-ae", "samples/blobs-lde"):
+    scored = (("evaluate", "blobs-lde"), ("control", "blobs"))
+    files = [Path(f"reports/metrics/{stage}/{row}.json") for stage, row in scored]
+    scores = [json.loads(file.read_text()) for file in files]
+    for folder in ("shards/blobs", "codes/blobs-ae", "samples/blobs-lde"):
         shutil.rmtree(Path("data") / folder)
-    Path("reports/metrics/evaluate/blobs-lde.json").unlink()
-    for stage in (("extract", "blobs-ae"), ("sample", "blobs-lde"), ("evaluate", "blobs-lde")):
+    for file in files:
+        file.unlink()
+    for stage in (("prepare", "blobs"), ("extract", "blobs-ae"), ("sample", "blobs-lde"), *scored):
         code, _, err = outcome(launch(*stage))
         assert code == 0, err
     assert small.files(Path("data")) == expected
-    merged = json.loads(Path("reports/metrics/evaluate/blobs-lde.json").read_text())
-    assert merged.keys() == scores.keys()
-    for key, value in scores.items():
-        assert merged[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+    for file, values in zip(files, scores, strict=True):
+        merged = json.loads(file.read_text())
+        assert merged.keys() == values.keys()
+        for key, value in values.items():
+            assert merged[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
 
 
 def curve(stage: str, row: str) -> np.ndarray:
