@@ -75,7 +75,8 @@ class _Duplicates:
 
     _type = np.dtype([("digest", "<u8"), ("split", "u1")])
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.folder = folder
         folder.mkdir(exist_ok=True)
         self._files = [open(folder / f"{i:02d}-{rank}", "wb") for i in range(BUCKETS)]  # noqa: SIM115
 
@@ -92,13 +93,16 @@ class _Duplicates:
         for file in self._files:
             file.close()
 
-    @classmethod
-    def counts(cls, folder: Path) -> dict[str, int]:
-        """For each pair of splits, the number of examples of the later one that are also in the earlier one."""
+    def counts(self) -> dict[str, int]:
+        """For each pair of splits, the number of examples of the later one that are also in the earlier one.
+
+        Those of all processes, which must have closed their files.
+        """
+        self.close()
         counts = {"train_valid": 0, "train_test": 0, "valid_test": 0}
         for bucket in range(BUCKETS):
-            data = b"".join(path.read_bytes() for path in sorted(folder.glob(f"{bucket:02d}-*")))
-            rows = np.frombuffer(data, cls._type)
+            data = b"".join(path.read_bytes() for path in sorted(self.folder.glob(f"{bucket:02d}-*")))
+            rows = np.frombuffer(data, self._type)
             splits = [rows["digest"][rows["split"] == i] for i in range(3)]
             for pair, (a, b) in zip(counts, ((0, 1), (0, 2), (1, 2)), strict=True):
                 counts[pair] += int(np.isin(splits[b], splits[a]).sum())
@@ -193,7 +197,7 @@ def prepare_shards(
             **{split: _numbered(temporary, split, shards[split], rank == 0) for split in SPLITS},
         )
         if rank == 0:
-            report.duplicates = _Duplicates.counts(temporary / "duplicates")
+            report.duplicates = duplicates.counts()
             shutil.rmtree(temporary / "duplicates")
             write_index(temporary, index)
     report.counts = {split: index.count(split) for split in SPLITS}

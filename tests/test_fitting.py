@@ -144,10 +144,10 @@ def test_an_lde_stopped_and_resumed_keeps_the_same_weights(
         shown(self, *arguments, **values)  # type: ignore[arg-type]
 
     monkeypatch.setattr(progress.Progress, "advance", advance)
-    with pytest.raises(PipelineError, match="stopped by SIGTERM at step 5"):
+    with pytest.raises(PipelineError, match="stopped by SIGTERM at step 6"):
         fit_density(settings, codes, join(), checkpoint=checkpoint)
     resumed, training = fit_density(settings, codes, join(), checkpoint=checkpoint)
-    assert training.resumed_at == 5
+    assert training.resumed_at == 6
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 

@@ -32,8 +32,10 @@ SHA = sha256_bytes(DATA)
 class Faulty(LocalFileSystem):
     """Raises or returns what it is told to, once each."""
 
+    cachable = False
+
     def __init__(self) -> None:
-        super().__init__(skip_instance_cache=True)
+        super().__init__()
         self.faults: list[Any] = []
         self.asked = 0
 
