@@ -22,6 +22,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_sources_files import bsds_files, faces, idx_bytes, jpeg, write_hdf5, write_mat, write_tgz
 from test_sources_images import encode, plain, write_folder, write_zip
+from test_sources_tabular import write_miniboone
 
 from pipeline import fitting
 from pipeline.densities import lde
@@ -210,6 +211,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
         IMAGES | {"pixel_range": [0.0, 1.0], "valid_count": 5, "test_count": 8},
         set(),
     ),
+    "tabular": (write_miniboone, {"table": "miniboone"}, {"table": "power"}, FIXED),
     "tfd": (lambda folder: write_mat(folder, **faces()), {}, {"fold": 1, "train_on": "all"}, FIXED),
     "union": (
         domains,

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "pipeline/sources/common/source.py",  # tagged by source and split; which rows a split holds stays as it is
     "pipeline/densities/common/orders.py",  # the seed is the name of an order
     "pipeline/densities/common/density.py",  # given a seed of a stream
+    "pipeline/sources/tabular.py",  # published rows are of the authors' seed
 }
 
 
