@@ -48,6 +48,7 @@ sampling: {{count: {count}, shard_examples: {shard}}}
 evaluations:
   images: {{parzen: {{bandwidth_count: 5}}}}
   vectors: {{}}
+detections: {{}}
 """
 STAGES = (
     ("prepare", "images"), ("features", "images"), ("control", "images"), ("train", "images"), ("extract", "images"),

@@ -25,6 +25,7 @@ __all__ = [
     "curve_panels",
     "curves",
     "density_panels",
+    "histogram_panels",
     "image_grid",
     "image_panels",
     "image_rows",
@@ -460,6 +461,36 @@ def curve_panels(
             axes.set_axis_off()
         if len(handles) > 1:
             figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
+        return figure
+
+
+def histogram_panels(
+    panels: Mapping[str, tuple[ArrayLike, Mapping[str, ArrayLike]]], marks: Mapping[str, float], columns: int = 4
+) -> Figure:
+    """Histograms of two or more groups over each other, one panel per score.
+
+    Arguments:
+        panels: By score, the edges of the bins with shape (B + 1,), and by group the share of its examples in each, with
+            shape (B,).
+        marks: By score, a value that a dotted line marks, such as a threshold.
+        columns: Panels per row, at most.
+    """
+    with _style():
+        rows, columns = _arrange(len(panels), columns)
+        figure = _new(columns * 3.1 + 0.3, rows * 2.4 + 0.5)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        handles: dict[str, Any] = {}
+        for axes, (name, (edges, groups)) in zip(grid.ravel(), panels.items(), strict=False):
+            for colour, (group, shares) in zip((SAMPLES, COLOURS[1], *COLOURS[2:]), groups.items(), strict=False):
+                handles[group] = axes.stairs(
+                    np.asarray(shares), np.asarray(edges), color=colour, alpha=0.5, fill=True, label=group
+                )
+            if name in marks:
+                axes.axvline(marks[name], color="#444444", linestyle=":", linewidth=1.2)
+            axes.set(title=name, yticks=[])
+        for axes in grid.ravel()[len(panels) :]:
+            axes.set_axis_off()
+        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
         return figure
 
 

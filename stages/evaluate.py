@@ -64,14 +64,17 @@ def _settings(params: Params, row: str) -> Settings:
 def evaluate(run: Run, settings: Settings) -> None:
     """Score samples and density under the protocol of their data set.
 
-    NAME is a row of `densities`. Images: Parzen-window log-likelihood; if the settings say so, quality in a feature space
-    and interpolated codes. Vectors: test log-likelihood; if the settings say so, the Parzen-window log-likelihood of the
-    samples. The grid density adds the gap to the truth, the share of samples in the dropped box, and the discrepancy (MMD).
+    NAME is a row of `densities`. Images: Parzen-window log-likelihood and log-likelihood on the decoder's manifold; if the
+    settings say so, quality in a feature space and interpolated codes. Vectors: test log-likelihood; if the settings say so,
+    the Parzen-window log-likelihood of the samples. The grid density adds the gap to the truth, the share of samples in the
+    dropped box, and the discrepancy (MMD).
     """
     import numpy as np
 
+    from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import load_density
     from pipeline.evaluation.likelihood import test_log_likelihood
+    from pipeline.evaluation.manifold import manifold_scores
     from pipeline.evaluation.two_sample import grid_scores
     from pipeline.scoring import parzen_samples, parzen_score
     from pipeline.storage.codes import CodeReader
@@ -110,6 +113,9 @@ def evaluate(run: Run, settings: Settings) -> None:
             quality = _quality(settings.evaluation.quality, reader, samples, settings.density.dataset)
             run.metrics(quality.metrics())
             values |= quality.values()
+        if density.has_log_prob and codes.decoder_path is not None:
+            decoder = Decoder.load(codes.decoder_path, ranks.device)
+            run.metrics(manifold_scores(density, decoder, codes))
         if settings.evaluation.interpolation is not None:
             _interpolation(run, settings.evaluation.interpolation, density, codes, reader)
 

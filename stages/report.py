@@ -53,7 +53,7 @@ def _report(params: Params) -> None:
     from stages.reporting.graph import repro_started, stage_states
     from stages.reporting.page import page_head, render
     from stages.reporting.pictures import COMBINED, FIGURES, draw_combined, draw_row
-    from stages.reporting.scoreboard import build_scoreboard, headline, stages_and_rows
+    from stages.reporting.scoreboard import build_scoreboard, detection_headlines, headline, stages_and_rows
     from stages.tracking.client import Tracker
 
     board = build_scoreboard(params)  # fails on missing metrics before anything is written
@@ -80,7 +80,7 @@ def _report(params: Params) -> None:
             board.to_csv(temporary, index=False, lineterminator="\n")
         # One file per row gives one line per row in `dvc metrics show`. One file for all would give one very wide line.
         with atomic_folder(HEADLINE) as folder:
-            for row, scores in headline(board).items():
+            for row, scores in (headline(board) | detection_headlines(params)).items():
                 write_json(folder / f"{row}.json", scores)
         _track(tracker, params, board, states)
     except BaseException:
@@ -95,9 +95,10 @@ def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[S
     from stages import workspace
     from stages.reporting.page import description
     from stages.reporting.pictures import COMBINED
-    from stages.reporting.scoreboard import headline, read_metrics
+    from stages.reporting.scoreboard import detection_headlines, headline, read_metrics
 
-    scores = {f"{row}.{name}": value for row, scores in headline(board).items() for name, value in scores.items()}
+    headlines = headline(board) | detection_headlines(params)
+    scores = {f"{row}.{name}": value for row, scores in headlines.items() for name, value in scores.items()}
     tracker.metrics(scores)
     tracker.view(scores)
     tracker.tags({"run.seconds": f"{sum(state.seconds or 0.0 for state in states):.6g}"})

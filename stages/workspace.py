@@ -39,6 +39,7 @@ TABLE_OF_STAGE = {
     "fit": "densities",
     "sample": "densities",
     "evaluate": "densities",
+    "detect": "detections",
 }
 HEADLINE = Path("reports/headline")  # scores that git keeps, one file per row
 CHAIN = ("train", "extract", "fit", "sample", "evaluate")  # stages behind a density's scores

@@ -27,6 +27,7 @@ sampling: {count: 60, shard_examples: 25}
 evaluations:
   blobs: {parzen: {bandwidth_start: 0.05, bandwidth_stop: 0.5, bandwidth_count: 5}}
   points: {}
+detections: {}
 """
 STAGES = (
     ("prepare", "blobs"), ("features", "blobs"), ("control", "blobs"), ("train", "blobs-ae"), ("extract", "blobs-ae"),

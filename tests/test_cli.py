@@ -48,6 +48,7 @@ PARAMS = """\
 datasets:
   digits: {source: digits5k, root: pipeline/sources/digits5k.py}
   grid: {source: grid, root: pipeline/sources/grid.py}
+  sevens: {source: digits5k, root: pipeline/sources/digits5k.py, classes: [7]}
 controls:
   digits: {dataset: digits}
 autoencoders:
@@ -60,6 +61,8 @@ sampling: {count: 50}
 evaluations:
   digits: {parzen: {}}
   grid: {}
+detections:
+  sevens: {density: digits-ae-lde, family: lde, codes: digits-ae, dataset: digits, outliers: sevens}
 """
 
 
@@ -150,6 +153,12 @@ READS = {
     ("fit", "digits-ae-lde"): ["data/codes/digits-ae"],
     ("sample", "digits-ae-lde"): ["data/densities/digits-ae-lde/density.safetensors", "data/codes/digits-ae"],
     ("evaluate", "digits-ae-lde"): ["data/samples/digits-ae-lde", "data/codes/digits-ae", "data/shards/digits"],
+    ("detect", "sevens"): [
+        "data/shards/digits",
+        "data/shards/sevens",
+        "data/autoencoders/digits-ae",
+        "data/densities/digits-ae-lde/density.safetensors",
+    ],
 }
 
 
@@ -359,7 +368,7 @@ def test_the_states_of_rows(project):
     (project / "params.yaml").write_text(PARAMS.replace("blocks: 1", "blocks: 1, seed: 3"))
     found = by_state()
     assert found["settings changed"] == {"train digits-ae", "extract digits-ae", "report"}
-    assert found["input changed"] == {"fit digits-ae-lde", "sample digits-ae-lde", "evaluate digits-ae-lde"}
+    assert found["input changed"] == {"fit digits-ae-lde", "sample digits-ae-lde", "evaluate digits-ae-lde", "detect sevens"}
     (project / "params.yaml").write_text(PARAMS.replace("count: 50", "count: 60"))
     found = by_state()
     assert found["settings changed"] == {"sample digits-ae-lde", "sample grid-lde", "control digits", "report"}

@@ -58,6 +58,8 @@ sampling: {count: 200, shard_examples: 100}
 evaluations:
   digits: {parzen: {bandwidth_count: 3}}
   grid: {}
+
+detections: {}
 """
 
 

@@ -13,6 +13,7 @@ import yaml
 from small import run
 
 from pipeline.settings import read_params
+from stages.reporting.metrics import DETECTION
 from stages.tools.record import COLUMNS, END, EXPERIMENTS, RECORDED, START, markdown_tables, read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,29 @@ def test_trials_become_a_mean_with_its_standard_error(workspace):
     assert float(found["code_log_likelihood"]["value"]) == -8
     assert float(found["test_mse"]["value"]) == pytest.approx(0.011)
     assert "recall" not in found  # wasn't scored
+
+
+def test_detections_are_recorded_with_the_data_sets_that_they_compare(workspace):
+    row = {"density": "mnist-lde-s0", "family": "lde", "codes": "mnist-ae-s0", "dataset": "mnist", "outliers": "fashion"}
+    fashion = {"source": "fashion_mnist", "root": "raw"}
+    tables = TABLES | {"detections": {"found": row}, "datasets": TABLES["datasets"] | {"fashion": fashion}}
+    Path("params.yaml").write_text(yaml.safe_dump(tables))
+    scores = {"auroc": 0.99, "average_precision": 0.98, "false_alarms_at_95": 0.02}
+    scores |= {f"{key}_se": 0.001 for key in scores} | {"inliers_scored": 100, "outliers_scored": 90}
+    write("reports/metrics/detect/found.json", scores)
+    write("reports/runs/detect/found.json", {"seconds": 60.0, "cores": 2, "commit": "0123456789abcdef"})
+    done = run("record", "detection", "found")
+    assert done.exit_code == 0, done.output
+    found = {line["metric"]: line for line in lines()}
+    assert set(found) == set(DETECTION)
+    assert (found["auroc"]["value"], found["auroc"]["error"], found["auroc"]["samples"]) == ("0.99", "0.001", "90")
+    assert found["false_alarms_at_95"]["samples"] == "100"
+    assert {line["protocol"] for line in found.values()} == {"mnist against fashion"}
+    assert found["auroc"]["minutes"] == "4"  # train, fit, evaluate and detect
+    kept = read_params(workspace / "reports/paper/found/params.yaml")
+    assert kept.rows("datasets") == ["mnist", "fashion"]
+    assert (kept.rows("evaluations"), kept.rows("detections")) == (["mnist"], ["found"])
+    assert "| `found` | 0.9900 ± 0.0010 |" in (workspace / "reports/paper/README.md").read_text()
 
 
 def test_settings_metrics_and_curves_are_kept_so_that_it_can_be_repeated(workspace):

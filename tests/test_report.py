@@ -173,6 +173,41 @@ def test_against_control_takes_errors_into_account(tmp_path, monkeypatch):
     assert build_scoreboard(read_params()).set_index("row").loc["digits-more", "against_control"] == "worse"
 
 
+def test_detections_have_a_section_pictures_and_headlines(workspace):
+    tables = YAML(typ="safe").load(Path("params.yaml").read_text())
+    tables["datasets"]["sevens"] = {"source": "digits5k", "root": "digits5k.py", "classes": [7]}
+    tables["detections"] = {
+        "sevens-found": {
+            "density": "digits-ae-lde", "family": "lde", "codes": "digits-ae", "dataset": "digits", "outliers": "sevens",
+            "outlier_classes": [7],
+        }
+    }  # fmt: skip
+    with open("params.yaml", "w") as file:
+        YAML().dump(tables, file)
+    write("reports/metrics/prepare/sevens.json", {f"{split}_examples": 10 for split in ("train", "valid", "test")})
+    run_file("prepare", "sevens")
+    scores = {"auroc": 0.9876, "average_precision": 0.9, "false_alarms_at_95": 0.05}
+    scores |= {f"{key}_se": 0.001 for key in scores} | {"inliers_scored": 500, "outliers_scored": 50}
+    write("reports/metrics/detect/sevens-found.json", scores)
+    run_file("detect", "sevens-found")
+    values = {"strangeness_edges": np.arange(4.0), "threshold": np.array([2.0])}
+    values |= {f"strangeness_{kind}": np.array([0.5, 0.5, 0.0]) for kind in ("inliers", "outliers")}
+    save_arrays("detect", "sevens-found", "scores", values, ["strangeness"])
+    ends = np.array([0.0, 1.0])
+    save_arrays("detect", "sevens-found", "roc", {"strangeness_alarms": ends, "strangeness_detected": ends}, ["strangeness"])
+    images = {f"{i}_examples": np.zeros((2 + i, 1, 4, 4), np.uint8) for i in range(2)}
+    save_arrays("detect", "sevens-found", "strangest", images, ["most ordinary inliers", "strangest inliers"])
+    done = command()
+    assert done.exit_code == 0, done.output
+    page = Path("reports/index.html").read_text()
+    assert "Outliers told from inliers" in page
+    assert "sevens with label 7 told from the data set&#39;s own test examples by digits-ae-lde: AUROC 0.9876 ± 0.0010" in page
+    names = ("scores", "roc", "strangest")
+    assert all(Path(f"reports/figures/detect/sevens-found/{name}.png").is_file() for name in names)
+    headline = json.loads(Path("reports/headline/sevens-found.json").read_text())
+    assert headline == {"auroc": 0.9876, "average_precision": 0.9, "false_alarms_at_95": 0.05}
+
+
 def test_likelihoods_of_different_codes_give_no_verdict_but_their_pictures_do(workspace):
     for name, kid in (("digits-ae-lde", 20.0), ("digits-iae-lde", 9.0)):
         scores = {"test_log_likelihood": -10.0 - kid, "test_log_likelihood_se": 0.1, "test_scored": 500.0}

@@ -25,6 +25,8 @@ sampling: {count: 200}
 evaluations:
   grid: {}
   photos: {quality: {network: vgg19, weights: vgg19.pth@sha256:0123456789ab}}
+detections:
+  photos-by-gmm: {density: grid-gmm, family: gmm, codes: grid, dataset: grid, outliers: photos}
 """
 
 
@@ -92,7 +94,8 @@ def test_a_new_choice_reruns_nothing(committed: Committed) -> None:
 @pytest.mark.parametrize(
     ("edited", "listed"),
     [
-        ("pipeline/densities/gmm.py", rows("grid-gmm")),
+        ("pipeline/densities/gmm.py", rows("grid-gmm") | {"detect@photos-by-gmm"}),
+        ("pipeline/evaluation/detection.py", {"detect@photos-by-gmm"}),
         ("pipeline/figures.py", {"report"}),
         ("pipeline/sources/celeba.py", set()),
         ("pipeline/autoencoders/identity.py", {"train@grid"}),

@@ -69,7 +69,7 @@ FLOORS = (
     ("stages", "stages.tools"),
     ("stages.__main__",),
 )
-ACTIONS = ("preparation", "extraction", "fitting", "sampling", "scoring", "completion")
+ACTIONS = ("preparation", "extraction", "fitting", "sampling", "scoring", "completion", "detection", "examples")
 CHOICES = ("sources", "autoencoders", "densities")
 
 

@@ -38,6 +38,7 @@ BASE: dict = {
     "datasets": {
         "digits": {"source": "digits5k", "root": "pipeline/sources/digits5k.py"},
         "grid": {"source": "grid", "root": "pipeline/sources/grid.py"},
+        "sevens": {"source": "digits5k", "root": "pipeline/sources/digits5k.py", "classes": [7]},
     },
     "controls": {"digits": {"dataset": "digits", "kmeans_centroids": 10}},
     "autoencoders": {
@@ -56,6 +57,16 @@ BASE: dict = {
     },
     "sampling": {"count": 100},
     "evaluations": {"digits": {"parzen": {"protocol": "gmmn"}}, "grid": {}},
+    "detections": {
+        "sevens": {
+            "density": "digits-iae-lde",
+            "family": "lde",
+            "codes": "digits-iae",
+            "dataset": "digits",
+            "outliers": "sevens",
+            "outlier_classes": [7],
+        }
+    },
 }
 
 
@@ -97,7 +108,7 @@ def complaints(path: Path, *command: str) -> list[str]:
 def test_the_base_of_these_tests_has_no_problem(tmp_path):
     result = CliRunner().invoke(cli, ["check", "--params", str(written(BASE, tmp_path))])
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.output.endswith("params.yaml: 9 rows, no problem\n")
+    assert result.output.endswith("params.yaml: 11 rows, no problem\n")
 
 
 def test_the_projects_own_params_have_no_problem():
@@ -195,6 +206,19 @@ FAULTS = [
     ("evaluations/digits/parzen", None, r"controls\.digits\.dataset: evaluations\.digits\.parzen is missing"),
     ("evaluations/nowhere", {}, r"evaluations\.nowhere: 'nowhere' is no row of datasets"),
     ("evaluations", {"digits": {"parzen": {}}}, r"densities\.grid-lde\.dataset: 'grid' is no row of evaluations; rows: digits"),
+    ("detections/sevens/density", "lde", r"detections\.sevens\.density: 'lde' is no row of densities"),
+    ("detections/sevens/density", "grid-lde", r"sevens\.codes: 'digits-iae', but densities\.grid-lde\.codes is 'grid'"),
+    ("detections/sevens/family", "gmm", r"sevens\.family: 'gmm', but densities\.digits-iae-lde\.family is 'lde'"),
+    ("detections/sevens/dataset", "grid", r"sevens\.dataset: 'grid', but densities\.digits-iae-lde\.dataset is 'digits'"),
+    ("detections/sevens/outliers", "digits", r"detections\.sevens\.outliers: must be another data set than 'dataset'"),
+    ("detections/sevens/outliers", "nowhere", r"detections\.sevens\.outliers: 'nowhere' is no row of datasets"),
+    ("detections/sevens/outliers", "grid", r"outliers: examples of 'grid' have shape \(2,\), .* they can't be compared"),
+    ("detections/sevens/outlier_classes", [-1], r"detections\.sevens\.outlier_classes: must be numbers from 0"),
+    ("detections/sevens/false_alarms", 0.0, r"detections\.sevens\.false_alarms: must be between 0 and 1"),
+    ("detections/sevens/threshold", 0.5, r"detections\.sevens\.threshold: unknown key"),
+    ("detections/grid-lde", {"outliers": "grid"}, r"detections\.grid-lde\.density: missing; it must be a string"),
+    ("datasets/sevens/classes", [7, 7], r"datasets\.sevens\.classes: names one twice"),
+    ("datasets/sevens/classes", [10], r"datasets\.sevens\..*there is no class 10; they are 0 to 9"),
     # names and shapes of rows
     ("densities/Grid_LDE", {}, r"densities\.Grid_LDE: a row's name"),
     ("densities/grid lde", {}, r"densities\.grid lde: a row's name"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from pipeline.preparation import prepare_shards
 from pipeline.sampling import write_samples
 from pipeline.settings import (
     ControlSettings,
+    DetectionSettings,
     EvaluationSettings,
     InterpolationSettings,
     NamedFile,
@@ -190,8 +192,13 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
         IMAGES | SHARES | {"pixel_range": [0.0, 1.0], "crop": 0.4},
         set(),
     ),
-    "digits5k": (lambda folder: None, {}, {}, PACKAGED),
-    "fashion_mnist": (mnist, {"train_count": 40, "valid_count": 10}, {"train_count": 41, "valid_count": 11}, FIXED),
+    "digits5k": (lambda folder: None, {}, {"classes": [3, 5]}, PACKAGED),
+    "fashion_mnist": (
+        mnist,
+        {"train_count": 40, "valid_count": 10},
+        {"train_count": 41, "valid_count": 11, "classes": [3, 5]},
+        FIXED,
+    ),
     "grid": (lambda folder: None, SMALL_COUNTS, COUNTS | {"half_length": 6.0}, PACKAGED),
     "images": (
         photographs,
@@ -199,7 +206,12 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
         IMAGES | SHARES | {"fit": "pad", "crop": 0.4},
         set(),
     ),
-    "mnist": (mnist, {"train_count": 40, "valid_count": 10}, {"train_count": 41, "valid_count": 11}, FIXED),
+    "mnist": (
+        mnist,
+        {"train_count": 40, "valid_count": 10},
+        {"train_count": 41, "valid_count": 11, "classes": [3, 5]},
+        FIXED,
+    ),
     "patches": (lambda folder: None, SMALL_COUNTS, COUNTS, PACKAGED),
     "shoes": (
         lambda folder: write_zip(
@@ -654,6 +666,33 @@ def test_evaluations(marks: None, vgg19: Path) -> None:
         return control_scores(control, row)
 
     check(EvaluationSettings, {"parzen": WIDE}, changes, interpolation, look)
+
+
+def test_detections(marks: None) -> None:
+    dataset = {"source": "images", "root": "raw", "image_px": 12, "channels": 1}
+    rows = dict.fromkeys(("marks", "others", "more"), dataset)
+    network = {"objective": "ae", "latent_dim": 2, "blocks": 1, "base_channels": 2, "epochs": 1, "batch_size": 30}
+    density = {"codes": "marks", "dataset": "marks", "family": "gaussian"}
+    base = {"density": "marks", "family": "gaussian", "codes": "marks", "dataset": "marks", "outliers": "others"}
+    tables = {"datasets": rows, "autoencoders": {"marks": network | {"dataset": "marks"}}, "densities": {"marks": density}}
+    write_params(**tables, detections={"row": base})
+    for stage, row in (("prepare", "others"), ("train", "marks"), ("extract", "marks"), ("fit", "marks")):
+        assert (result := small.run(stage, row)).exit_code == 0, result.output
+    index = Path("data/shards/others/index.json").read_text()  # a data set with fewer test examples
+    shutil.copytree("data/shards/others", "data/shards/more")
+    document = json.loads(index)
+    document["test"] = document["test"][:1]
+    Path("data/shards/more/index.json").write_text(json.dumps(document))
+
+    def look(row: Row) -> object:
+        write_params(**tables, detections={"row": row})
+        if (result := small.run("detect", "row")).exit_code:
+            raise PipelineError(result.output)
+        return json.loads(Path("reports/metrics/detect/row.json").read_text())
+
+    changes = {"outliers": "more", "outlier_classes": [1], "false_alarms": 0.3, "seed": 1}
+    named = {"density", "family", "codes", "dataset"}  # that they must agree is a test of the settings
+    check(DetectionSettings, base | {"false_alarms": 0.2}, changes, named, look)
 
 
 def test_interpolation() -> None:

@@ -18,12 +18,14 @@ import pytest
 import small
 import torch
 from ruamel.yaml import YAML
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline import fitting, preparation, scoring
 from pipeline.autoencoders.common.network import Decoder, Encoder
 from pipeline.densities import Density, load_density
 from pipeline.evaluation import features, likelihood, quality
 from pipeline.evaluation.controls import kmeans_centroids
+from pipeline.evaluation.detection import Surprise
 from pipeline.evaluation.interpolation import draw_pairs
 from pipeline.evaluation.reconstruction import ssim
 from pipeline.evaluation.two_sample import mmd_squared
@@ -40,6 +42,7 @@ PARAMS = """\
 datasets:
   marks: {source: images, root: raw, image_px: 12, channels: 1, pixel_range: [-1, 1], shard_examples: 50,
     unreadable_share: 0.02}
+  others: {source: images, root: raw, image_px: 12, channels: 1, shard_examples: 50, unreadable_share: 0.02}
   points: {source: vectors, root: raw, shard_examples: 70}
   grid: {source: grid, root: raw, train_count: 400, valid_count: 100, test_count: 200}
 controls:
@@ -63,6 +66,9 @@ evaluations:
     interpolation: {pairs: 40, seed: 1}
   points: {parzen: {bandwidth_start: 0.05, bandwidth_stop: 5.0, bandwidth_count: 15, spacing: log}}
   grid: {}
+detections:
+  marks-from-others: {density: marks, family: lde, codes: marks, dataset: marks, outliers: others, outlier_classes: [2],
+    false_alarms: 0.15, seed: 4}
 """
 
 
@@ -133,6 +139,9 @@ class World:
             self.run("prepare", row)
         elif stage == "train":
             self.run("prepare", self.tables["autoencoders"][row]["dataset"])
+        elif stage == "detect":
+            self.run("fit", self.tables["detections"][row]["density"])
+            self.run("prepare", self.tables["detections"][row]["outliers"])
         elif stage == "fit":
             self.run("extract", self.tables["densities"][row]["codes"])
         with torch.enable_grad():  # whatever the test that asks first has switched off
@@ -564,6 +573,7 @@ def test_evaluate_images(world: World) -> None:
 
     scores.of("train", nearest)
     density = world.density("marks")
+    scores.of("test", lambda split: manifold(world, split))
     for kind in ("same", "different"):
         scores.curve("interpolation", "curve_weights", f"{kind}_mean", f"interpolation_{kind}")
 
@@ -585,6 +595,69 @@ def test_evaluate_images(world: World) -> None:
     assert {image.tobytes() for image in world.images("test")} >= {
         image.tobytes() for image in shown.values["originals"].reshape(-1, 1, 12, 12)
     }
+
+
+def manifold(world: World, split: str) -> dict[str, float]:
+    """Log-likelihoods of decoded codes on the decoder's manifold, by whole Jacobians."""
+    _, decoder = world.network()
+    codes, density = world.codes("marks", split), world.density("marks")
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda z: decoder(z[None]).flatten() / 2))(codes).detach().double()
+    volumes = torch.linalg.svdvals(jacobians).log().sum(1)
+    with torch.no_grad():
+        mean, error = mean_and_error(density.log_prob(codes).double() - volumes)
+    return {"manifold_log_likelihood": mean, "manifold_log_likelihood_se": error, "manifold_scored": len(codes)}
+
+
+def test_detect(world: World) -> None:
+    scores = Scores(world, "detect", "marks-from-others")
+    encoder, decoder = world.network()
+    density = world.density("marks")
+
+    @cache
+    def singles(split: str, label: int | None = None) -> dict[str, np.ndarray]:
+        """Scores of the examples of a split, perhaps of one label: larger is stranger."""
+        chosen = slice(None) if label is None else world.labels("marks", split) == label
+        images = torch.from_numpy(2 * world.unit(split)[chosen] - 1)
+        with torch.no_grad():
+            codes = encoder(images)
+            errors = ((decoder(codes) - images) / 2).square().flatten(1).sum(1)
+            return {
+                "log_likelihood": -density.log_prob(codes).double().numpy(),
+                "reconstruction_error": errors.double().numpy(),
+            }
+
+    def twin(calibrating: str = "valid", inliers: str = "test", outliers: str = "test") -> dict[str, float]:
+        valid, kinds = singles(calibrating), (singles(inliers), singles(outliers, 2))
+        ranks = {name: Surprise(values[::2]) for name, values in valid.items()}
+        held = sum(rank(valid[name][1::2]) for name, rank in ranks.items())
+        inlying, outlying = (sum(rank(kind[name]) for name, rank in ranks.items()) for kind in kinds)
+        threshold = np.sort(held)[len(held) - int(0.15 * (len(held) + 1))]
+        truth, joined = np.r_[np.zeros(len(inlying)), np.ones(len(outlying))], np.r_[inlying, outlying]
+        return {
+            "auroc": roc_auc_score(truth, joined),
+            "average_precision": average_precision_score(truth, joined),
+            "threshold": float(threshold),
+            "threshold_false_alarms": float((inlying > threshold).mean()),
+            "threshold_detected": float((outlying > threshold).mean()),
+            "calibrating": len(held),
+            "inliers_scored": len(inlying),
+            "outliers_scored": len(outlying),
+        } | {f"{name}_auroc": roc_auc_score(truth, np.r_[kinds[0][name], kinds[1][name]]) for name in ranks}
+
+    shares = ("auroc", "average_precision", "threshold_false_alarms", "threshold_detected")
+
+    def kept(found: dict[str, float], *keys: str) -> dict[str, float]:
+        return {key: found[key] for key in keys}
+
+    scores.of("valid", lambda split: kept(twin(calibrating=split), "threshold", "calibrating"))
+    scores.of("test", lambda split: kept(twin(inliers=split), "auroc", "average_precision", "inliers_scored"))
+    scores.of("test", lambda split: kept(twin(outliers=split), "auroc", "outliers_scored"))
+    right = twin()
+    scores.equal(**{key: pytest.approx(value, rel=2e-3) for key, value in right.items() if key.endswith("_auroc")})
+    scores.equal(**{key: pytest.approx(right[key], rel=2e-3) for key in shares})
+    for key in [key for key in scores.left if key.endswith("_se") or key.startswith(("manifold", "false_alarms"))]:
+        assert 0 <= scores.take(key) <= 1
+    scores.complete()
 
 
 def test_evaluate_vectors(world: World) -> None:

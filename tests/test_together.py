@@ -23,6 +23,7 @@ densities:
 sampling: {count: 200, shard_examples: 100}
 evaluations:
   grid: {}
+detections: {}
 """
 ROWS = ["prepare grid", "features grid", "train grid", "extract grid", "fit grid-lde", "sample grid-lde", "evaluate grid-lde"]
 
@@ -127,6 +128,7 @@ autoencoders:
 densities: {}
 sampling: {count: 200}
 evaluations: {}
+detections: {}
 """
 
 

@@ -315,6 +315,29 @@ class LatentDensityEstimator(Density):
         drawn = (uniform((len(z),), z, generator) * len(several)).long().clamp_(max=len(several) - 1)
         return orders.reordered(z, several[drawn])
 
+    @property
+    def has_terms(self) -> bool:  # type: ignore[override]
+        """Whether `terms` are given: not for a mean over several orders, which is no product."""
+        return self.orders is None and self.averaged_orders is None
+
+    @torch.no_grad()
+    def terms(self, z: Tensor) -> Tensor:
+        r"""The terms :math:`\log p(z_i \mid z_{<i})` of the log-likelihood, see `Density.terms`."""
+        if not self.has_terms:
+            return super().terms(z)
+        self._check(z)
+        infinite = torch.isinf(z)
+        z = torch.where(infinite, self.shift.to(z.dtype), z)
+        parts = []
+        for part in self._chunks(z):
+            read = self._ordered(self._standardised(part))
+            first, others = self._terms(self.network(read), read)
+            conditionals = torch.cat([first[:, None], others.T], dim=1)
+            parts.append(conditionals if self.order is None else conditionals[:, self.order.argsort()])
+        terms = torch.cat(parts) - self.scale.log()
+        terms = terms if self.transform is None else terms + self.transform.log_slopes(z)
+        return terms.masked_fill(infinite, -math.inf)
+
     def hidden_matrices(self) -> list[Tensor]:
         """The weights between hidden layers: taps of all convolutions but the first, and the matrices within blocks."""
         return self.network.hidden_matrices()

@@ -22,6 +22,7 @@ from pipeline.settings.rows import (
     ControlSettings,
     DatasetSettings,
     DensitySettings,
+    DetectionSettings,
     EvaluationSettings,
     SamplingSettings,
 )
@@ -33,7 +34,7 @@ T = typing.TypeVar("T")
 ROW_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 LONGEST_NAME = 100  # rows name files and folders
 FORBIDDEN_KEYS = ("size", "nfiles")  # DVC's run cache drops these keys (treeverse/dvc issue 10296)
-TABLES = ("datasets", "controls", "autoencoders", "densities", "sampling", "evaluations")
+TABLES = ("datasets", "controls", "autoencoders", "densities", "sampling", "evaluations", "detections")
 
 
 def choices(package: str) -> list[str]:
@@ -182,6 +183,31 @@ class Params:
         """The row of `evaluations` for a data set."""
         return build(EvaluationSettings, self._row("evaluations", dataset, asked_by), f"evaluations.{dataset}")
 
+    @_resolved_once
+    def detection(self, name: str) -> DetectionSettings:
+        """A row of `detections`, checked against the density and the data sets that it names."""
+        where = f"detections.{name}"
+        settings = build(DetectionSettings, self._row("detections", name), where)
+        if name in self.tables["densities"]:
+            raise SettingsError(f"{where}: a row of densities has this name; give it another")
+        if settings.density not in self.tables["densities"]:
+            raise SettingsError(f"{where}.density: '{settings.density}' is no row of densities")
+        density = self.density(settings.density)
+        for key in ("family", "codes", "dataset"):
+            given, its_own = getattr(settings, key), getattr(density, key)
+            if given != its_own:
+                raise SettingsError(f"{where}.{key}: '{given}', but densities.{settings.density}.{key} is '{its_own}'")
+        own = self.dataset(settings.dataset)
+        other = self.dataset(settings.outliers, f"{where}.outliers")
+        alike = len(own.shape) == len(other.shape) or (len(own.shape) == 3 and other.drawn_as == "patches")
+        lengths = {own.shape, other.shape} - {(0,)} if len(own.shape) == 1 else set()  # (0,): only the file determines it
+        if not alike or len(lengths) > 1:
+            raise SettingsError(
+                f"{where}.outliers: examples of '{settings.outliers}' have shape {other.shape}, and those of "
+                f"'{settings.dataset}' {own.shape}: they can't be compared"
+            )
+        return settings
+
     def named_files(self) -> dict[str, NamedFile]:
         """The files that all rows name, by table, row and key with dots; without rows that are refused."""
         resolvers = {
@@ -190,6 +216,7 @@ class Params:
             "autoencoders": self.autoencoder,
             "densities": self.density,
             "evaluations": self.evaluation,
+            "detections": self.detection,
         }
         files: dict[str, NamedFile] = {}
         for table, resolve in resolvers.items():
@@ -206,6 +233,7 @@ class Params:
         checks += [partial(self.autoencoder, n) for n in self.rows("autoencoders")]
         checks += [partial(self._check_density, n) for n in self.rows("densities")]
         checks += [partial(self._check_control, n) for n in self.rows("controls")]
+        checks += [partial(self.detection, n) for n in self.rows("detections")]
         seen: set[str] = set()
         for check in checks:
             try:

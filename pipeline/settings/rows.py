@@ -12,6 +12,7 @@ __all__ = [
     "ControlSettings",
     "DatasetSettings",
     "DensitySettings",
+    "DetectionSettings",
     "EvaluationSettings",
     "InterpolationSettings",
     "ParzenSettings",
@@ -349,3 +350,35 @@ class ControlSettings(Checked):
         check_that(self.kmeans_batch_size >= 1, "kmeans_batch_size", "must be at least 1")
         check_that(self.kmeans_epochs >= 1, "kmeans_epochs", "must be at least 1")
         check_that(0 <= self.pca_components <= 4096, "pca_components", "must lie in 0..4096")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSettings(Checked):
+    """A row of `detections`: how well a density tells what doesn't belong from test examples of its own data set.
+
+    Attributes:
+        density: Row of `densities` that scores.
+        family: Its family, its codes and its data set (named again, since DVC can't look them up; checked for agreement).
+        codes: See `family`.
+        dataset: See `family`; its test examples are the inliers.
+        outliers: Row of `datasets` whose test examples are the outliers. Images are resized to those of `dataset`, patches too.
+        outlier_classes: Numbers of the labels whose examples are outliers, counted from 0; by default all.
+        false_alarms: Share of the inliers that may be taken for outliers, by which the threshold is set on validation examples.
+        seed: Seed of the bootstrap that gives standard errors.
+    """
+
+    density: str
+    family: str
+    codes: str
+    dataset: str
+    outliers: str
+    outlier_classes: tuple[int, ...] = ()
+    false_alarms: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.outliers != self.dataset, "outliers", "must be another data set than 'dataset'")
+        check_that(0 < self.false_alarms < 1, "false_alarms", "must be between 0 and 1")
+        check_that(all(number >= 0 for number in self.outlier_classes), "outlier_classes", "must be numbers from 0")
+        check_that(self.seed >= 0, "seed", "must be 0 or more")

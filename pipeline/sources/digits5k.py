@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.settings import DatasetSettings
+from pipeline.sources.common.classes import ClassSettings, of_classes
 from pipeline.sources.common.source import Block, Source, check_digest, generator, packaged_file
 
 __all__ = ["Digits5k", "Settings", "open_source"]
@@ -25,8 +25,8 @@ BOUNDS = {"train": (0, 400), "valid": (400, 450), "test": (450, 500)}  # positio
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DatasetSettings):
-    """A row of `datasets` with `source: digits5k`. It has the common keys only; `root` is this module's own path."""
+class Settings(ClassSettings):
+    """A row of `datasets` with `source: digits5k`; `root` is this module's own path."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,6 +75,6 @@ class Digits5k(Source):
         return Block(examples=images[rows], labels=digits[rows])
 
 
-def open_source(settings: Settings, root: Path) -> Digits5k:
+def open_source(settings: Settings, root: Path) -> Source:
     """The source of a row; `root` isn't read, since the package holds the data."""
-    return Digits5k(settings.split_seed)
+    return of_classes(Digits5k(settings.split_seed), settings)

@@ -35,6 +35,8 @@ Purpose = Literal[
     "folds",
     "parts of held-out codes",
     "validation rows",
+    "bootstrap of detections",
+    "probes of a volume",
 ]
 
 

@@ -132,6 +132,7 @@ class Graph:
         first = lane
         starts: list[Node] = []
         ends: list[Node] = []
+        fitted_nodes: dict[str, Node] = {}
         for autoencoder in [n for n in params.rows("autoencoders") if params.autoencoder(n).dataset == dataset]:
             top = lane
             fits: list[Node] = []
@@ -142,6 +143,7 @@ class Graph:
                 self._join(fitted, sampled)
                 self._join(sampled, evaluated)
                 fits.append(fitted)
+                fitted_nodes[density] = fitted
                 ends.append(evaluated)
                 lane += 1
             lane = max(lane, top + 1)
@@ -161,6 +163,11 @@ class Graph:
             starts.append(node)
             ends.append(node)
             lane += 1
+        for detection in [name for name in params.rows("detections") if params.detection(name).dataset == dataset]:
+            node = self._place("detect", detection, COLUMNS.index("evaluate"), lane)
+            self._join(fitted_nodes[params.detection(detection).density], node)
+            ends.append(node)
+            lane += 1
         lane = max(lane, first + 1)
         prepared = self._place("prepare", dataset, COLUMNS.index("prepare"), (first + lane - 1) / 2)
         for start in starts:
@@ -170,7 +177,7 @@ class Graph:
 
     def _place(self, stage: str, row: str, column: int, lane: float) -> Node:
         state = self._states.get((stage, row))
-        name = f"{stage} {row}" if stage in ("features", "control") else row
+        name = f"{stage} {row}" if stage in ("features", "control", "detect") else row
         name = name if len(name) <= 19 else name[:18] + "…"
         title = f"{stage} {row}" if stage != row else stage
         if state is not None and state.finished:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["METRICS", "NETWORKS", "Metric"]
+__all__ = ["DETECTION", "METRICS", "NETWORKS", "Metric"]
 
 # Networks in whose features samples are compared with test images. Their scores aren't comparable, so each has its own columns.
 NETWORKS = ("classifier", "vgg19", "inception")
@@ -121,6 +121,25 @@ METRICS: Mapping[str, Metric] = {
         "test_mse", "test MSE", "per pixel", "lower", "mean squared error of reconstructed test images, in 0..1",
         error="test_mse_se", format=".4f", short="test|MSE",
     ),
+    "manifold_log_likelihood": Metric(
+        "manifold_log_likelihood", "log-likelihood on the manifold", "nats per D-dimensional volume", "higher",
+        "mean log-likelihood of decoded test codes on the decoder's manifold; comparable between autoencoders of the same D",
+        error="manifold_log_likelihood_se", over="codes", count="manifold_scored", format=".2f", short="on the|manifold",
+    ),
+    # Outliers told from inliers, by both scores joined.
+    "auroc": Metric(
+        "auroc", "AUROC", "0..1", "higher", "probability that an outlier is stranger than an inlier", error="auroc_se",
+        over="inliers and outliers", count="outliers_scored", format=".4f",
+    ),
+    "average_precision": Metric(
+        "average_precision", "average precision", "0..1", "higher", "mean precision over the outliers",
+        error="average_precision_se", over="bootstraps", count="outliers_scored", format=".4f",
+    ),
+    "false_alarms_at_95": Metric(
+        "false_alarms_at_95", "false alarms at 95 %", "0..1", "lower",
+        "share of the inliers taken for outliers where 95 % of the outliers are detected", error="false_alarms_at_95_se",
+        over="bootstraps", count="inliers_scored", format=".2%",
+    ),
     # Likelihood of interpolated codes (Figure 10).
     **{
         f"interpolation_{pairs}_fall": Metric(
@@ -131,3 +150,5 @@ METRICS: Mapping[str, Metric] = {
         for pairs, where in (("different", "across domains"), ("same", "within a domain"))
     },
 }  # fmt: skip
+
+DETECTION = ("auroc", "average_precision", "false_alarms_at_95")  # metrics of a row of `detections`

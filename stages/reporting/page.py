@@ -18,11 +18,12 @@ from pipeline.storage.parts import SPLITS
 from stages.reporting.cards import cards, verdict
 from stages.reporting.explore import explorations, ordered_samples
 from stages.reporting.graph import Graph, StageState
-from stages.reporting.metrics import METRICS, NETWORKS, Metric
+from stages.reporting.metrics import DETECTION, METRICS, NETWORKS, Metric
 from stages.reporting.pictures import Picture, autoencoders_of, combined_pictures, densities_of, pictures
 from stages.reporting.published import BENCHMARKS, PUBLISHED
 from stages.reporting.scoreboard import (
     against,
+    detections_of,
     duration,
     is_missing,
     plus_minus,
@@ -101,6 +102,7 @@ class _Section:
     autoencoders: list[_Block]
     combined: list[Picture]
     controls: list[_Block]
+    detections: list[_Block]
 
 
 def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
@@ -150,6 +152,7 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
                 for name in params.rows("controls")
                 if params.control(name).dataset == dataset
             ],
+            detections=[block(line["row"], _detection_summary(line), "detect") for line in detections_of(params, dataset)],
         )
 
 
@@ -217,6 +220,17 @@ def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
     return ", ".join([*words, "no likelihood" if is_missing(line["value"]) else score])
 
 
+def _detection_summary(line: Mapping[str, Any]) -> str:
+    classes = f" with label {', '.join(map(str, line['classes']))}" if line["classes"] else ""
+    numbers = ", ".join(
+        f"{METRICS[key].title} {plus_minus(line[METRICS[key].key], line.get(METRICS[key].error))}" for key in DETECTION
+    )
+    return (
+        f"{line['outliers']}{classes} told from the data set's own test examples by {line['density']}: {numbers} "
+        f"({line['inliers_scored']:,} inliers, {line['outliers_scored']:,} outliers)"
+    )
+
+
 def _settings(params: Params) -> list[tuple[str, list[tuple[str, str]]]]:
     """(table, [(line of YAML, default that its value differs from)]) with every default resolved."""
     readers: dict[str, Any] = {
@@ -225,6 +239,7 @@ def _settings(params: Params) -> list[tuple[str, list[tuple[str, str]]]]:
         "autoencoders": params.autoencoder,
         "densities": params.density,
         "evaluations": params.evaluation,
+        "detections": params.detection,
     }
 
     def lines(settings: Any, indent: str) -> Iterator[tuple[str, str]]:

@@ -270,6 +270,59 @@ def _patches_beside_real(_params: Params, row: str) -> Figure | None:
     return None if arrays is None else patches_beside_real(restore(arrays.values["real"]), restore(arrays.values["samples"]))
 
 
+# Name of a score -> title of its panel.
+SCORES = {
+    "strangeness": "joined: strangeness (nats)",
+    "log_likelihood": "log-likelihood of the code (nats)",
+    "reconstruction_error": "squared error of the image",
+    "manifold_log_likelihood": "log-likelihood on the manifold (nats)",
+}
+
+
+def _detection_scores(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import histogram_panels
+
+    arrays = load_arrays("detect", row, "scores")
+    if arrays is None:
+        return None
+    values = arrays.values
+    panels = {
+        SCORES[name]: (values[f"{name}_edges"], {kind: values[f"{name}_{kind}"] for kind in ("inliers", "outliers")})
+        for name in arrays.names
+    }
+    return histogram_panels(panels, {SCORES["strangeness"]: float(values["threshold"][0])}, columns=2)
+
+
+def _roc(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import curves
+
+    arrays = load_arrays("detect", row, "roc")
+    if arrays is None:
+        return None
+    values, titles = arrays.values, {name: SCORES[name].partition(" (")[0] for name in arrays.names}
+    alarms = {titles[name]: values[f"{name}_alarms"] for name in arrays.names}
+    detected = {titles[name]: values[f"{name}_detected"] for name in arrays.names}
+    return curves(alarms, detected, "share of inliers taken for outliers", "share of outliers detected")
+
+
+def _strangest(params: Params, row: str) -> Figure | None:
+    from pipeline.figures import image_rows
+    from pipeline.sources.common.patches import restore
+
+    arrays = load_arrays("detect", row, "strangest")
+    if arrays is None:
+        return None
+    kinds = {name: arrays.values[f"{i}_examples"] for i, name in enumerate(arrays.names)}
+    if next(iter(kinds.values())).ndim == 4:
+        images = {name: examples / 255 for name, examples in kinds.items()}
+    elif params.dataset(params.detection(row).dataset).drawn_as == "patches":
+        images = {name: 0.5 + restore(examples) for name, examples in kinds.items()}
+    else:
+        return None
+    fewest = min(map(len, images.values()))
+    return image_rows({name: examples[:fewest] for name, examples in images.items()})
+
+
 # Stage -> name of the picture -> the function that draws it, or returns None if the row has no such picture.
 DRAWN: Mapping[str, Mapping[str, Callable[[Params, str], Figure | None]]] = {
     "control": {
@@ -292,6 +345,7 @@ DRAWN: Mapping[str, Mapping[str, Callable[[Params, str], Figure | None]]] = {
         "log-density": _log_density,
         "patches-beside-real": _patches_beside_real,
     },
+    "detect": {"scores": _detection_scores, "roc": _roc, "strangest": _strangest},
 }
 
 

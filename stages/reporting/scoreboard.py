@@ -15,7 +15,7 @@ from pipeline.settings import Params
 from pipeline.system.files import read_json
 from stages import workspace
 from stages.arrays import check_output, read_run
-from stages.reporting.metrics import METRICS, NETWORKS
+from stages.reporting.metrics import DETECTION, METRICS, NETWORKS
 from stages.reporting.published import BENCHMARKS, benchmark_of, best_published, paper_value
 from stages.workspace import CHAIN, TABLE_OF_STAGE
 
@@ -27,6 +27,8 @@ __all__ = [
     "as_text",
     "build_scoreboard",
     "contenders",
+    "detection_headlines",
+    "detections_of",
     "duration",
     "error_over_trials",
     "headline",
@@ -44,7 +46,13 @@ QUALITY: Mapping[str, str] = {
     for key, what in ((metric.key, metric.meaning), (metric.error, f"its standard error over {metric.over}"))
     if key.startswith("NETWORK_")
 }
-OF_THEIR_OWN = ("test_mse", "gap_to_truth", "samples_in_dropped_box", "mmd_squared")  # columns named as their metrics
+OF_THEIR_OWN = (
+    "test_mse",
+    "manifold_log_likelihood",
+    "gap_to_truth",
+    "samples_in_dropped_box",
+    "mmd_squared",
+)  # columns named as their metrics
 
 # Column of the scoreboard -> what it holds. Likelihoods are means over test points, in nats.
 COLUMNS: Mapping[str, str] = {
@@ -77,6 +85,7 @@ COLUMNS: Mapping[str, str] = {
     "bandwidth_at_edge": "whether h is an end of the grid; if so, a wider grid might score higher",
     **{f"{network}_{key}": f"{what}, in the features of {network}" for network in NETWORKS for key, what in QUALITY.items()},
     **{key: METRICS[key].meaning for key in OF_THEIR_OWN},
+    "manifold_log_likelihood_se": "its standard error over codes",
     "autoencoder_parameters": "numbers trained in the autoencoder",
     "density_parameters": "numbers trained in the density",
     "seconds": "total of train, extract, fit, sample and evaluate, or of control, each in its last run",
@@ -186,6 +195,7 @@ def _model(params: Params, name: str) -> dict[str, Any]:
         "family": density.family,
         "components": fitted.get("components", getattr(density, "components", None)),
         **{key: (trained if key == "test_mse" else scored).get(key) for key in OF_THEIR_OWN},
+        "manifold_log_likelihood_se": scored.get("manifold_log_likelihood_se"),
         "autoencoder_parameters": read_run("train", density.codes).get("parameters"),
         "density_parameters": fitted.get("parameters"),
     }
@@ -361,6 +371,23 @@ def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
             chosen |= {key: line[key] for key in ("samples_in_dropped_box", "mmd_squared")}
         numbers[line["row"]] = {key: float(value) for key, value in chosen.items() if not is_missing(value)}
     return numbers
+
+
+def detections_of(params: Params, dataset: str) -> list[dict[str, Any]]:
+    """The rows of `detections` whose inliers are of a data set, with their metrics, in order."""
+    rows = [(name, params.detection(name)) for name in params.rows("detections")]
+    return [
+        {"row": name, "density": row.density, "outliers": row.outliers, "classes": row.outlier_classes}
+        | read_metrics("detect", name)
+        for name, row in rows
+        if row.dataset == dataset
+    ]
+
+
+def detection_headlines(params: Params) -> dict[str, dict[str, float]]:
+    """The numbers of each row of `detections` that `dvc metrics show` shows."""
+    every = {name: read_metrics("detect", name) for name in params.rows("detections")}
+    return {name: {key: float(metrics[key]) for key in DETECTION} for name, metrics in every.items()}
 
 
 # As text -------------------------------------------------------------------------------------------------------------

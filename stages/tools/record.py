@@ -17,9 +17,10 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
+from pipeline.settings.params import TABLES
 from pipeline.system.files import atomic_folder, write_json, write_text
 from stages import workspace
-from stages.reporting.metrics import METRICS
+from stages.reporting.metrics import DETECTION, METRICS
 from stages.run import one_line_errors
 
 __all__ = [
@@ -79,6 +80,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "celeba64-shoes": Experiment(
         "CelebA and Shoes at 64x64, two domains in one latent space (section 4.2.2)", leading="interpolation_different_fall"
     ),
+    "detection": Experiment("Outliers told from test examples of the data set that the density was fitted on", leading="auroc"),
 }
 
 # Metrics of results.csv, in the order of its lines and of the columns of tables.
@@ -91,7 +93,7 @@ class Line:
 
     Attributes:
         experiment: Key of `EXPERIMENTS`.
-        row: Row of `densities` without the number of the trial, or a control.
+        row: Row of `densities` or `detections` without the number of the trial, or a control.
         metric: One of `RECORDED`; `test_log_likelihood` of images is that of the Parzen window.
         value: The score.
         error: The value after +-; empty if there is none.
@@ -129,9 +131,9 @@ class Line:
 def record(experiment: str | None, names: Sequence[str], only_tables: bool, folder: Path, params_file: str) -> None:
     """Save scores of evaluated rows in reports/paper, for git: results.csv, settings, metrics, curves, tables.
 
-    NAME is a row of `densities` or of `controls`, or the common name of its trials NAME-s0, NAME-s1 .. For trials the
-    mean is recorded with its standard error (on BSDS300 with 2 standard deviations over trials, as in the paper). A control
-    gives two lines. Earlier lines of a row under the same protocol are replaced.
+    NAME is a row of `densities`, `detections` or `controls`, or the common name of its trials NAME-s0, NAME-s1 .. For trials
+    the mean is recorded with its standard error (on BSDS300 with 2 standard deviations over trials, as in the paper). A
+    control gives two lines. Earlier lines of a row under the same protocol are replaced.
     """
     with one_line_errors("record"):
         if not only_tables:
@@ -149,16 +151,16 @@ def record(experiment: str | None, names: Sequence[str], only_tables: bool, fold
 
 
 def trials(params: Params, name: str) -> tuple[str, list[str]]:
-    """What a name means: `densities` or `controls`, and the row itself or its trials NAME-s0, NAME-s1 ..
+    """What a name means: the table that holds it, and the row itself or its trials NAME-s0, NAME-s1 ..
 
     Raises:
         PipelineError: When there is no such row.
     """
-    for table in ("densities", "controls"):
+    for table in ("densities", "detections", "controls"):
         rows = params.rows(table)
         if named := [name] if name in rows else [row for row in rows if re.fullmatch(rf"{re.escape(name)}-s\d+", row)]:
             return table, named
-    raise PipelineError(f"{name} is neither a row of densities or controls nor the common name of trials")
+    raise PipelineError(f"{name} is neither a row of densities, detections or controls nor the common name of trials")
 
 
 def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
@@ -170,6 +172,9 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
     from stages.reporting.scoreboard import CONTROLS, read_metrics, read_run, runs_of
 
     table, rows = trials(params, name)
+    if table == "detections":
+        yield from _detection_lines(params, experiment, name, rows)
+        return
     if table == "controls":
         dataset = params.control(rows[0]).dataset
         runs = [[read_run("control", row)] for row in rows]
@@ -192,6 +197,40 @@ def scored_lines(params: Params, experiment: str, name: str) -> Iterator[Line]:
     yield from _lines(params, params.density(rows[0]).dataset, scores_of, runs, experiment, name)
 
 
+def _detection_lines(params: Params, experiment: str, name: str, rows: Sequence[str]) -> Iterator[Line]:
+    from stages.reporting.scoreboard import error_over_trials, read_metrics, read_run, runs_of
+
+    settings = params.detection(rows[0])
+    scores = [read_metrics("detect", row) for row in rows]
+    runs = [[*runs_of(params, params.detection(row).density), read_run("detect", row)] for row in rows]
+    classes = f" {', '.join(map(str, settings.outlier_classes))}" if settings.outlier_classes else ""
+    for metric in (METRICS[key] for key in DETECTION):
+        values = [score[metric.key] for score in scores]
+        error, kind = scores[0][metric.error], f"standard error over {metric.over}"
+        if len(values) > 1:
+            error, kind = error_over_trials(values, params.dataset(settings.dataset).source)
+        yield Line(
+            experiment, name, metric.key,
+            value=f"{statistics.fmean(values):.6g}",
+            error=f"{error:.2g}",
+            error_kind=kind,
+            seeds=str(len(values)),
+            samples=str(scores[0][metric.count]),
+            protocol=f"{settings.dataset} against {settings.outliers}{classes}",
+            **_cost(runs),
+        )  # fmt: skip
+
+
+def _cost(runs: list[list[dict[str, Any]]]) -> dict[str, str]:
+    """Minutes, cores and commits of the chains of all trials."""
+    minutes = statistics.fmean(sum(run.get("seconds", 0.0) for run in chain) for chain in runs) / 60
+    flat = [run for chain in runs for run in chain]
+    cores = str(max((run["cores"] for run in flat if "cores" in run), default=""))
+    cores += "".join(f" + {gpu}" for gpu in dict.fromkeys(run["gpu"] for run in flat if "gpu" in run))
+    commits = list(dict.fromkeys(run["commit"][:7] for run in flat if "commit" in run))
+    return {"minutes": f"{minutes:.3g}", "cores": cores, "commit": " ".join(commits)}
+
+
 def _lines(
     params: Params, dataset: str, scores: list[dict[str, Any]], runs: list[list[dict[str, Any]]], experiment: str, row: str
 ) -> Iterator[Line]:
@@ -208,11 +247,6 @@ def _lines(
         protocol = "two-domains" if settings.source == "union" else "images"
     else:
         protocol = f"{split}-split" if split else f"{settings.source}-formula"
-    minutes = statistics.fmean(sum(run.get("seconds", 0.0) for run in chain) for chain in runs) / 60
-    flat = [run for chain in runs for run in chain]
-    cores = str(max((run["cores"] for run in flat if "cores" in run), default=""))
-    cores += "".join(f" + {gpu}" for gpu in dict.fromkeys(run["gpu"] for run in flat if "gpu" in run))
-    commits = list(dict.fromkeys(run["commit"][:7] for run in flat if "commit" in run))
     for name in RECORDED:
         parzen = name == "test_log_likelihood" and images
         metric = METRICS["parzen_test_log_likelihood" if parzen else name]
@@ -244,9 +278,7 @@ def _lines(
             seeds=str(len(values)),
             samples=str(count and int(count)),  # metrics hold counts as 1000000.0
             protocol=network if metric.in_features else protocol,
-            minutes=f"{minutes:.3g}",
-            cores=cores,
-            commit=" ".join(commits),
+            **_cost(runs),
         )  # fmt: skip
 
 
@@ -289,18 +321,24 @@ def _keep_folder(params: Params, target: Path, name: str) -> None:
     from stages.arrays import load_arrays
     from stages.reporting.scoreboard import read_metrics, read_run
 
-    tables: dict[str, Any] = {"datasets": [], "controls": [], "autoencoders": [], "densities": [], "evaluations": []}
+    tables: dict[str, Any] = {table: [] for table in TABLES if table != "sampling"}
     table, rows = trials(params, name)
     tables[table] = rows
+    others: list[str] = []  # data sets without rows of their own
     if table == "controls":
         datasets = [params.control(row).dataset for row in rows]
         stages = [("control", row) for row in rows]
     else:
-        datasets = [params.density(row).dataset for row in rows]
-        tables["autoencoders"] = list(dict.fromkeys(params.density(row).codes for row in rows))
+        if table == "detections":
+            others = [params.detection(row).outliers for row in rows]
+            tables["densities"] = list(dict.fromkeys(params.detection(row).density for row in rows))
+        datasets = [params.density(row).dataset for row in tables["densities"]]
+        tables["autoencoders"] = list(dict.fromkeys(params.density(row).codes for row in tables["densities"]))
         stages = [("train", codes) for codes in tables["autoencoders"]]
-        stages += [(stage, row) for row in rows for stage in ("fit", "evaluate")]
-    tables["datasets"] = tables["evaluations"] = list(dict.fromkeys(datasets))
+        stages += [(stage, row) for row in tables["densities"] for stage in ("fit", "evaluate")]
+        stages += [("detect", row) for row in tables["detections"]]
+    tables["evaluations"] = list(dict.fromkeys(datasets))
+    tables["datasets"] = list(dict.fromkeys([*datasets, *others]))
     chosen = {table: {row: params.tables[table][row] for row in rows} for table, rows in tables.items()}
     chosen["sampling"] = dict(params.tables["sampling"])
     with atomic_folder(target) as folder:

@@ -66,6 +66,7 @@ class Density(nn.Module):
         has_vmap: Whether `log_prob` can be transformed by `torch.func.vmap`, `grad` and the like.
         has_given: Whether it can be asked about some dimensions given others.
         candidates: Fits that `estimate` chooses from, at most.
+        has_terms: Whether it has a term of the likelihood for each dimension.
         trained_by_gradient: Whether it is trained by the gradient of `loss`; otherwise by `estimate`.
         chunk_examples: Codes scored at once in evaluation mode, which bounds memory.
         gpu_chunks: Chunks of a CPU, made to fit its cache, that a GPU takes at once, to be kept busy.
@@ -79,6 +80,7 @@ class Density(nn.Module):
     has_mean_loss: ClassVar[bool] = True
     has_meta: bool = True
     has_vmap: bool = True
+    has_terms: bool = False
     trained_by_gradient: ClassVar[bool] = True
     gpu_chunks: ClassVar[int] = 8
     retired: ClassVar[frozenset[str]] = frozenset()
@@ -273,6 +275,25 @@ class Density(nn.Module):
         """Codes (B, D) in parts that are computed one after another."""
         parts: tuple[Tensor, ...] = z.split(self.chunk_examples * (self.gpu_chunks if z.is_cuda else 1))
         return parts
+
+    def terms(self, z: Tensor) -> Tensor:
+        r"""The terms of the log-likelihood, in nats in the units of the data: which dimensions make a code improbable.
+
+        .. math:: \log p(z) = \sum_{i=1}^D t_i(z)
+
+        A term speaks of its dimension given those that are read before it, so it isn't high or low by the others' merit. With
+        a Cholesky factor it is that of the dimension less its linear prediction.
+
+        Arguments:
+            z: The codes, with shape (B, D).
+
+        Returns:
+            The terms, with shape (B, D), without gradients.
+
+        Raises:
+            PipelineError: When the family's likelihood isn't a product over dimensions.
+        """
+        raise PipelineError(f"the likelihood of '{self.family}' has no term for each dimension")
 
     def forward(self, z: Tensor) -> Tensor:
         """The same as `log_prob`."""

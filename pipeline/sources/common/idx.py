@@ -16,11 +16,12 @@ from typing import IO, cast
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.settings import DatasetSettings, check_that
+from pipeline.settings import check_that
 from pipeline.sources.common.archives import file_stamp
+from pipeline.sources.common.classes import ClassSettings
 from pipeline.sources.common.source import Block, Source
 
-__all__ = ["IdxImages", "IdxSettings", "download_by_torchvision"]
+__all__ = ["IdxImages", "IdxSettings", "download_by_torchvision", "read_idx"]
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MAX_IMAGES = 1_000_000
@@ -28,7 +29,7 @@ CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class IdxSettings(DatasetSettings):
+class IdxSettings(ClassSettings):
     """Keys of a row of `datasets` in this format.
 
     Attributes:
@@ -67,7 +68,7 @@ def _find(root: Path, name: str, torchvision_name: str) -> Path:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_idx(path: Path, dims: int, stamp: tuple[int, int]) -> np.ndarray:
+def read_idx(path: Path, dims: int, stamp: tuple[int, int]) -> np.ndarray:
     """An IDX file of bytes as an array of `dims` dimensions; forked processes share it."""
     try:
         with open(path, "rb") as raw, gzip.open(raw, "rb") if path.suffix == ".gz" else raw as file:
@@ -125,8 +126,8 @@ class IdxImages(Source):
 
     def _arrays(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         images_path, labels_path = self.paths[f"{part}-images-idx3-ubyte"], self.paths[f"{part}-labels-idx1-ubyte"]
-        images = _read_idx(images_path, 3, file_stamp(images_path))
-        labels = _read_idx(labels_path, 1, file_stamp(labels_path))
+        images = read_idx(images_path, 3, file_stamp(images_path))
+        labels = read_idx(labels_path, 1, file_stamp(labels_path))
         if len(images) != len(labels) or not len(images):
             raise DataError(f"{labels_path} holds {len(labels)} labels for the {len(images)} images of {images_path}")
         if labels.max() >= len(self.label_names):
