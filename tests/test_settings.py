@@ -218,7 +218,7 @@ FAULTS = [
     ("detections/sevens/threshold", 0.5, r"detections\.sevens\.threshold: unknown key"),
     ("detections/grid-lde", {"outliers": "grid"}, r"detections\.grid-lde\.density: missing; it must be a string"),
     ("datasets/sevens/classes", [7, 7], r"datasets\.sevens\.classes: names one twice"),
-    ("datasets/sevens/classes", [10], r"datasets\.sevens\..*there is no class 10; they are 0 to 9"),
+    ("datasets/sevens/classes", [10], r"datasets\.sevens\.classes: must be numbers from 0 to 9"),
     # names and shapes of rows
     ("densities/Grid_LDE", {}, r"densities\.Grid_LDE: a row's name"),
     ("densities/grid lde", {}, r"densities\.grid lde: a row's name"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from pipeline.errors import SettingsError
 from pipeline.settings import DatasetSettings, check_that
 from pipeline.sources.common.source import Block, Source
 
@@ -19,12 +19,16 @@ class ClassSettings(DatasetSettings):
 
     Attributes:
         classes: Numbers of the classes to keep, counted from 0; by default all.
+        class_count: Number of classes; not a key of the row.
     """
 
     classes: tuple[int, ...] = ()
+    class_count: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        known = all(0 <= number < self.class_count for number in self.classes)
+        check_that(known, "classes", f"must be numbers from 0 to {self.class_count - 1}")
         check_that(len(set(self.classes)) == len(self.classes), "classes", "names one twice")
 
 
@@ -45,13 +49,5 @@ class _OfClasses(Source):
 
 
 def of_classes(source: Source, settings: ClassSettings) -> Source:
-    """The source, or its examples of the row's `classes`.
-
-    Raises:
-        SettingsError: When it has no such class.
-    """
-    names = source.label_names or ()
-    for number in settings.classes:
-        if not 0 <= number < len(names):
-            raise SettingsError(f"classes: there is no class {number}; they are 0 to {len(names) - 1}")
+    """The source, or its examples of the row's `classes`."""
     return _OfClasses(source, settings.classes) if settings.classes else source
