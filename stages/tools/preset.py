@@ -150,15 +150,18 @@ def _trials(rows: Iterable[Row], seeds: int) -> Iterator[Row]:
     """One row `-s0`, `-s1`, .. per trial for each row with a training seed; trials share the other rows."""
     rows = list(rows)
     seeded = {(row.table, row.name) for row in rows if _has_seed(row)}
+    named = {"codes": "autoencoders", "density": "densities"}  # key of a row -> table of the row that it names
     for row in rows:
-        if (row.table, row.name) not in seeded:
+        followed = [key for key, table in named.items() if (table, row.values.get(key)) in seeded]
+        if (row.table, row.name) not in seeded and not followed:
             yield row
             continue
         for trial in range(seeds):
             values = copy.deepcopy(row.values)
-            values["seed"] = trial
-            if ("autoencoders", values.get("codes")) in seeded:
-                values["codes"] = f"{values['codes']}-s{trial}"
+            if (row.table, row.name) in seeded:
+                values["seed"] = trial
+            for key in followed:
+                values[key] = f"{values[key]}-s{trial}"
             yield Row(row.table, f"{row.name}-s{trial}", values, row.comment if trial == 0 else ())
 
 
