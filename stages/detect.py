@@ -119,7 +119,8 @@ def _arrays(run: Run, inliers: Scores, outliers: Scores, threshold: float) -> No
     histograms, curves = {}, {}
     for name, sign in signs.items():
         both = np.concatenate([inliers[name], outliers[name]])
-        edges = np.linspace(*np.quantile(both[np.isfinite(both)], [0.005, 0.995]), BINS + 1)
+        low, high = np.quantile(both[np.isfinite(both)], [0.005, 0.995]).tolist()
+        edges = np.linspace(low, high, BINS + 1)
         histograms[f"{name}_edges"] = edges
         for kind, scores in (("inliers", inliers), ("outliers", outliers)):
             histograms[f"{name}_{kind}"] = np.histogram(scores[name].clip(edges[0], edges[-1]), edges)[0] / len(scores[name])
@@ -134,7 +135,8 @@ def _examples(run: Run, inliers: Extremes, outliers: Extremes) -> None:
 
     from stages.arrays import as_bytes
 
-    values, names = {}, []
+    values: dict[str, NDArray[np.generic]] = {}
+    names: list[str] = []
     for kind, kept in (("inliers", inliers), ("outliers", outliers)):
         for name, examples in (("most ordinary", kept.ordinary), ("strangest", kept.strangest)):
             key = f"{len(names)}"

@@ -122,7 +122,8 @@ def _quadrature(diagonal: Tensor, beside: Tensor) -> Tensor:
     matrices = torch.diag_embed(diagonal) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
     nodes, vectors = torch.linalg.eigh(matrices)
     tiny = nodes.amax(dim=1, keepdim=True) * torch.finfo(nodes.dtype).eps ** 2
-    return (vectors[:, 0].square() * torch.maximum(nodes, tiny).log()).sum(dim=1)
+    values: Tensor = (vectors[:, 0].square() * torch.maximum(nodes, tiny).log()).sum(dim=1)
+    return values
 
 
 def manifold_log_likelihood(density: Density, decoder: Decoder, codes: Tensor) -> tuple[Tensor, Tensor]:
