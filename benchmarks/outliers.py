@@ -34,12 +34,11 @@ from pipeline.system.files import read_json, write_json
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "outliers.json"
 SOURCES = {"mnist": ("mnist", "data/raw/mnist"), "fashion": ("fashion_mnist", "data/raw/fashion-mnist")}
-OURS = ("joined", "log_likelihood", "reconstruction_error", "manifold_log_likelihood")
+OURS = ("joined", "log_likelihood", "reconstruction_error")
 METHODS = {
     "joined": "both scores joined",
     "log_likelihood": "log-likelihood of the code",
     "reconstruction_error": "reconstruction error",
-    "manifold_log_likelihood": "log-likelihood on the manifold",
     "pca": "PCA, reconstruction error",
     "forest": "isolation forest on the codes",
     "gmm": "mixture of ten Gaussians on the codes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ __all__ = ["JOINED", "Extremes", "Scorer", "Scores", "calibrated", "fitted", "lo
 # Scores that are joined into one -> the sign that makes larger ones stranger. Others are given, but not joined.
 JOINED: Mapping[str, int] = {"log_likelihood": -1, "reconstruction_error": 1}
 AT_ONCE = 256  # examples
-MANIFOLD_DIMENSIONS = 64  # up to which scores on the manifold are cheap
 CALIBRATING = 10_000  # validation examples, at most, the first of the split
 GREY = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of red, green and blue
 
@@ -41,7 +40,7 @@ class Scorer:
         encoder: From images to codes; None if codes are the data.
         decoder: From codes to images; None if there is none.
         value_range: Range of the pixels that the encoder takes.
-        on_manifold: Whether to score decoded images on the decoder's manifold too, which costs D decodings.
+        on_manifold: Whether to score decoded images on the decoder's manifold too, which takes D times as long.
     """
 
     density: Density
@@ -95,7 +94,7 @@ class Scorer:
 
 
 def load_scorer(
-    density: Path, autoencoder: Path, reader: ShardReader, device: torch.device | str = "cpu", on_manifold: bool | None = None
+    density: Path, autoencoder: Path, reader: ShardReader, device: torch.device | str = "cpu", on_manifold: bool = False
 ) -> Scorer:
     """The scorer of a row.
 
@@ -104,7 +103,7 @@ def load_scorer(
         autoencoder: Folder of the autoencoder.
         reader: Shards of the data set that it was trained on.
         device: Where to compute.
-        on_manifold: Whether to score decoded images on the manifold; None does up to 64 dimensions.
+        on_manifold: Whether to score decoded images on the decoder's manifold too.
 
     Raises:
         DataError: When a file is missing, damaged or of another row.
@@ -120,8 +119,7 @@ def load_scorer(
             f"{density} is of codes with {model.dim} numbers, and {autoencoder} makes {encoder.latent_dim}; fit it again"
         )
     assert reader.index.value_range is not None
-    wished = model.dim <= MANIFOLD_DIMENSIONS if on_manifold is None else on_manifold
-    return Scorer(model, encoder, decoder, reader.index.value_range, wished)
+    return Scorer(model, encoder, decoder, reader.index.value_range, on_manifold)
 
 
 def strange(scores: Scores) -> Scores:
@@ -143,6 +141,7 @@ def calibrated(
     Returns:
         The calibration, and the validation examples' scores.
     """
+    scorer = replace(scorer, on_manifold=False)  # that score isn't joined
     blocks = (block["examples"] for block in reader.blocks("valid"))
     scores, _ = scored(scorer, None, _first(blocks, limit), min(limit, reader.index.count("valid")), "validation", quiet=quiet)
     return Calibration(strange(scores)), scores

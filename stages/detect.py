@@ -90,8 +90,9 @@ def detect(run: Run, settings: Settings) -> None:
 
 def _signs(scores: Scores) -> dict[str, int]:
     """Single scores -> the sign that makes larger ones stranger."""
-    signs = {"log_likelihood": -1, "reconstruction_error": 1, "manifold_log_likelihood": -1}
-    return {name: sign for name, sign in signs.items() if name in scores}
+    from pipeline.detection import JOINED
+
+    return {name: sign for name, sign in JOINED.items() if name in scores}
 
 
 def _outliers(reader: ShardReader, classes: tuple[int, ...]) -> Iterator[NDArray[np.generic]]:

@@ -55,7 +55,7 @@ def test_images_are_scored_by_what_they_are_made_of() -> None:
     for i in range(4):  # of the same size, of another and in colour
         Image.new("RGB", (8 + 4 * i, 8 + 4 * i), "white").save(f"new/images/white-{i}.png")
     Path("new/images/broken.png").write_bytes(b"x")
-    output, lines = score("blobs-lde", "new/images", "--false-alarms", "0.05")
+    output, lines = score("blobs-lde", "new/images", "--false-alarms", "0.05", "--manifold")
     assert len(lines) == 304
     assert "broken.png" in output
     by_name = {line["example"]: line for line in lines}
@@ -74,6 +74,7 @@ def test_images_are_scored_by_what_they_are_made_of() -> None:
         error = (decoder(codes) - images).square().sum().item()
     assert float(line["log_likelihood"]) == pytest.approx(expected, rel=1e-4)
     assert float(line["reconstruction_error"]) == pytest.approx(error, rel=1e-4)
+    assert np.isfinite(float(line["manifold_log_likelihood"]))
     assert float(line["percentile"]) == pytest.approx(100 * (1 - float(line["p_value"])), rel=1e-4)
     assert (float(line["p_value"]) <= 0.05) == (line["outlier"] == "1")
 

@@ -275,7 +275,6 @@ SCORES = {
     "strangeness": "joined: strangeness (nats)",
     "log_likelihood": "log-likelihood of the code (nats)",
     "reconstruction_error": "squared error of the image",
-    "manifold_log_likelihood": "log-likelihood on the manifold (nats)",
 }
 
 

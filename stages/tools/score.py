@@ -36,12 +36,8 @@ DIMENSIONS = 3  # of a vector that are named
     show_default=True,
     help="Share of examples that belong which may be taken for outliers.",
 )
-@click.option(
-    "--manifold/--no-manifold",
-    default=None,
-    help="Whether to score decoded images on the decoder's manifold.  [default: up to 64 dimensions]",
-)
-def score(row: str, path: Path, output: Path | None, false_alarms: float, manifold: bool | None) -> None:
+@click.option("--manifold", is_flag=True, help="Also score decoded images on the decoder's manifold, which takes long.")
+def score(row: str, path: Path, output: Path | None, false_alarms: float, manifold: bool) -> None:
     """Score new examples, and tell which of them don't belong to what a row was fitted on.
 
     NAME is a row of `densities`. PATH is what it was fitted on, any number of them: a folder, zip or file of images, or a
@@ -53,7 +49,7 @@ def score(row: str, path: Path, output: Path | None, false_alarms: float, manifo
         _score(row, path, output or Path("data/scores") / f"{row}.csv", false_alarms, manifold)
 
 
-def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bool | None) -> None:
+def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bool) -> None:
     import csv
 
     from pipeline.detection import Extremes, calibrated, load_scorer, strange
