@@ -43,6 +43,7 @@ densities:
 sampling: {count: 50}  # few
 evaluations:
   grid: {}
+detections: {}
 """
 
 

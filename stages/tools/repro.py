@@ -55,6 +55,8 @@ def tasks(params: Params) -> dict[str, Task]:
         add("densities", row, ("fit", "sample", "evaluate"), *needs)
     for row, values in tables["controls"].items():
         add("controls", row, ("control",), f"evaluations {values['dataset']}")
+    for row, values in tables["detections"].items():
+        add("detections", row, ("detect",), f"densities {values['density']}", f"datasets {values['outliers']}")
     return found
 
 

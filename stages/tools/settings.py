@@ -21,6 +21,7 @@ from pipeline.settings import (
     ControlSettings,
     DatasetSettings,
     DensitySettings,
+    DetectionSettings,
     EvaluationSettings,
     Params,
     SamplingSettings,
@@ -46,6 +47,7 @@ PLAIN: Mapping[str, type] = {
     "controls": ControlSettings,
     "sampling": SamplingSettings,
     "evaluations": EvaluationSettings,
+    "detections": DetectionSettings,
 }
 ABSENT = "required"
 
@@ -139,6 +141,7 @@ def row_settings(params: Params, table: str, name: str) -> Any:
         "autoencoders": params.autoencoder,
         "densities": params.density,
         "evaluations": params.evaluation,
+        "detections": params.detection,
     }
     return params.sampling() if table == "sampling" else readers[table](name)
 
@@ -236,7 +239,7 @@ def as_markdown() -> str:
         "and `python -m stages check` finds mistakes. Keys of nested settings are dotted: `incremental.mode` is `mode`\n"
         "in the table `incremental`.",
     ]
-    for table in ("datasets", "autoencoders", "densities", "controls", "sampling", "evaluations"):
+    for table in ("datasets", "autoencoders", "densities", "controls", "sampling", "evaluations", "detections"):
         parts.append(f"## {table}")
         if table in PLAIN:
             parts.append(_table(keys_of(PLAIN[table])))
