@@ -101,7 +101,7 @@ def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[S
     scores = {f"{row}.{name}": value for row, scores in headlines.items() for name, value in scores.items()}
     tracker.metrics(scores)
     tracker.view(scores)
-    tracker.tags({"run.seconds": f"{sum(state.seconds or 0.0 for state in states):.6g}"})
+    tracker.set_tags({"run.seconds": f"{sum(state.seconds or 0.0 for state in states):.6g}"})
     for path in (PAGE, MARKDOWN, SCOREBOARD):
         tracker.artifact(path)
     tracker.artifact(HEADLINE, "headline")

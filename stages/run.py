@@ -139,7 +139,7 @@ class Run:
             self._details["gpu"] = gpu
         # Tags, not metrics: they would be the first plots of the run's page.
         numbers = {key: value for key, value in self._details.items() if isinstance(value, (int, float))}
-        self.tracker.tags({f"run.{key}": f"{value:.6g}" for key, value in numbers.items()})
+        self.tracker.set_tags({f"run.{key}": f"{value:.6g}" for key, value in numbers.items()})
         run_id = self._finish_tracking() if self.tracker.on else None
         digests = {path.as_posix(): sha256_file(path) for path in self._outputs}
         write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, "outputs": digests, **self._details})

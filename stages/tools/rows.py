@@ -140,7 +140,7 @@ def edit_row(text: str, row: str, changes: Mapping[str, Any], new_name: str = ""
             if not isinstance(target.get(part), Mapping):
                 target[part] = {}
             target = target[part]
-        target[last] = value
+        target[last] = _in_one_line(value)
     if new_name and new_name in tables[table]:
         raise SettingsError(f"{table}.{new_name}: there is such a row already; choose another name, or edit that row")
     (edited,) = _pinned([Row(table, new_name or name, values)], tables)
@@ -152,6 +152,17 @@ def edit_row(text: str, row: str, changes: Mapping[str, Any], new_name: str = ""
         if problem not in before:
             raise SettingsError(f"nothing was changed: {problem}")
     return after
+
+
+def _in_one_line(value: Any) -> Any:
+    """A list as it is written in one line; anything else as it is."""
+    from ruamel.yaml.comments import CommentedSeq
+
+    if not isinstance(value, list):
+        return value
+    line = CommentedSeq(value)
+    line.fa.set_flow_style()
+    return line
 
 
 def _values_of(text: str, table: str, name: str, where: str) -> Any:

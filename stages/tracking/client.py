@@ -121,9 +121,9 @@ class Tracker:
         """Logs a file, or all files of a folder."""
         self._send(artifact={"path": os.path.abspath(path), "folder": folder})
 
-    def tags(self, values: Mapping[str, str]) -> None:
+    def set_tags(self, values: Mapping[str, str]) -> None:
         """Sets tags."""
-        self._send(tags={"values": dict(values)})
+        self._send(set_tags={"values": dict(values)})
 
     def describe(self, markdown: str) -> None:
         """Describes the run in Markdown; `ARTIFACTS` in it becomes the address of the run's files in the UI."""

@@ -117,7 +117,7 @@ class _Writer:
         elif os.path.isfile(path):
             self.client.log_artifact(self.run_id, path, folder)
 
-    def tags(self, values: dict[str, str]) -> None:
+    def set_tags(self, values: dict[str, str]) -> None:
         """Sets tags."""
         from mlflow.entities import RunTag
 
@@ -225,7 +225,7 @@ def main() -> None:
                     points = []
                 if message.get("end"):
                     break
-                for name in ("start", "dataset", "artifact", "tags", "describe", "view", "model"):
+                for name in ("start", "dataset", "artifact", "set_tags", "describe", "view", "model"):
                     if name in message:
                         if name == "start":
                             writer = _Writer()
