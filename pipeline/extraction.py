@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import shutil
 from pathlib import Path
 
@@ -53,17 +54,19 @@ def extract_codes(
         with Progress(len(work), f"encoding {folder.name}", unit="shards", quiet=not ranks.first) as progress:
             for i in ranks.share(len(work)):
                 split, number = work[i]
-                codes, labels = [], []
+                codes, kept = [], collections.defaultdict[str, list[np.ndarray]](list)
                 for block in reader.blocks(split, [number]):
                     examples = block["examples"]
                     if encoder is not None:
                         images = torch.from_numpy(scale_pixels(examples, reader.index.value_range)).to(ranks.device)
                         examples = encoder(images).float().cpu().numpy()
                     codes.append(examples)
-                    labels.append(block.get("labels"))
-                joined = None if labels[0] is None else np.concatenate([label for label in labels if label is not None])
+                    for name in ("labels", "context"):
+                        if name in block:
+                            kept[name].append(block[name])
+                carried = {name: np.concatenate(arrays) for name, arrays in kept.items()}
                 vectors = np.concatenate(codes)
-                rank_parts[f"{split}/{number}"] = vars(write_part(temporary, split, number, vectors, joined))
+                rank_parts[f"{split}/{number}"] = vars(write_part(temporary, split, number, vectors, **carried))
                 if split == "train":
                     rank_moments[number] = VectorMoments(vectors.shape[1])
                     rank_moments[number].update(vectors)
@@ -106,6 +109,7 @@ def _write_index(
         decoder_sha256=sha256_file(decoder) if reader.index.kind == "images" else None,
         value_range=reader.index.value_range,
         label_names=reader.index.label_names,
+        context=reader.index.context,
         **by_split,
     )
     write_index(folder, index)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from pipeline.contest import Contest, hold_contest
 from pipeline.densities import Density, auto
-from pipeline.densities.common.density import build_density, build_described, random_subset
+from pipeline.densities.common.context import Column, Context
+from pipeline.densities.common.density import Codes, build_density, build_described, random_subset
 from pipeline.densities.common.transforms import FITTED_CODES, Transform, build_transform
 from pipeline.errors import DataError
-from pipeline.evaluation.likelihood import log_likelihood
+from pipeline.evaluation.likelihood import log_likelihood, with_context
 from pipeline.settings import DensitySettings
 from pipeline.storage.batches import Batches
-from pipeline.storage.codes import CodeReader
+from pipeline.storage.codes import CodeReader, VectorMoments
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
 from pipeline.system.streams import stream_seed
@@ -27,10 +29,11 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import train
 from pipeline.training.trainable import Step, Trainable, Training
 
-__all__ = ["cholesky_factor", "discrepancy", "fit_density"]
+__all__ = ["cholesky_factor", "discrepancy", "fit_context", "fit_density"]
 
 VALID_CODES = 100_000  # validation codes for the choice of the epoch, at most
 DISCREPANCY_CODES = 2_000  # the same for a family without likelihood; the cost grows with their square
+CONTEXTS = 4096  # different contexts that a density keeps; of more, a random subset of those of training codes
 ESTIMATE_CODES = 100_000  # validation codes that a family without gradient may choose on, at most
 
 
@@ -47,7 +50,7 @@ class _Fit(Trainable):
 
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The loss (4) in nats per dimension, of standardised codes."""
-        return {"loss": self.density.loss(batch["codes"], step.generator)}
+        return {"loss": self.density.loss(batch["codes"], step.generator, batch.get("context"))}
 
 
 @torch.no_grad()
@@ -133,6 +136,54 @@ def transformed(transform: Transform, blocks: Callable[[], Iterable[np.ndarray]]
     return lambda: (transform(torch.from_numpy(block)).numpy() for block in blocks())
 
 
+def fit_context(codes: CodeReader, names: Sequence[str], seed: int) -> Context:
+    """The columns that a density is conditioned on, with the contexts of the training codes and their frequencies.
+
+    Arguments:
+        codes: The codes.
+        names: Names of the columns.
+        seed: Seed of the subset of contexts, where they can't be listed.
+
+    Raises:
+        DataError: When the codes have no such column.
+    """
+    moments, levels = VectorMoments(len(names)), [set[float]() for _ in names]
+    counts: collections.Counter[tuple[float, ...]] | None = collections.Counter()
+    words = [codes.words(name) for name in names]
+    for block in codes.blocks("train"):
+        context = codes.context(block, names)
+        moments.update(context)
+        for known, column in zip(levels, context.T, strict=True):
+            known.update(np.unique(column).tolist())
+        if counts is not None and None not in words:
+            rows, number = np.unique(context, axis=0, return_counts=True)
+            counts.update(dict(zip(map(tuple, rows.tolist()), number.tolist(), strict=True)))
+            counts = counts if len(counts) <= CONTEXTS else None
+    columns = []
+    for name, column_words, known in zip(names, words, levels, strict=True):
+        values = tuple(sorted(known)) if column_words is not None else ()
+        columns.append(Column(name=name, levels=values, words=tuple(_word(value, column_words) for value in values)))
+    complete = counts is not None and None not in words
+    if counts is not None and complete:
+        kept = torch.tensor(sorted(counts))
+        weights = torch.tensor([counts[row] for row in sorted(counts)]).double()
+    else:
+        blocks = (torch.from_numpy(codes.context(block, names)) for block in codes.blocks("train"))
+        kept = random_subset(blocks, CONTEXTS, stream_seed("subset of contexts", seed))
+        weights = torch.ones(len(kept)).double()
+    result = Context(columns, len(kept), complete)
+    result.rows.copy_(kept)
+    result.weights.copy_(weights / weights.sum())
+    result.mean.copy_(torch.from_numpy(moments.mean))
+    result.std.copy_(torch.from_numpy(np.where(moments.std > 0, moments.std, 1.0)))
+    return result
+
+
+def _word(value: float, words: Sequence[str] | None) -> str:
+    """What a level is called: its name, or its number if there are no names."""
+    return words[int(value)] if words and 0 <= value < len(words) else f"{value:g}"
+
+
 def fit_density(
     settings: DensitySettings,
     codes: CodeReader,
@@ -162,7 +213,8 @@ def fit_density(
     if isinstance(settings, auto.Settings):
         return _fit_by_contest(settings, codes, ranks, label, quiet)
     torch.manual_seed(stream_seed("density weights", settings.seed))
-    density = build_density(settings, codes.index.dim)
+    context = fit_context(codes, settings.context_names, settings.seed) if settings.context_names else None
+    density = build_density(settings, codes.index.dim, context)
     mean, std = torch.tensor(codes.index.mean, dtype=torch.float64), torch.tensor(codes.index.std, dtype=torch.float64)
     blocks: Callable[[], Iterable[np.ndarray]] = codes.stream("train")
     if settings.transform != "none":
@@ -190,13 +242,17 @@ def fit_density(
     )
 
     def prepare(arrays: dict[str, Any]) -> dict[str, Tensor]:
-        return {"codes": torch.from_numpy(arrays["codes"]).to(ranks.device, non_blocking=True)}
+        batch = {"codes": arrays["codes"]}
+        if settings.context_names:
+            batch["context"] = codes.context(arrays, settings.context_names)
+        return {name: torch.from_numpy(array).to(ranks.device, non_blocking=True) for name, array in batch.items()}
 
-    best = "valid_log_likelihood" if density.has_log_prob else "valid_minus_squared_mmd"
+    best = f"valid_{density.likelihood}" if density.has_log_prob else "valid_minus_squared_mmd"
 
     def validate() -> dict[str, float]:
         if density.has_log_prob:
-            return {best: log_likelihood(density, _first(codes, "valid", VALID_CODES), ranks).mean}
+            blocks = with_context(density, codes, codes.blocks("valid", VALID_CODES))
+            return {best: log_likelihood(density, blocks, ranks).mean}
         return {best: -discrepancy(density, _first(codes, "valid", DISCREPANCY_CODES), settings.seed)}
 
     training = train(
@@ -256,22 +312,30 @@ def _estimate(density: Density, codes: CodeReader, settings: DensitySettings, ra
 
         def proceed(name: str, value: float) -> bool:
             nonlocal over
-            tried[f"valid_log_likelihood of {name}"] = value
+            tried[f"valid_{density.likelihood} of {name}"] = value
             progress.advance(1, **tried)
             over = bool(ranks.greatest(time.monotonic() - started >= limit))  # all ranks stop at the same candidate
             return not over
 
-        blocks: Callable[[], Iterable[Tensor]] = lambda: (  # noqa: E731
-            torch.from_numpy(b).to(device) for b in codes.stream("train")()
-        )
-        valid = torch.from_numpy(np.concatenate(list(_first(codes, "valid", ESTIMATE_CODES)))).to(device)
-        density.estimate(blocks, valid, settings.seed, proceed)
+        def blocks(split: str, limit: int | None = None) -> Iterator[Codes]:
+            for block in with_context(density, codes, codes.blocks(split, limit)):
+                if isinstance(block, tuple):
+                    z, context = (torch.from_numpy(part).to(device) for part in block)
+                    yield z, context
+                else:
+                    yield torch.from_numpy(block).to(device)
+
+        parts = list(blocks("valid", ESTIMATE_CODES))
+        pairs = [part for part in parts if isinstance(part, tuple)]
+        alone = [part for part in parts if isinstance(part, Tensor)]
+        valid = torch.cat(alone) if alone else (torch.cat([z for z, _ in pairs]), torch.cat([c for _, c in pairs]))
+        density.estimate(lambda: blocks("train"), valid, settings.seed, proceed)
     density.eval()
     training = Training(steps=1, examples=codes.index.count("train"), seconds=time.monotonic() - started)
     if over and len(tried) < density.candidates:
         training.ended_by = "max_minutes"
     if density.has_log_prob:
-        value = log_likelihood(density, _first(codes, "valid", VALID_CODES)).mean
-        training.validations = [{"step": 1, "epoch": 1.0, "valid_log_likelihood": value}]
+        value = log_likelihood(density, with_context(density, codes, codes.blocks("valid", VALID_CODES))).mean
+        training.validations = [{"step": 1, "epoch": 1.0, f"valid_{density.likelihood}": value}]
         training.best = training.validations[0] if math.isfinite(value) else {}
     return training

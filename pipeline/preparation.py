@@ -194,6 +194,7 @@ def prepare_shards(
             dtype="uint8" if filled.dtype == "uint8" else "float32",
             value_range=source.value_range,
             label_names=source.label_names,
+            context=source.context,
             **{split: _numbered(temporary, split, shards[split], rank == 0) for split in SPLITS},
         )
         if rank == 0:
@@ -244,8 +245,8 @@ def _write(
             check(written.unreadable)  # at once: otherwise the list would grow with the data set
             if len(block.examples):
                 written.shape, written.dtype = block.examples.shape[1:], str(block.examples.dtype)
-                arrays = {"examples": block.examples} | ({} if block.labels is None else {"labels": block.labels})
-                writer.write(**arrays)
+                arrays = {"examples": block.examples, "labels": block.labels, "context": block.context}
+                writer.write(**{name: array for name, array in arrays.items() if array is not None})
                 duplicates.add(SPLITS.index(split), block.examples)
             if stop % settings.shard_examples == 0 or stop == source.counts[split]:
                 writer.close()

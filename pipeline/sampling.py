@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,16 +13,17 @@ from torch import Tensor
 
 from pipeline.autoencoders.common.network import Decoder
 from pipeline.densities import Density
+from pipeline.densities.common.context import LABELS, Context
 from pipeline.errors import DataError
 from pipeline.settings import SamplingSettings
 from pipeline.storage.codes import CodeReader
-from pipeline.storage.parts import Part, write_index
+from pipeline.storage.parts import ContextColumn, Part, write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, to_unit
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks, shared_folder
 from pipeline.system.streams import stream_seed
 
-__all__ = ["draw", "range_remark", "write_samples"]
+__all__ = ["Samples", "draw", "range_remark", "write_samples"]
 
 DECODED = 250  # codes decoded at a time
 OVERFLOW_SHARE = 0.01  # of the codes of a shard that may overflow float32; these are drawn again
@@ -30,8 +32,24 @@ COMPARED = 100_000  # training codes, the first of the split, that give the rang
 FAR = 10  # a code this many ranges outside is far
 
 
+class Samples(NamedTuple):
+    """Samples of one shard, all float32.
+
+    Attributes:
+        examples: Images in 0..1, with shape (n, C, H, W), or the codes themselves.
+        codes: The codes, with shape (n, D).
+        context: Their contexts, with shape (n, columns), if the density is conditioned.
+    """
+
+    examples: np.ndarray
+    codes: np.ndarray
+    context: np.ndarray | None
+
+
 @torch.no_grad()
-def draw(density: Density, decoder: Decoder | None, count: int, seed: int, number: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    density: Density, decoder: Decoder | None, count: int, seed: int, number: int = 0, context: Tensor | None = None
+) -> Samples:
     """Draws one shard of samples.
 
     Arguments:
@@ -40,29 +58,32 @@ def draw(density: Density, decoder: Decoder | None, count: int, seed: int, numbe
         count: Number of samples n.
         seed: Seed of all draws.
         number: Number of the shard; each shard has its own generator, seeded by (seed, number).
-
-    Returns:
-        Samples, images (n, C, H, W) in 0..1 or the codes themselves, and the codes (n, D), both float32.
+        context: One context for all samples of a density that is conditioned, with shape (columns,); by default contexts are
+            drawn at the frequencies of the training codes.
     """
     device = density.shift.device
     generator = torch.Generator().manual_seed(stream_seed("samples", seed, number))
-    codes = _finite_codes(density, count, generator)
+    contexts = None
+    if density.context is not None:
+        contexts = density.context.draw(count, generator) if context is None else context.to(device).expand(count, -1)
+    codes = _finite_codes(density, count, generator, contexts)
+    drawn = codes.cpu().numpy(), None if contexts is None else contexts.float().cpu().numpy()
     if decoder is None:
-        return codes.cpu().numpy(), codes.cpu().numpy()
+        return Samples(codes.cpu().numpy(), *drawn)
     images = [to_unit(decoder(part.to(device)), decoder.value_range).cpu().numpy() for part in codes.split(DECODED)]
-    return np.concatenate(images), codes.cpu().numpy()
+    return Samples(np.concatenate(images), *drawn)
 
 
-def _finite_codes(density: Density, count: int, generator: torch.Generator) -> Tensor:
+def _finite_codes(density: Density, count: int, generator: torch.Generator, contexts: Tensor | None) -> Tensor:
     # Far from its data a mixture may have a standard deviation so large that what is drawn overflows float32. Such a code has
     # no place in a file; a few are drawn again, with a message. If there are many, the density has diverged and is refused.
-    codes = density.sample(count, generator).float()
+    codes = density.sample(count, generator, contexts).float()
     bad = ~torch.isfinite(codes).all(dim=1)
     overflowed = int(bad.sum())
     if 0 < overflowed <= OVERFLOW_SHARE * count:
         print(f"{overflowed} of {count} codes overflowed float32 and were drawn again", file=sys.stderr)
         for _ in range(OVERFLOW_ROUNDS):
-            codes[bad] = density.sample(int(bad.sum()), generator).float()
+            codes[bad] = density.sample(int(bad.sum()), generator, None if contexts is None else contexts[bad]).float()
             bad = ~torch.isfinite(codes).all(dim=1)
             if not bad.any():
                 break
@@ -72,7 +93,7 @@ def _finite_codes(density: Density, count: int, generator: torch.Generator) -> T
 def write_samples(
     density: Density, decoder: Decoder | None, settings: SamplingSettings, folder: str | Path, ranks: Ranks
 ) -> ShardIndex:
-    """Writes shards of samples; each rank draws its share of them.
+    """Writes shards of samples; each rank draws its share of them. Labels and other contexts are next to their samples.
 
     Raises:
         DataError: When a sample isn't finite.
@@ -83,7 +104,7 @@ def write_samples(
         rank_parts: dict[int, dict[str, object]] = {}
         with Progress(settings.count, f"sampling {folder.name}", unit="samples", quiet=not ranks.first) as progress:
             for number in ranks.share(len(sizes)):
-                examples, codes = draw(density, decoder, sizes[number], settings.seed, number)
+                examples, codes, contexts = draw(density, decoder, sizes[number], settings.seed, number)
                 if not np.isfinite(examples).all():
                     unbounded = getattr(density.options, "max_log_scale", 0.0) is None
                     remedy = "max_log_scale: 2.0 or a lower learning_rate" if unbounded else "a lower learning_rate"
@@ -91,7 +112,7 @@ def write_samples(
                 if settings.rounding == "8-bit" and decoder is not None:
                     examples = np.rint(examples * np.float32(255)) / np.float32(255)
                 with ShardWriter(temporary, "samples", settings.shard_examples, first=number) as writer:
-                    writer.write(examples=examples.astype(np.float32), codes=codes)
+                    writer.write(examples=examples.astype(np.float32), codes=codes, **_carried(density.context, contexts))
                 rank_parts[number] = vars(writer.shards[0])
                 progress.advance(sizes[number] * ranks.world)
         shards: dict[int, dict[str, object]] = {}
@@ -105,11 +126,36 @@ def write_samples(
             shape=shape,
             dtype="float32",
             value_range=value_range,
+            label_names=_words(density.context, LABELS),
+            context=tuple(ContextColumn(name=name, words=_words(density.context, name)) for name in _columns(density.context)),
             samples=tuple(Part(**shards[i]) for i in range(len(sizes))),  # type: ignore[arg-type]
         )
         if ranks.first:
             write_index(temporary, index)
     return index
+
+
+def _columns(context: Context | None) -> list[str]:
+    """Names of the columns of a context without the labels, which shards hold by themselves."""
+    return [] if context is None else [name for name in context.names if name != LABELS]
+
+
+def _carried(context: Context | None, contexts: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Labels (n,) and other columns (n, C) of contexts, as shards hold them."""
+    if context is None or contexts is None:
+        return {}
+    by_name = dict(zip(context.names, contexts.T, strict=True))
+    arrays = {"labels": by_name[LABELS].astype(np.int64)} if LABELS in by_name else {}
+    others = [by_name[name] for name in _columns(context)]
+    return arrays | ({"context": np.stack(others, axis=1)} if others else {})
+
+
+def _words(context: Context | None, name: str) -> tuple[str, ...] | None:
+    """What the values 0, 1, .. of a column of categories are called; None for numbers, or without the column."""
+    column = next((column for column in (context.columns if context else ()) if column.name == name), None)
+    if column is None or not column.levels:
+        return None
+    return tuple(column.word(float(value)) for value in range(int(column.levels[-1]) + 1))
 
 
 def range_remark(samples: ShardReader, codes: CodeReader) -> str:

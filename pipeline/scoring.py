@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -78,8 +79,13 @@ def parzen_score(
     return Parzen(score, settings.protocol)
 
 
-def quality_scores(samples: Iterable[np.ndarray], real: RealFeatures, settings: QualitySettings) -> QualityScore:
-    """KID, FID, precision, recall, density and coverage of samples against all test images.
+def quality_scores(
+    samples: Iterable[np.ndarray],
+    real: RealFeatures,
+    settings: QualitySettings,
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
+) -> QualityScore:
+    """KID, FID, precision, recall, density and coverage of samples against all test images; with labels, KID of each class.
 
     Memory holds one block of images, and all features.
 
@@ -87,6 +93,11 @@ def quality_scores(samples: Iterable[np.ndarray], real: RealFeatures, settings: 
         samples: Blocks of samples in 0..1, each with shape (n, C, H, W).
         real: The network, and the features of the test images.
         settings: The protocol.
+        labels: Labels of the test images, with shape (N,), and of the samples, with shape (n,).
     """
     drawn = extract_features(real.network, track(samples, settings.samples, "features of samples", "samples"))
-    return quality.score(real.network.name, real.values, drawn, settings.seed, settings.neighbours)
+    score = quality.score(real.network.name, real.values, drawn, settings.seed, settings.neighbours)
+    if labels is None:
+        return score
+    by_class = quality.kid_by_class((real.values, labels[0]), (drawn, labels[1]), settings.seed)
+    return dataclasses.replace(score, by_class=by_class)

@@ -10,7 +10,7 @@ import click
 from stages.workspace import TABLE_OF_STAGE
 
 STAGES = (*TABLE_OF_STAGE, "report")
-TOOLS = ("repro", "compare", "set", "settings", "score", "record", "export", "check", "preset", "doctor", "complete")
+TOOLS = ("repro", "compare", "set", "settings", "score", "record", "export", "check", "preset", "doctor", "complete", "draw")
 
 
 class LazyGroup(click.Group):

@@ -68,6 +68,7 @@ def evaluate(run: Run, settings: Settings) -> None:
     settings say so, quality in a feature space and interpolated codes. Vectors: test log-likelihood; if the settings say so,
     the Parzen-window log-likelihood of the samples. The grid density adds the gap to the truth, the share of samples in the
     dropped box, and the discrepancy (MMD).
+    With `context: labels`, also log p(z | label), and how well the density classifies codes by Bayes' rule.
     """
     import numpy as np
 
@@ -75,6 +76,7 @@ def evaluate(run: Run, settings: Settings) -> None:
     from pipeline.densities import load_density
     from pipeline.evaluation.likelihood import test_log_likelihood
     from pipeline.evaluation.manifold import manifold_scores
+    from pipeline.evaluation.posterior import conditional_scores, reference_scores
     from pipeline.evaluation.two_sample import grid_scores
     from pipeline.scoring import parzen_samples, parzen_score
     from pipeline.storage.codes import CodeReader
@@ -95,9 +97,14 @@ def evaluate(run: Run, settings: Settings) -> None:
     if density.has_log_prob:
         # Labels without names count the images that patches come from.
         by_group = reader.index.kind == "vectors"
-        likelihoods = test_log_likelihood(density, codes, by_group, ranks)
-        run.metrics(likelihoods.metrics)
-        values |= {"test_log_likelihood": likelihoods.values, "groups": likelihoods.groups}
+        if density.has_marginal:
+            likelihoods = test_log_likelihood(density, codes, by_group, ranks)
+            run.metrics(likelihoods.metrics)
+            values |= {"test_log_likelihood": likelihoods.values, "groups": likelihoods.groups}
+        if density.context is not None:
+            run.metrics(scores := conditional_scores(density, codes, ranks))
+            if "class_accuracy" in scores:
+                run.metrics(reference_scores(density, codes))
 
     if settings.evaluation.parzen is not None:
         count = parzen_samples(samples.index.count("samples"), reader)
@@ -110,10 +117,11 @@ def evaluate(run: Run, settings: Settings) -> None:
     if reader.index.kind == "images" and ranks.first:
         _nearest(run, reader, samples)
         if settings.evaluation.quality is not None:
-            quality = _quality(settings.evaluation.quality, reader, samples, settings.density.dataset)
+            classes = "labels" in settings.density.context_names
+            quality = _quality(settings.evaluation.quality, reader, samples, settings.density.dataset, classes)
             run.metrics(quality.metrics())
             values |= quality.values()
-        if density.has_log_prob and codes.decoder_path is not None:
+        if density.has_marginal and codes.decoder_path is not None:
             decoder = Decoder.load(codes.decoder_path, ranks.device)
             run.metrics(manifold_scores(density, decoder, codes))
         if settings.evaluation.interpolation is not None:
@@ -127,7 +135,7 @@ def evaluate(run: Run, settings: Settings) -> None:
             scores["gap_to_truth"] = scores["truth_test_log_likelihood"] - run.scores["test_log_likelihood"]
         run.metrics(scores)
         arrays = {"target": np.concatenate(list(_first(reader, "train", SHOWN_POINTS))), "samples": points[:SHOWN_POINTS]}
-        if density.has_log_prob:
+        if density.has_marginal:
             arrays |= _log_density_maps(density, half_length)
         run.arrays("grid", arrays)
     elif settings.dataset.drawn_as == "patches":
@@ -139,13 +147,20 @@ def evaluate(run: Run, settings: Settings) -> None:
     ranks.barrier()
 
 
-def _quality(settings: QualitySettings, reader: ShardReader, samples: ShardReader, dataset: str) -> QualityScore:
-    """Scores of the samples in a feature space."""
+def _quality(settings: QualitySettings, reader: ShardReader, samples: ShardReader, dataset: str, classes: bool) -> QualityScore:
+    """Scores of the samples in a feature space, and if they have labels those of each class."""
+    import numpy as np
+
     from pipeline.evaluation.features import read_features
     from pipeline.scoring import quality_scores
 
     real = read_features(workspace.features_folder(dataset), settings, reader)
-    return quality_scores(_first(samples, "samples", settings.samples), real, settings)
+    labels = None
+    if classes:
+        real_labels = np.concatenate([block["labels"] for block in reader.blocks("test")])
+        drawn = np.concatenate([block["labels"] for block in samples.blocks("samples")])
+        labels = real_labels, drawn[: settings.samples]
+    return quality_scores(_first(samples, "samples", settings.samples), real, settings, labels)
 
 
 def _compact(values: np.ndarray) -> np.ndarray:
@@ -193,7 +208,7 @@ def _interpolation(run: Run, settings: InterpolationSettings, density: Density, 
         return
     arrays: dict[str, np.ndarray] = {"curve_weights": np.array(CURVE_WEIGHTS)}
     names: list[str] = []
-    if density.has_log_prob:
+    if density.has_marginal:
         curves = interpolation_curves(density, values, labels, settings)
         for kind, curve in curves.items():
             fall = {"fall": curve.fall.mean, "fall_se": curve.fall.standard_error, "pairs": curve.pairs}

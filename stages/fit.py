@@ -26,7 +26,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
     NAME is a row of `densities`. The epoch with the best validation likelihood is kept; for a family without likelihood, the
     epoch whose samples are closest to validation codes. A killed run resumes from its last checkpoint.
     """
-    from pipeline.evaluation.likelihood import log_likelihood
+    from pipeline.evaluation.likelihood import log_likelihood, with_context
     from pipeline.fitting import fit_density
     from pipeline.storage.codes import CodeReader
     from pipeline.system.files import atomic_folder
@@ -44,13 +44,13 @@ def fit(run: Run, settings: DensitySettings) -> None:
             density.save(temporary / "density.safetensors")
     if density.has_log_prob:
         for split in ("train", "valid", "test"):
-            blocks = (block["codes"] for block in codes.blocks(split, SCORED))
+            blocks = with_context(density, codes, codes.blocks(split, SCORED))
+            name = f"{split}_{density.likelihood}"
             number = min(codes.index.count(split), SCORED)
             tracked = track(blocks, number, f"scoring {split} codes of {run.row}", "codes", quiet=not ranks.first)
             mean, error, count = log_likelihood(density, tracked, ranks)
-            run.metrics({f"{split}_log_likelihood": mean, f"{split}_log_likelihood_se": error})
-            run.metrics({f"{split}_log_likelihood_per_dimension": mean / codes.index.dim})
-            run.metrics({f"{split}_log_likelihood_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
+            run.metrics({name: mean, f"{name}_se": error, f"{name}_per_dimension": mean / codes.index.dim})
+            run.metrics({f"{name}_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
     if training.contest:
         # The contest also fits densities to validation codes. Each is scored on codes that it wasn't fitted to.
         mean, error = training.best["valid_log_likelihood"], training.best["valid_log_likelihood_se"]

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
     from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import Density
+    from pipeline.densities.common.context import Context
+    from pipeline.storage.shards import ShardReader
 
 SHOWN = 100  # samples for the page, the first in the order drawn
 LARGE_PIXELS, SHOWN_LARGE = 128, 36  # from this side length on, fewer images are shown
 TARGET_POINTS = 4096  # training points drawn behind samples of points
+CLASSES, OF_CLASS = 20, 10  # classes of the page, the first ones, and samples of each, the first in the order drawn
 TRUNCATED = 10  # samples that are also decoded from only their first numbers
 
 
@@ -43,7 +46,8 @@ def sample(run: Run, settings: SampleSettings) -> None:
     """Draw codes from a density and decode them.
 
     NAME is a row of `densities`. The number of samples is `sampling.count`; the page shows the first 100 in the order drawn.
-    A warning is printed if samples lie far outside the range of the training codes.
+    With `context: labels`, labels are drawn at the frequencies of the training codes, and the page shows a row per class. A
+    warning is printed if samples lie far outside the range of the training codes.
     """
     from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import load_density
@@ -70,8 +74,11 @@ def sample(run: Run, settings: SampleSettings) -> None:
         if index.kind == "images":
             assert decoder is not None
             count = SHOWN if index.shape[1] < LARGE_PIXELS else SHOWN_LARGE
-            likelihoods = {"log_prob": _log_prob(density, drawn["codes"][:count])} if density.has_log_prob else {}
+            likelihoods = {"log_prob": _log_prob(density, drawn["codes"][:count])} if density.has_marginal else {}
             run.arrays("samples", {"samples": as_bytes(drawn["examples"][:count]), **likelihoods})
+            if density.context is not None and density.context.complete:
+                images, names = _by_class(samples, density.context)
+                run.arrays("samples-by-class", {"samples": as_bytes(images)}, names)
             if density.dim > 1:
                 run.arrays("truncated", _truncated(drawn["codes"][:TRUNCATED], decoder))
         elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
@@ -90,6 +97,31 @@ def _log_prob(density: Density, codes: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         values = density.log_prob(torch.from_numpy(codes).to(density.shift.device))
     return values.cpu().numpy().astype(np.float32)
+
+
+def _by_class(samples: ShardReader, context: Context) -> tuple[np.ndarray, list[str]]:
+    """The first samples of each class, with shape (classes, 10, C, H, W), and what the classes are called.
+
+    A class of which fewer were drawn has blank images.
+    """
+    import numpy as np
+
+    from pipeline.densities.common.context import LABELS
+
+    rows, names = context.rows[:CLASSES].cpu().numpy(), [context.title(row) for row in context.rows[:CLASSES].tolist()]
+    images = np.ones((len(rows), OF_CLASS, *samples.index.shape), np.float32)
+    counts = np.zeros(len(rows), int)
+    for block in samples.blocks("samples"):
+        columns = {column.name: block["context"][:, i] for i, column in enumerate(samples.index.context)}
+        columns |= {LABELS: block[LABELS]} if LABELS in block else {}
+        contexts = np.stack([columns[name] for name in context.names], axis=1)
+        for number in np.flatnonzero(counts < OF_CLASS):
+            found = block["examples"][(contexts == rows[number]).all(axis=1)][: OF_CLASS - counts[number]]
+            images[number, counts[number] : counts[number] + len(found)] = found
+            counts[number] += len(found)
+        if counts.min() == OF_CLASS:
+            break
+    return images, names
 
 
 def _truncated(codes: np.ndarray, decoder: Decoder) -> dict[str, np.ndarray]:

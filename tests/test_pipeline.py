@@ -140,6 +140,8 @@ INSTEAD = {
     "python -m stages record bsds300 bsds300-lde-k10": "python -m stages record grid grid-lde",
     "python -m stages complete my-codes-gmm holes.csv": "python -m stages complete --help",  # tests/test_completion.py runs it
     "python -m stages complete my-codes-gmm holes.csv --draws 10": "python -m stages complete --help",
+    "python -m stages draw digits-iae-lde-labels --label 7 --count 64 --seed 1 --output data/exports/sevens":
+        "python -m stages draw digits-iae-lde --count 4 --seed 1 --output data/exports/sevens",
     "dvc remote add -d store s3://bucket/path": "dvc remote add -d store ../store",
     # tests/test_ranks.py trains with it.
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29500 -m stages train digits-iae":

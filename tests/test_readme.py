@@ -104,7 +104,7 @@ from stages.__main__ import cli
 for stage, row in (
     ("prepare", "stripes"),
     *((stage, "stripes-sparse") for stage in ("train", "extract")),
-    *((stage, "stripes-independent") for stage in ("fit", "sample", "evaluate")),
+    *((stage, row) for row in ("stripes-independent", "stripes-given") for stage in ("fit", "sample", "evaluate")),
 ):
     result = CliRunner().invoke(cli, [stage, row])
     assert result.exit_code == 0, result.output
@@ -114,7 +114,7 @@ for stage, row in (
 def test_a_data_set_an_objective_and_a_density_take_a_file_each(tmp_path: Path) -> None:
     for name in ("pipeline", "stages"):
         shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    assert [Path(path).parent.name for path in FILES] == ["sources", "autoencoders", "densities"]
+    assert [Path(path).parent.name for path in FILES] == ["sources", "autoencoders", "densities", "densities"]
     for path, code in FILES.items():
         assert (tmp_path / path).parent.is_dir()
         (tmp_path / path).write_text(code)
@@ -122,7 +122,7 @@ def test_a_data_set_an_objective_and_a_density_take_a_file_each(tmp_path: Path) 
     yaml = YAML(typ="safe", pure=True)
     for text in ROWS:
         for table, rows in yaml.load(text).items():
-            tables[table] = {name: row | SMALL[table] for name, row in rows.items()}
+            tables[table] = tables.get(table, {}) | {name: row | SMALL[table] for name, row in rows.items()}
     with (tmp_path / "params.yaml").open("w") as file:
         yaml.dump(tables, file)
     done = subprocess.run([sys.executable, "-c", ALL_STAGES], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -150,6 +150,8 @@ def faces_of_celebrities(folder: Path) -> None:
     names = [f"{i:06d}.png" for i in range(30)]
     images = {name: plain(8 * i, height=20, width=14) for i, name in enumerate(names)} | {names[3]: grey16(), names[4]: b"x"}
     write_folder(folder / "img_align_celeba", images)
+    attributes = "".join(f"{name} {1 - 2 * (i % 2)} 1\n" for i, name in enumerate(names))
+    (folder / "list_attr_celeba.txt").write_text("30\nSmiling Young\n" + attributes)
     (folder / "list_eval_partition.txt").write_text("".join(f"{name} {i % 3}\n" for i, name in enumerate(names)))
 
 
@@ -189,7 +191,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
     "celeba": (
         faces_of_celebrities,
         {"unreadable_share": 0.5, "image_px": 8},
-        IMAGES | SHARES | {"pixel_range": [0.0, 1.0], "crop": 0.4},
+        IMAGES | SHARES | {"pixel_range": [0.0, 1.0], "crop": 0.4, "attributes": ["Smiling"]},
         set(),
     ),
     "digits5k": (lambda folder: None, {}, {"classes": [3, 5]}, PACKAGED),
@@ -248,6 +250,8 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
             "columns": ["0", "1"],
             "centre": True,
             "labels": Change("kind", root="raw/table.parquet", tensor="", columns=["x", "y"]),
+            "categories": Change(["kind"], root="raw/table.parquet", tensor="", columns=["x", "y"]),
+            "numbers": Change(["z"], root="raw/table.parquet", tensor="", columns=["x", "y"]),
             "groups": Change("kind", root="raw/table.parquet", tensor="", columns=["x", "y"]),
             "drop_constant": Change(True, root="raw/table.parquet", tensor="", columns=["x", "zero"]),
         },
@@ -465,6 +469,7 @@ FITTING = TRAINING | {
     "shrinkage": Change(True, standardise="cholesky"),
     "patience": Change(1, epochs=12, learning_rate=0.1),
     "standardise": "scalar",
+    "context": "labels",
     "transform": "asinh",
     "max_minutes": 1e-9,
     "validate_steps": 1,
@@ -503,7 +508,7 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
         },
         set(),
     ),
-    "gaussian": ({}, {"ridge": 0.5}, STEPS | {"seed", "max_minutes"}),
+    "gaussian": ({}, {"ridge": 0.5, "pseudo_codes": Change([5.0], context="labels")}, STEPS | {"seed", "max_minutes"}),
     "gmm": (
         {"components": [1, 2]},
         {
@@ -514,6 +519,7 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
             "iterations": Change(1, components=[5]),
             "tolerance": Change(1.0, components=[5]),
             "max_examples": 20,
+            "pseudo_codes": Change([5.0], context="labels"),
         },
         STEPS,
     ),
@@ -550,7 +556,9 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> CodeReader:
     moments = VectorMoments(4)
     moments.update(values[:60])
     parts = {
-        split: tuple(write_part(folder, split, i, part, None) for i, part in enumerate(np.split(array, len(array) // 20)))
+        split: tuple(
+            write_part(folder, split, i, part, np.arange(20) % 2) for i, part in enumerate(np.split(array, len(array) // 20))
+        )
         for split, array in zip(SPLITS, np.split(values, [60, 80]), strict=True)
     }
     write_index(folder, CodeIndex(dim=4, mean=tuple(moments.mean), std=tuple(moments.std), source_digest="", **parts))
@@ -575,9 +583,10 @@ def test_families(codes: CodeReader, monkeypatch: pytest.MonkeyPatch, family: st
 
     base = {"codes": "c", "dataset": "d", "family": family, "epochs": 2, "batch_size": 16, "learning_rate": 0.01} | row
     every = {"optimizer": "muon"} | FITTING | changes
-    kept = {key: value for key, value in every.items() if key not in nothing}
+    refused = set() if getattr(kind, "takes_context", False) else {"context"}
+    kept = {key: value for key, value in every.items() if key not in nothing | refused}
     muon = set() if family == "lde" else {"muon_rate"}
-    check(kind, base, kept, {"codes", "dataset", "family"} | ELSEWHERE | nothing | muon, look)
+    check(kind, base, kept, {"codes", "dataset", "family"} | ELSEWHERE | nothing | muon | refused, look)
 
 
 # Sampling, controls, evaluations --------------------------------------------------------------------------------------

@@ -29,12 +29,13 @@ from pipeline.evaluation.detection import Surprise
 from pipeline.evaluation.interpolation import draw_pairs
 from pipeline.evaluation.reconstruction import ssim
 from pipeline.evaluation.two_sample import mmd_squared
+from pipeline.settings import Params
 from pipeline.sources.common.bars import DROPPED_BOX, log_density
 from pipeline.sources.common.source import Block, Source
 from pipeline.storage.codes import CodeReader
 from pipeline.storage.shards import ShardReader
 from pipeline.system.ranks import Ranks
-from pipeline.system.streams import stream
+from pipeline.system.streams import stream, stream_seed
 from stages.arrays import load_arrays
 
 SPLITS = ("train", "valid", "test")
@@ -54,6 +55,7 @@ autoencoders:
   grid: {dataset: grid, objective: identity}
 densities:
   marks: {codes: marks, dataset: marks, family: lde, components: 2, epochs: 3, batch_size: 30, learning_rate: 0.01}
+  marks-labels: {codes: marks, dataset: marks, family: gaussian, context: labels, pseudo_codes: [0.1, 40.0]}
   points: {codes: points, dataset: points, family: lde, components: 4, epochs: 12, batch_size: 50, learning_rate: 0.02}
   points-gmm: {codes: points, dataset: points, family: gmm, components: [1, 3, 4]}
   points-gmmn: {codes: points, dataset: points, family: gmmn, hidden: [8], noise_dim: 2, epochs: 3, batch_size: 100}
@@ -658,6 +660,162 @@ def test_detect(world: World) -> None:
     for key in [key for key in scores.left if key.endswith("_se") or key.startswith("false_alarms")]:
         assert 0 <= scores.take(key) <= 1
     scores.complete()
+
+
+@torch.no_grad()
+def test_fit_given_labels(world: World) -> None:
+    scores = Scores(world, "fit", "marks-labels")
+    density = world.density("marks-labels")
+    for split in SPLITS:
+
+        def twin(of: str, key: str = f"{split}_conditional_log_likelihood") -> dict[str, float]:
+            z, labels = world.codes("marks", of), torch.from_numpy(world.labels("marks", of))
+            mean, error = mean_and_error(density.log_prob(z, labels))
+            per = {f"{key}_per_dimension": mean / 3, f"{key}_per_dimension_se": error / 3}
+            return {key: mean, f"{key}_se": error, **per}
+
+        scores.of(split, twin)
+        scores.equal(**{f"{split}_scored": len(world.labels("marks", split))})
+    shares = np.bincount(world.labels("marks", "train")) / 120
+    assert density.context is not None
+    assert np.allclose(density.context.weights.numpy(), shares)
+    # The number of pseudo-codes is that of the better fit of validation codes; training codes always want fewer.
+    codes, likelihoods = CodeReader("data/codes/marks"), {}
+    for number in (0.1, 40.0):
+        row = world.tables["densities"]["marks-labels"] | {"pseudo_codes": [number]}
+        other = fitting.fit_density(
+            Params({**world.tables, "densities": {"row": row}}).density("row"), codes, Ranks(0, 1, torch.device("cpu"))
+        )[0]
+        for split in ("train", "valid"):
+            labels = torch.from_numpy(world.labels("marks", split))
+            likelihoods[split, number] = float(other.log_prob(world.codes("marks", split), labels).mean())
+    assert likelihoods["train", 0.1] > likelihoods["train", 40.0]
+    assert scores.take("pseudo_codes") == max((0.1, 40.0), key=lambda number: likelihoods["valid", number]) == 40.0
+    scores.equal(parameters=3 * 9, best_epoch=1.0)
+    scores.complete()
+
+
+@torch.no_grad()
+def test_evaluate_given_labels(world: World) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from pipeline.evaluation.posterior import INVERSE_PENALTIES, NEIGHBOURS
+
+    scores, shared = Scores(world, "evaluate", "marks-labels"), Scores(world, "evaluate", "marks").left
+    density = world.density("marks-labels")
+    shares = np.bincount(world.labels("marks", "train")) / 120
+
+    def posterior(split: str) -> tuple[np.ndarray, np.ndarray]:
+        z, labels = world.codes("marks", split), world.labels("marks", split)
+        each = [density.log_prob(z, torch.full((len(z),), y)).double().numpy() + np.log(shares[y]) for y in range(3)]
+        return np.stack(each, 1), labels
+
+    def bayes(split: str) -> dict[str, float]:
+        joint, labels = posterior(split)
+        marginal = np.log(np.exp(joint).sum(1))
+        right = joint[np.arange(len(joint)), labels]
+        found = dict(zip(("test_log_likelihood", "test_log_likelihood_se"), mean_and_error(marginal), strict=True))
+        names = ("test_conditional_log_likelihood", "test_conditional_log_likelihood_se")
+        found |= dict(zip(names, mean_and_error(right - np.log(shares[labels])), strict=True))
+        return found | dict(zip(("class_log_loss", "class_log_loss_se"), mean_and_error(marginal - right), strict=True))
+
+    scores.of("test", bayes)
+    joint, labels = posterior("test")
+    scores.equal(class_accuracy=float((joint.argmax(1) == labels).mean()), class_scored=90.0, test_conditional_scored=90.0)
+    assert scores.take("class_accuracy_se") == pytest.approx(mean_and_error(joint.argmax(1) == labels)[1])
+    probability = np.exp(joint - np.log(np.exp(joint).sum(1))[:, None])
+    gap = 0.0
+    for i in range(15):
+        inside = (probability.max(1) >= i / 15) & (probability.max(1) < (i + 1) / 15)
+        gap += abs(float((joint.argmax(1) == labels)[inside].sum() - probability.max(1)[inside].sum())) / 90
+    scores.equal(class_calibration_error=gap)
+
+    def reference(kind: str, fitted: str, chosen: str, tested: str) -> dict[str, float]:
+        mean, std = (world.codes("marks", fitted).double().mean(0), world.codes("marks", fitted).double().std(0, correction=0))
+        z = {split: ((world.codes("marks", split).double() - mean) / std).numpy() for split in SPLITS}
+        losses = {}
+        for value in NEIGHBOURS if kind == "knn" else INVERSE_PENALTIES:
+            model = KNeighborsClassifier(value) if kind == "knn" else LogisticRegression(C=value, max_iter=500)
+            model.fit(z[fitted], world.labels("marks", fitted))
+            for split in (chosen, tested):
+                p = model.predict_proba(z[split])
+                p = (p * value + 1 / 3) / (value + 1) if kind == "knn" else p
+                losses[value, split] = mean_and_error(-np.log(p[np.arange(len(p)), world.labels("marks", split)]))
+        best = min({value for value, _ in losses}, key=lambda value: losses[value, chosen][0])
+        return {f"{kind}_class_log_loss": losses[best, tested][0], f"{kind}_class_log_loss_se": losses[best, tested][1]}
+
+    for kind in ("knn", "logistic"):
+        scores.of("test", lambda split, kind=kind: reference(kind, "train", "valid", split))  # type: ignore[misc]
+        scores.of("train", lambda split, kind=kind: reference(kind, split, "valid", "test"))  # type: ignore[misc]
+        for key in ("accuracy", "accuracy_se", "calibration_error"):
+            assert 0 <= scores.take(f"{kind}_class_{key}") < 1.01
+
+    images, _ = world.samples("marks-labels")
+    drawn = np.concatenate([block["labels"] for block in ShardReader("data/samples/marks-labels").blocks("samples")])
+    network = features.load_classifier(Path("data/features/marks/classifier.safetensors"))
+    of_samples = network.features(torch.from_numpy(images[:110])).numpy()
+
+    def kids(split: str) -> dict[str, float]:
+        real = network.features(torch.from_numpy(world.unit(split))).numpy()
+        each = [quality.kid(real[world.labels("marks", split) == y], of_samples[drawn[:110] == y], seed=2) for y in range(3)]
+        found = {f"classifier_kid_of_{y}": score.mean for y, score in enumerate(each)}
+        return found | {"classifier_class_kid": sum(score.mean for score in each) / 3}
+
+    of_test, of_train = kids("test"), kids("train")  # of validation images there are too few
+    scores.equal(**of_test)
+    assert all(abs(of_train[key] / value - 1) > 1e-3 for key, value in of_test.items())
+    for key in ("classifier_class_kid_se", *(f"classifier_kid_of_{y}_se" for y in range(3))):
+        assert scores.take(key) > 0
+    assert scores.left <= shared  # all else is computed as for the rows without a context
+    assert np.abs(np.bincount(drawn, minlength=3) / 150 - shares).max() < 0.15
+
+
+@torch.no_grad()
+def test_draw_gives_the_label_asked_for(world: World) -> None:
+    from PIL import Image
+    from safetensors.numpy import load_file
+
+    density, (_, decoder) = world.density("marks-labels"), world.network()
+    draw = ("draw", "marks-labels", "--count", "12", "--seed", "3", "--output", "drawn")
+    result = small.run(*draw, "--label", "right")
+    assert result.exit_code == 0, result.output
+    assert result.output == "12 samples of marks-labels, labels right: drawn\n"
+    drawn = load_file("drawn/samples.safetensors")
+    assert drawn["context"].tolist() == [[2.0]] * 12
+    z = torch.from_numpy(drawn["codes"])
+    assert torch.allclose((decoder(z) + 1) / 2, torch.from_numpy(drawn["samples"]), atol=1e-5)
+    assert np.array_equal(np.asarray(Image.open("drawn/00011.png")), np.rint(drawn["samples"][11, 0].clip(0, 1) * 255))
+    generator = torch.Generator().manual_seed(stream_seed("samples", 3, 0))
+    assert torch.allclose(z, density.sample(12, generator, torch.full((12,), 2.0)), atol=1e-5)
+    assert Path("drawn/samples.png").stat().st_size > 500
+    # The same seed draws the same; without a label contexts are drawn first.
+    before = small.files(Path("drawn"))
+    assert small.run(*draw, "--label", "right").exit_code == 0
+    assert small.files(Path("drawn")) == before
+    assert small.run(*draw).exit_code == 0
+    assert len(np.unique(load_file("drawn/samples.safetensors")["context"])) > 1
+    for arguments, message in (
+        ((*draw, "--label", "up"), "labels: no training code has 'up'; known: left, middle, right"),
+        ((*draw, "--given", "age=3"), "age: give one value for each column of the context, labels"),
+        ((*draw, "--given", "age"), "--given age: write COLUMN=VALUE"),
+        (("draw", "marks", "--label", "left", "--output", "drawn"), "densities.marks isn't conditioned: leave out --label"),
+        (("draw", "marks-labels", "--output", "data"), "data exists and holds no draw; name another folder"),
+    ):
+        world.run("fit", "marks")
+        refused = small.run(*arguments)
+        assert refused.exit_code == 1
+        assert message in refused.output
+        assert refused.output.count("\n") == 1
+    arrays = load_arrays("sample", "marks-labels", "samples-by-class")
+    assert arrays is not None
+    assert list(arrays.names) == ["left", "middle", "right"]
+    samples = ShardReader("data/samples/marks-labels")
+    blocks = list(samples.blocks("samples"))
+    images, labels = (np.concatenate([block[name] for block in blocks]) for name in ("examples", "labels"))
+    first = images[labels == 1][:10]
+    assert np.array_equal(arrays.values["samples"][1], np.rint(first.clip(0, 1).astype(np.float64) * 255).astype(np.uint8))
+    assert samples.index.label_names == ("left", "middle", "right")
 
 
 def test_evaluate_vectors(world: World) -> None:

@@ -130,13 +130,15 @@ class Mixture(Density):
         """Whether all members know some dimensions given others, and no matrix mixes these before."""
         return self.factor is None and all(member.has_given for member in self._members())
 
-    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_prob_given(self, z: Tensor, given: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = torch.stack([torch.stack(member._observed_and_missing(z, given)) for member in self._members()], dim=1)
         observed, missing = self.log_weights[:, None] + parts[0], parts[1]  # (M, B)
         evidence = torch.logsumexp(observed, dim=0)
         return evidence, torch.logsumexp(observed - evidence + missing, dim=0)
 
-    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+    def _sample_given(
+        self, n: int, z: Tensor, given: Tensor, generator: Generator | None, context: Tensor | None = None
+    ) -> Tensor:
         observed = torch.stack([member._observed_and_missing(z, given)[0] for member in self._members()])
         cumulative = torch.softmax(self.log_weights[:, None] + observed, dim=0).cumsum(dim=0)  # (M, B)
         levels = uniform((n, len(z)), self.shift, generator) * cumulative[-1]

@@ -155,12 +155,13 @@ class MomentMatchingNetwork(Density):
         codes: Tensor = self.network(2 * uniform((n, self.options.noise_dim), self.shift, generator) - 1)
         return 20 * (torch.sigmoid(codes) - 0.5) if self.options.output == "sigmoid" else codes
 
-    def loss(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
+    def loss(self, z: Tensor, generator: Randomness | None = None, context: Tensor | None = None) -> Tensor:
         """Root of the squared maximum mean discrepancy between the batch and as many samples, in standardised units.
 
         Arguments:
             z: The codes in the units of the data, with shape (B, D).
             generator: Source of the samples' noise.
+            context: None: this family takes none.
         """
         samples = self._generate(len(z), generator)
         with torch.autocast(z.device.type, enabled=False):  # a small difference of large sums

@@ -110,9 +110,11 @@ class _LossInParts(torch.autograd.Function):
             # which a recording must not touch.
             leaves = [parameter.detach().requires_grad_() for parameter in parameters]
             total, sums = z.new_zeros(()), [torch.zeros_like(parameter) for parameter in parameters]
-            for part, source in density._chunks_to_learn(z, generator):
+            for packed, source in density._chunks_to_learn(z, generator):
+                part, context = density._unpacked(packed)
                 with torch.enable_grad():
-                    outputs = functional_call(density.network, dict(zip(names, leaves, strict=True)), (part, source))
+                    weights = dict(zip(names, leaves, strict=True))
+                    outputs = functional_call(density.network, weights, (part, source, context))
                     value = density._mixtures(outputs, part).sum() / (-density.dim * len(z))
                 gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
                 torch._foreach_add_(sums, gradients)
@@ -141,6 +143,10 @@ class LatentDensityEstimator(Density):
     The parameters of the i-th conditional come from features :math:`h_i` of :math:`z_{<i}`. They are made by
     :math:`L = \lceil \log_2 D \rceil` causal convolutions with kernel 2, dilations 1, 2, 4, .. and 16, 32, 64, .. filters, from
     the values and a mask that is 1 on values and 0 on the padding before them. It is exact: no floor inside the logarithm.
+
+    With a context c of each code, such as its label, the conditionals are :math:`p(z_i \mid z_{<i}, c)`. It adds a learned
+    vector to what the first layer gives at each dimension, and another one to the outputs of the first conditional, which has
+    no features of its own.
 
     A deep network may be told which dimension it is at by a learned vector for each, added to what the first layer gives there;
     else it must count from the padding.
@@ -205,7 +211,8 @@ class LatentDensityEstimator(Density):
         self.register_buffer("training_orders", _several(dim, self.options.training_orders), persistent=False)
         self.register_buffer("order", orders.random_order(dim, self.options.order) if self.options.order else None)
         self.register_buffer("averaged_orders", self._averaged_orders(), persistent=False)
-        self.network: Network = NETWORKS.get(self.options.blocks, CausalNetwork)(dim, self.options)
+        context = 0 if self.context is None else self.context.features
+        self.network: Network = NETWORKS.get(self.options.blocks, CausalNetwork)(dim, self.options, context)
         # Few enough to stay in the cache between two layers (8 MB each); while drawing, as many as make good matrix products
         # of one position at a time, with at most 256 MB of inputs kept.
         self.chunk_examples = max(32, 2**21 // (dim * self.network.features))
@@ -232,19 +239,30 @@ class LatentDensityEstimator(Density):
             log_scales = floor + F.softplus(log_scales - floor)
         return torch.cat([logits, means, log_scales], dim=-1)
 
-    def _log_prob(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
+    def _log_prob(self, z: Tensor, generator: Randomness | None = None, context: Tensor | None = None) -> Tensor:
         if self.averaged_orders is None:
-            return self._read(self._ordered(z), generator)
-        each = torch.stack([self._read(as_pairs(z, order), generator) for order in self.averaged_orders])
+            return self._read(self._ordered(z), generator, context)
+        each = torch.stack([self._read(as_pairs(z, order), generator, context) for order in self.averaged_orders])
         return torch.logsumexp(each, dim=0) - math.log(len(each))
 
     def _ordered(self, z: Tensor) -> Tensor:
         """Standardised codes with their dimensions in the order in which they are read."""
         return z if self.order is None else z[:, self.order]
 
-    def _read(self, inputs: Tensor, generator: Randomness | None = None) -> Tensor:
+    def _packed(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+        """What the network reads, (B, D) or pairs (B, D, 2), and encoded contexts (B, E), as one tensor."""
+        return inputs if context is None else torch.cat([inputs.flatten(1), context], dim=1)
+
+    def _unpacked(self, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inverse of `_packed`."""
+        if self.context is None:
+            return packed, None
+        inputs, context = packed.split([packed.shape[1] - self.context.features, self.context.features], dim=1)
+        return inputs if inputs.shape[1] == self.dim else inputs.unflatten(1, (self.dim, 2)), context
+
+    def _read(self, inputs: Tensor, generator: Randomness | None = None, context: Tensor | None = None) -> Tensor:
         """Log-density (B,) of what the network reads: codes (B, D), or pairs (B, D, 2) as `as_pairs` gives them."""
-        return self._mixtures(self.network(inputs, generator), inputs)
+        return self._mixtures(self.network(inputs, generator, context), inputs)
 
     def _mixtures(self, outputs: tuple[Tensor, Tensor], inputs: Tensor) -> Tensor:
         """Log-density (B,) of what the network read, from its outputs."""
@@ -258,13 +276,14 @@ class LatentDensityEstimator(Density):
         value = mixtures.log_likelihood(first.expand(len(z), -1), z[:, 0])
         return value, mixtures.log_likelihood(others, z[:, 1:].T)
 
-    def loss(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
+    def loss(self, z: Tensor, generator: Randomness | None = None, context: Tensor | None = None) -> Tensor:
         """The loss of equation 4, see `Density.loss`; orders and dropout are drawn from the generator.
 
         Its gradient with respect to the parameters is computed at once, chunk after chunk, so that features stay in the cache
         and memory doesn't grow with B. On a GPU and without dropout it is recorded, and replayed for all further batches of the
         same length.
         """
+        encoded = self._encoded(context, len(z), check=False)
         z = self._standardised(self._in_drawn_order(z, self.training_orders, generator))
         if self.options.noise and self.training:
             z = z + self.options.noise * standard_normal(tuple(z.shape), z, generator)
@@ -273,8 +292,8 @@ class LatentDensityEstimator(Density):
         at_once = len(self._chunks(z)) == 1 and not z.is_cuda
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if normalised or z.requires_grad or not torch.is_grad_enabled() or at_once or not trained:
-            return -self._read(inputs, generator).mean() / self.dim
-        loss: Tensor = _LossInParts.apply(self, inputs, generator, *trained)
+            return -self._read(inputs, generator, **encoded).mean() / self.dim
+        loss: Tensor = _LossInParts.apply(self, self._packed(inputs, **encoded), generator, *trained)
         return loss
 
     @property
@@ -294,14 +313,16 @@ class LatentDensityEstimator(Density):
         moved: Self = super()._apply(*arguments, **keywords)
         return moved
 
-    def log_prob(self, z: Tensor, *, given: Tensor | None = None) -> Tensor:
+    def log_prob(self, z: Tensor, context: Tensor | None = None, *, given: Tensor | None = None) -> Tensor:
         """Log-likelihood of codes, see `Density.log_prob`; averaged over the orders of a patch if there are several."""
+        if context is None and self.context is not None:  # the marginal asks again, for each context
+            return super().log_prob(z, given=given)
         wanted = self.options.scoring_precision == "bfloat16" and not torch.is_grad_enabled()
         rounded = wanted and self.shift.dtype == torch.float32 and has_bfloat16(z.device)
         with torch.autocast(z.device.type, torch.bfloat16) if rounded else contextlib.nullcontext():
             if self.orders is None or given is not None:
-                return super().log_prob(z, given=given)
-            each = [super(LatentDensityEstimator, self).log_prob(orders.reordered(z, order)) for order in self.orders]
+                return super().log_prob(z, context, given=given)
+            each = [super(LatentDensityEstimator, self).log_prob(orders.reordered(z, order), context) for order in self.orders]
         return torch.logsumexp(torch.stack(each), dim=0) - math.log(len(each))
 
     def _restored(self, z: Tensor, generator: Generator | None) -> Tensor:
@@ -317,8 +338,8 @@ class LatentDensityEstimator(Density):
 
     @property
     def has_terms(self) -> bool:  # type: ignore[override]
-        """Whether `terms` are given: not for a mean over several orders, which is no product."""
-        return self.orders is None and self.averaged_orders is None
+        """Whether `terms` are given: not for a mean over several orders or contexts, which is no product."""
+        return self.orders is None and self.averaged_orders is None and self.context is None
 
     @torch.no_grad()
     def terms(self, z: Tensor) -> Tensor:
@@ -342,13 +363,14 @@ class LatentDensityEstimator(Density):
         """The weights between hidden layers: taps of all convolutions but the first, and the matrices within blocks."""
         return self.network.hidden_matrices()
 
-    def conditionals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def conditionals(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, means and standard deviations of the mixtures that the dimensions of z are drawn from, given those before.
 
         With several orders of a patch, those of the first.
 
         Arguments:
             z: The codes, with shape (B, D).
+            context: Their contexts, with shape (B, C), if the density is conditioned.
 
         Returns:
             Three tensors with shape (B, D, K), in the units of the data.
@@ -359,18 +381,18 @@ class LatentDensityEstimator(Density):
         if self.transform is not None or self.order is not None or self.averaged_orders is not None:
             raise PipelineError("conditionals are given only without `transform`, and with the dimensions in their own order")
         standardised = self._standardised(z)
-        first, others = map(self._bounded, self.network(standardised))
-        outputs = torch.cat([first.expand(1, len(z), -1), others]).transpose(0, 1)  # (B, D, 3K)
+        first, others = map(self._bounded, self.network(standardised, **self._encoded(context, len(z))))
+        outputs = torch.cat([first.expand(len(z), -1)[None], others]).transpose(0, 1)  # (B, D, 3K)
         logits, means, log_scales = mixtures.unpack(outputs)
         shift = self.shift if self.factor is None else self.shift + standardised @ self.factor.tril(-1).T  # (D) or (B, D)
         scale = self.scale[:, None]
         return torch.softmax(logits, dim=-1), shift[..., None] + scale * means, scale * log_scales.exp()
 
-    def _sample(self, n: int, generator: Generator | None) -> Tensor:
+    def _sample(self, n: int, generator: Generator | None, context: Tensor | None = None) -> Tensor:
         if self.averaged_orders is None:
-            z = self._drawn(self.network.walk(), n, generator)
+            z = self._drawn(self.network.walk(context=context), n, generator)
             return z if self.order is None else z[:, self.order.argsort()]
-        return self._drawn_in(self._chosen_orders(n, generator), generator)
+        return self._drawn_in(self._chosen_orders(n, generator), generator, context=context)
 
     def _chosen_orders(self, n: int, generator: Generator | None) -> Tensor:
         """One of the averaged orders for each of n codes, with shape (n, D)."""
@@ -379,12 +401,17 @@ class LatentDensityEstimator(Density):
         return self.averaged_orders[(uniform((n,), self.shift, generator) * count).long().clamp_(max=count - 1)]
 
     def _drawn_in(
-        self, orders: Tensor, generator: Generator | None, z: Tensor | None = None, counts: Tensor | None = None
+        self,
+        orders: Tensor,
+        generator: Generator | None,
+        z: Tensor | None = None,
+        counts: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Standardised codes (n, D), each drawn in its own order (n, D); the first `counts` (n,) are those of z (n, D)."""
         assert isinstance(self.network, AttentionNetwork)
         known = None if z is None else z.gather(1, orders)
-        drawn = self._drawn(self.network.walk(orders), len(orders), generator, known, counts)
+        drawn = self._drawn(self.network.walk(orders, context=context), len(orders), generator, known, counts)
         return torch.empty_like(drawn).scatter_(1, orders, drawn)
 
     def _drawn(
@@ -409,22 +436,25 @@ class LatentDensityEstimator(Density):
         """Whether it is read in any order, and no matrix mixes the dimensions before."""
         return self.options.orders == "any" and self.factor is None
 
-    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_prob_given(self, z: Tensor, given: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert self.averaged_orders is not None
         count, parts = given.sum(dim=1), list[Tensor]()
         for order in self.averaged_orders:
             inputs = as_pairs(z, _observed_first(order.expand_as(given), given))
-            first, others = self._terms(self.network(inputs), inputs)
+            first, others = self._terms(self.network(inputs, None, context), inputs)
             terms = torch.cat([first[None], others])  # (D, B)
             known = torch.arange(self.dim, device=z.device)[:, None] < count
             parts.append(torch.stack([torch.where(known == observed, terms, 0).sum(dim=0) for observed in (True, False)]))
         observed, missing = torch.logsumexp(torch.stack(parts), dim=0) - math.log(len(parts))
         return observed, missing
 
-    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+    def _sample_given(
+        self, n: int, z: Tensor, given: Tensor, generator: Generator | None, context: Tensor | None = None
+    ) -> Tensor:
         z, given = z.repeat(n, 1), given.repeat(n, 1)  # (n B, D)
+        context = None if context is None else context.repeat(n, 1)
         orders = _observed_first(self._chosen_orders(len(z), generator), given)
-        return self._drawn_in(orders, generator, z, given.sum(dim=1)).view(n, -1, self.dim)
+        return self._drawn_in(orders, generator, z, given.sum(dim=1), context).view(n, -1, self.dim)
 
 
 def _random_orders(z: Tensor, generator: Randomness | None) -> Tensor:

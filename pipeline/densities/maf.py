@@ -47,7 +47,7 @@ class MaskedAutoregressiveFlow(NormalisingFlow):
     def _flow(self, **common: Any) -> Any:
         from zuko import flows
 
-        return flows.MAF(**common, residual=self.options.residual)
+        return flows.MAF(**common, **self._autoregressive())
 
 
 Model = MaskedAutoregressiveFlow

@@ -63,19 +63,19 @@ class NeuralAutoregressiveFlow(NormalisingFlow):
     def _flow(self, **common: Any) -> Any:
         from zuko import flows
 
-        return flows.NAF(**common, residual=self.options.residual, signal=self.options.signal)
+        return flows.NAF(**common, **self._autoregressive(), signal=self.options.signal)
 
     @staticmethod
-    def _inverse(transform: Any, y: Tensor) -> Tensor:
+    def _inverse(transform: Any, y: Tensor, context: Tensor | None) -> Tensor:
         if y.shape[1] == 1 or not hasattr(transform, "hyper"):  # the latter: the soft clipping between two of them
-            return NormalisingFlow._inverse(transform, y)
-        return _columnwise_inverse(transform, y)
+            return NormalisingFlow._inverse(transform, y, context)
+        return _columnwise_inverse(transform, y, context)
 
 
 Model = NeuralAutoregressiveFlow
 
 
-def _columnwise_inverse(transform: Any, y: Tensor) -> Tensor:
+def _columnwise_inverse(transform: Any, y: Tensor, context: Tensor | None = None) -> Tensor:
     r"""The inverse of an autoregressive transformation of NAF, :math:`x_i = f^{-1}(y_i; s(x_{<i}))`.
 
     It equals zuko's, which bisects all D columns in each of D passes, where only one of them has all that it depends on.
@@ -83,6 +83,7 @@ def _columnwise_inverse(transform: Any, y: Tensor) -> Tensor:
     Arguments:
         transform: The transformation, zuko's `MaskedAutoregressiveTransform` of an `MNN`.
         y: Its outputs, with shape (n, D).
+        context: The encoded contexts that its network reads behind the columns, with shape (n, E).
 
     Returns:
         Its inputs, with shape (n, D), to the tolerance of zuko's bisection.
@@ -94,7 +95,7 @@ def _columnwise_inverse(transform: Any, y: Tensor) -> Tensor:
     biases = last.bias.unflatten(0, (y.shape[1], -1))  # (D, S)
     x = torch.zeros_like(y)
     for column in transform.order.argsort().tolist():
-        features = x
+        features = x if context is None else torch.cat([x, context], dim=1)
         for layer in hidden:
             features = layer(features)
         signal = F.linear(features, weights[column], biases[column])  # (n, S)

@@ -61,7 +61,7 @@ class NeuralSplineFlow(NormalisingFlow):
 
         options = self.options
         passes = 2 if options.coupling else None
-        return flows.NSF(**common, residual=options.residual, bins=options.bins, passes=passes)
+        return flows.NSF(**common, **self._autoregressive(), bins=options.bins, passes=passes)
 
 
 Model = NeuralSplineFlow

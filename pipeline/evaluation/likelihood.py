@@ -13,24 +13,38 @@ from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.evaluation.moments import KEPT, GroupedMoments, Mean, Moments
 from pipeline.storage.codes import CodeReader
+from pipeline.storage.parts import Arrays
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
 
-__all__ = ["CodeScores", "log_likelihood", "score_codes", "test_log_likelihood"]
+__all__ = ["Block", "CodeScores", "log_likelihood", "score_codes", "test_log_likelihood", "with_context"]
+
+Block = np.ndarray | tuple[np.ndarray, np.ndarray]  # codes (n, D), or with their contexts (n, C)
 
 FEWEST_GROUPS = 5  # with fewer, a standard error over groups is meaningless
 SCORED_AT_ONCE = 8192  # codes between two progress messages
 
 
-@torch.no_grad()
-def score_codes(density: Density, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Log-likelihoods (n,) in nats, float64, of blocks of codes (n, D)."""
-    device = density.shift.device
+def with_context(density: Density, codes: CodeReader, blocks: Iterable[Arrays]) -> Iterator[Block]:
+    """Codes of blocks, with their contexts if the density is conditioned; without those that no training code has."""
     for block in blocks:
-        yield density.log_prob(torch.from_numpy(block).to(device)).double().cpu().numpy()
+        if density.context is None:
+            yield block["codes"]
+            continue
+        context = codes.context(block, density.context.names)
+        known = density.context.known(torch.from_numpy(context).to(density.shift.device)).cpu().numpy()
+        yield block["codes"][known], context[known]
 
 
-def log_likelihood(density: Density, blocks: Iterable[np.ndarray], ranks: Ranks | None = None) -> Mean:
+@torch.no_grad()
+def score_codes(density: Density, blocks: Iterable[Block]) -> Iterator[np.ndarray]:
+    """Log-likelihoods (n,) in nats, float64, of blocks of codes (n, D), given their contexts if there are any."""
+    for block in blocks:
+        arrays = (torch.from_numpy(part).to(density.shift.device) for part in (block if isinstance(block, tuple) else (block,)))
+        yield density.log_prob(*arrays).double().cpu().numpy()
+
+
+def log_likelihood(density: Density, blocks: Iterable[Block], ranks: Ranks | None = None) -> Mean:
     """Mean log-likelihood of codes in nats, with its standard error; each rank scores its share of the blocks."""
     moments = Moments()
     rank_blocks = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)

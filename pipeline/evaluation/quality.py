@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.moments import Mean, mean_and_error
 from pipeline.system.streams import stream
 
-__all__ = ["Manifolds", "QualityScore", "fid", "kid", "kid_of_subsets", "manifolds", "nearest", "score"]
+__all__ = ["Manifolds", "QualityScore", "fid", "kid", "kid_by_class", "kid_of_subsets", "manifolds", "nearest", "score"]
 
 Features = NDArray[np.floating]
 
@@ -60,6 +60,35 @@ def kid_of_subsets(
 def kid(real: Features, samples: Features, subsets: int = 10, subset_examples: int = 1000, seed: int = 0) -> Mean:
     """Kernel Inception distance, mean over disjoint random subsets, with its standard error; see `kid_of_subsets`."""
     return mean_and_error(kid_of_subsets(real, samples, subsets, subset_examples, seed))
+
+
+def kid_by_class(
+    real: tuple[Features, NDArray[np.int64]], samples: tuple[Features, NDArray[np.int64]], seed: int = 0, subsets: int = 10
+) -> dict[str, float]:
+    """KID within each class, and its mean over classes, which sees a sample that looks like another class than its own.
+
+    Classes with fewer than two images or samples for each subset are left out.
+
+    Arguments:
+        real: Features of real images with shape (n, F), and their labels with shape (n,).
+        samples: Features of samples with shape (m, F), and their labels with shape (m,).
+        seed: Seed of the subsets.
+        subsets: Number of subsets of each class.
+
+    Returns:
+        `class_kid` and `class_kid_se`, and for each label `kid_of_LABEL` and `kid_of_LABEL_se`; empty if no class is left.
+    """
+    scores: dict[str, float] = {}
+    each = []
+    for label in np.unique(real[1]).tolist():
+        features = [values[labels == label] for values, labels in (real, samples)]
+        if min(map(len, features)) >= 2 * subsets:
+            each.append(kid(features[0], features[1], subsets=subsets, seed=seed))
+            scores |= {f"kid_of_{label}": each[-1].mean, f"kid_of_{label}_se": each[-1].standard_error}
+    if not each:
+        return {}
+    error = math.sqrt(sum(score.standard_error**2 for score in each)) / len(each)
+    return {"class_kid": float(np.mean([score.mean for score in each])), "class_kid_se": error} | scores
 
 
 class _PassThrough(torch.nn.Module):
@@ -192,6 +221,7 @@ class QualityScore:
         real: Number of real images.
         samples: Number of samples.
         kid_values: Kernel distance of each subset; those of two sets of samples have the same real images.
+        by_class: What `kid_by_class` gives, of samples with labels.
     """
 
     network: str
@@ -201,6 +231,7 @@ class QualityScore:
     real: int
     samples: int
     kid_values: NDArray[np.float64] = field(compare=False, repr=False)
+    by_class: Mapping[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat metrics, each name starting with the network's, since scores of two networks aren't comparable."""
@@ -208,7 +239,7 @@ class QualityScore:
         for name in ("precision", "recall", "density", "coverage"):
             result: Mean = getattr(self.manifolds, name)
             values |= {name: result.mean, f"{name}_se": result.standard_error}
-        values |= {"real_images": self.real, "samples": self.samples}
+        values |= {"real_images": self.real, "samples": self.samples, **self.by_class}
         return {f"{self.network}_{name}": value for name, value in values.items()}
 
     def values(self) -> dict[str, NDArray[Any]]:

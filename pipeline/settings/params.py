@@ -34,6 +34,7 @@ T = typing.TypeVar("T")
 ROW_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 LONGEST_NAME = 100  # rows name files and folders
 FORBIDDEN_KEYS = ("size", "nfiles")  # DVC's run cache drops these keys (treeverse/dvc issue 10296)
+CARRYING = ("categories", "numbers", "attributes")  # keys of data sets that name columns to condition on
 TABLES = ("datasets", "controls", "autoencoders", "densities", "sampling", "evaluations", "detections")
 
 
@@ -158,6 +159,14 @@ class Params:
                 f"densities.{name}.dataset: '{settings.dataset}', but autoencoders.{settings.codes}.dataset "
                 f"is '{autoencoder.dataset}'"
             )
+        dataset = self.dataset(settings.dataset)
+        carried = ["labels", *(name for key in CARRYING for name in getattr(dataset, key, ()))]
+        for column in settings.context_names:
+            if column not in carried:
+                raise SettingsError(
+                    f"densities.{name}.context: '{column}' isn't carried by datasets.{settings.dataset}, which carries "
+                    f"{', '.join(carried)}; name it there"
+                )
         drawn, held = getattr(settings, "prior", None), getattr(autoencoder, "prior", None)
         if None not in (drawn, held) and drawn != held:
             raise SettingsError(

@@ -140,6 +140,8 @@ class DensitySettings(TrainingSettings):
         codes: Row of `autoencoders` whose codes to fit.
         dataset: Data set of those codes (named again, since DVC can't look it up; checked for agreement).
         family: Density family: `lde`, `gmm`, `maf`, ..
+        context: What the density is conditioned on, p(z | c): `labels`, or a list of `labels` and of columns that the data set
+            carries as its `context`. Samples are drawn at the frequencies of the training codes.
         standardise: `dimension` shifts and scales each code dimension to mean 0 and variance 1 over the training codes,
             `scalar` uses one mean and one scale for all, `none` changes nothing. `cholesky` subtracts from each dimension its
             linear prediction from the preceding ones, L^-1 (z - mean) with the covariance L L^T, which suits strongly
@@ -162,6 +164,7 @@ class DensitySettings(TrainingSettings):
     codes: str
     dataset: str
     family: str
+    context: str | tuple[str, ...] = ()
     learning_rate: float = 2e-4
     standardise: Literal["dimension", "scalar", "cholesky", "none"] = "dimension"
     transform: Literal["none", "log", "asinh", "power", "quantile"] = "none"
@@ -175,6 +178,14 @@ class DensitySettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_that("" not in self.context_names, "context", "is empty; write `labels`, or leave it out")
+        check_that(len(set(self.context_names)) == len(self.context_names), "context", "names a column twice")
+        conditional = getattr(self, "takes_context", False)  # said by the family's `Options`
+        check_that(
+            not self.context_names or conditional,
+            "context",
+            f"the family {self.family} can't be conditioned; lde, gmm, gaussian and the flows (maf, nsf, realnvp, naf) can",
+        )
         check_that(self.optimizer in ("adamw", "muon"), "optimizer", f"must be one of adamw, muon, not {self.optimizer!r}")
         check_that(self.optimizer == "adamw" or self.family == "lde", "optimizer", "can be muon for the family lde only")
         check_that(self.muon_rate > 0, "muon_rate", "must be positive")
@@ -182,6 +193,11 @@ class DensitySettings(TrainingSettings):
         check_that(not self.shrinkage or self.standardise == "cholesky", "shrinkage", "is for standardise: cholesky")
         check_that(self.validate_steps >= 0, "validate_steps", "must be 0 or more")
         check_that(self.max_minutes >= 0, "max_minutes", "must be 0 or more")
+
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """Names of the columns that the density is conditioned on."""
+        return (self.context,) if isinstance(self.context, str) else self.context
 
 
 @dataclass(frozen=True, kw_only=True)

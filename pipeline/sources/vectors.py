@@ -16,6 +16,7 @@ from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings, check_that
 from pipeline.sources.common.source import Block, BlockwiseSplit, Source, generator
 from pipeline.sources.common.tables import Table, open_table
+from pipeline.storage.parts import ContextColumn
 
 __all__ = ["GroupSplit", "Settings", "Vectors", "open_source"]
 
@@ -34,6 +35,8 @@ class Settings(DatasetSettings):
         columns: Names of the columns that are the dimensions, in order; by default all. Columns without names are called
             0, 1, ..
         labels: Name of the column that holds labels, numbers or text; by default none.
+        categories: Names of columns of categories that are carried with the vectors, for the `context` of densities.
+        numbers: Names of columns of numbers that are carried in the same way.
         groups: Name of a column whose equal values belong together: rows of a group go to the same split.
         drop_constant: Leave out the columns that hold one value.
         centre: Subtract the mean of each column, in float64, before the values become float32: for timestamps and the like.
@@ -45,6 +48,8 @@ class Settings(DatasetSettings):
     tensor: str = ""
     columns: tuple[str, ...] = ()
     labels: str = ""
+    categories: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
     groups: str = ""
     drop_constant: bool = False
     centre: bool = False
@@ -55,6 +60,9 @@ class Settings(DatasetSettings):
         check_that(0.001 <= self.test_share < 1, "test_share", "must be in [0.001, 1)")
         check_that(self.valid_share + self.test_share < 0.9995, "test_share", "leaves nothing to train on")
         check_that(len(set(self.columns)) == len(self.columns), "columns", "names one twice")
+        carried = [*self.categories, *self.numbers]
+        check_that(len(set(carried)) == len(carried), "categories", "names one twice, or one that is among the numbers")
+        check_that("labels" not in carried, "categories", "may not hold a column named labels; name it by `labels`")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,7 +133,7 @@ class Vectors(Source):
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self.tensor, self.names = path, settings.tensor, settings.columns
-        self.extras = tuple(dict.fromkeys(name for name in (settings.labels, settings.groups) if name))
+        self.extras = tuple(dict.fromkeys(name for name in self._carried(settings) if name))
         table = self._table()
         dims = [name for name in table.names if name not in self.extras]
         for name in settings.columns:
@@ -148,6 +156,7 @@ class Vectors(Source):
         if settings.labels:
             names, self.labels = np.unique(table.text(settings.labels), return_inverse=True)
             self.label_names = tuple(names.tolist())
+        self.context, self.carried = self._read_context(table, settings)
         self.offset: np.ndarray | None = None  # (D,)
         varies = self._scan(table, settings)
         if settings.drop_constant:
@@ -158,6 +167,26 @@ class Vectors(Source):
                 raise DataError(f"{path}: every column holds one value; there is nothing to learn")
         self.means = () if self.offset is None else tuple(self.offset.tolist())
         self.dim = len(self.columns)
+
+    @staticmethod
+    def _carried(settings: Settings) -> tuple[str, ...]:
+        return (settings.labels, settings.groups, *settings.categories, *settings.numbers)
+
+    def _read_context(self, table: Table, settings: Settings) -> tuple[tuple[ContextColumn, ...], np.ndarray | None]:
+        """The columns to condition on, and their values for all rows, float32 with shape (N, C)."""
+        columns, values = [], []
+        for name in settings.categories:
+            words, numbers = np.unique(table.text(name), return_inverse=True)
+            columns.append(ContextColumn(name=name, words=tuple(words.tolist())))
+            values.append(numbers.astype(np.float32))
+        for name in settings.numbers:
+            column = np.array([_number(word) for word in table.text(name)], dtype=np.float32)
+            if not np.isfinite(column).all():
+                row = int(np.flatnonzero(~np.isfinite(column))[0])
+                raise DataError(f"{self.path}: row {row}, column '{name}' is no finite number; list it among the categories")
+            columns.append(ContextColumn(name=name))
+            values.append(column)
+        return tuple(columns), np.stack(values, axis=1) if values else None
 
     def _table(self) -> Table:
         return open_table(self.path, self.tensor, self.names, self.extras)
@@ -242,7 +271,15 @@ class Vectors(Source):
             raise DataError(
                 f"{self.path}: row {numbers[wrong[0]]} isn't finite in float32; it has changed since it was checked"
             )
-        return Block(examples=vectors, labels=None if self.labels is None else self.labels[numbers].astype(np.int64))
+        labels = None if self.labels is None else self.labels[numbers].astype(np.int64)
+        return Block(examples=vectors, labels=labels, context=None if self.carried is None else self.carried[numbers])
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return float("nan")
 
 
 def _constant_words(settings: Settings) -> str:

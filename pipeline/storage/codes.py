@@ -1,21 +1,22 @@
 """Latent codes on disk: write, check, stream.
 
 `data/codes/<name>` is self-contained. It holds one safetensors file per shard, `{train,valid,test}-%06d.safetensors`, with
-"codes" (n, D) float32 and "labels" (n,) int64 if there are any; an `index.json` with counts, digests, and the training codes'
-mean and standard deviation; and `decoder.safetensors`, which turns codes back into images. Codes of vectors have no decoder.
+"codes" (n, D) float32, "labels" (n,) int64 if there are any, and "context" (n, C) float32 if there are columns to condition on;
+an `index.json` with counts, digests, and the training codes' mean and standard deviation; and `decoder.safetensors`, which
+turns codes back into images. Codes of vectors have no decoder.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.storage.parts import Arrays, Part, PartIndex, PartReader, part_name, part_of
+from pipeline.storage.parts import Arrays, ContextColumn, Part, PartIndex, PartReader, part_name, part_of
 from pipeline.system.files import atomic_file, sha256_file
 
 __all__ = ["ArrayCodes", "CodeIndex", "CodeReader", "VectorMoments", "write_part"]
@@ -33,6 +34,7 @@ class CodeIndex(PartIndex):
         decoder_sha256: Digest of `decoder.safetensors`; null for vectors.
         value_range: Range of the decoded pixels; null for vectors.
         label_names: Names of the labels; null if there are none.
+        context: Columns that belong to each code; left out of the file if there are none.
         train, valid, test: The files of each split, in order.
     """
 
@@ -43,6 +45,7 @@ class CodeIndex(PartIndex):
     decoder_sha256: str | None = None
     value_range: tuple[float, ...] | None = None
     label_names: tuple[str, ...] | None = None
+    context: tuple[ContextColumn, ...] = ()
     train: tuple[Part, ...] = ()
     valid: tuple[Part, ...] = ()
     test: tuple[Part, ...] = ()
@@ -92,7 +95,14 @@ class VectorMoments:
         return np.sqrt(self._squares / max(self.count, 1))
 
 
-def write_part(folder: str | Path, split: str, number: int, codes: np.ndarray, labels: np.ndarray | None) -> Part:
+def write_part(
+    folder: str | Path,
+    split: str,
+    number: int,
+    codes: np.ndarray,
+    labels: np.ndarray | None = None,
+    context: np.ndarray | None = None,
+) -> Part:
     """Writes one file of codes.
 
     Arguments:
@@ -101,6 +111,7 @@ def write_part(folder: str | Path, split: str, number: int, codes: np.ndarray, l
         number: Number of the file.
         codes: Codes, with shape (n, D).
         labels: Labels, with shape (n,), or None.
+        context: Columns to condition on, with shape (n, C), or None.
 
     Raises:
         DataError: When a code isn't finite.
@@ -112,6 +123,8 @@ def write_part(folder: str | Path, split: str, number: int, codes: np.ndarray, l
     arrays = {"codes": np.ascontiguousarray(codes, np.float32)}
     if labels is not None:
         arrays["labels"] = np.ascontiguousarray(labels, np.int64)
+    if context is not None:
+        arrays["context"] = np.ascontiguousarray(context, np.float32)
     path = Path(folder) / part_name(split, number, "safetensors")
     with atomic_file(path) as temporary:
         save_file(arrays, temporary)
@@ -153,7 +166,7 @@ class CodeReader(PartReader[CodeIndex]):
         return path
 
     def load(self, split: str, number: int) -> Arrays:
-        """One file: "codes" with shape (n, D), and "labels" (n,) if there are any."""
+        """One file: "codes" with shape (n, D), and "labels" (n,) and "context" (n, C) if there are any."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -171,7 +184,9 @@ class CodeReader(PartReader[CodeIndex]):
         if not np.isfinite(codes).all():
             raise self._error(f"{path} holds codes that aren't finite")
         labels = arrays.get("labels", np.empty(part.count, np.int64))
-        if arrays.keys() - {"codes", "labels"} or labels.shape != (part.count,) or labels.dtype != np.int64:
+        context = arrays.get("context", np.empty((part.count, 0), np.float32))
+        wrong = arrays.keys() - {"codes", "labels", "context"} or labels.shape != (part.count,) or labels.dtype != np.int64
+        if wrong or context.shape != (part.count, len(self.index.context)) or context.dtype != np.float32:
             raise self._error(f"{path} holds unexpected arrays")
         return arrays
 
@@ -186,6 +201,26 @@ class CodeReader(PartReader[CodeIndex]):
                 arrays = {name: array[: int(remaining)] for name, array in arrays.items()}
             remaining -= len(arrays["codes"])
             yield arrays
+
+    def context(self, arrays: Arrays, names: Sequence[str]) -> np.ndarray:
+        """Columns that belong to the codes of a block, such as `labels`, float32 with shape (n, C).
+
+        Raises:
+            DataError: When the codes have no column of a name.
+        """
+        columns = {column.name: arrays["context"][:, i] for i, column in enumerate(self.index.context)}
+        columns |= {"labels": arrays["labels"]} if "labels" in arrays else {}
+        for name in names:
+            if name not in columns:
+                known = ", ".join(columns) or "none"
+                raise DataError(f"the codes in {self.folder} have no column '{name}' to condition on; they have {known}")
+        return np.stack([columns[name].astype(np.float32) for name in names], axis=1)
+
+    def words(self, name: str) -> tuple[str, ...] | None:
+        """What the levels of a column of categories are called, () for numbers as names; None for a column of numbers."""
+        if name == "labels":
+            return self.index.label_names or ()
+        return next((column.words for column in self.index.context if column.name == name), None)
 
     def stream(self, split: str) -> Callable[[], Iterator[np.ndarray]]:
         """A function that gives a new pass over the codes of a split, file by file."""

@@ -13,7 +13,7 @@ from pipeline.settings import build
 from pipeline.storage.stores import current_store
 from pipeline.system.files import read_json, sha256_bytes, sha256_file, write_json
 
-__all__ = ["SPLITS", "Arrays", "Part", "PartIndex", "PartReader", "part_name", "part_of", "write_index"]
+__all__ = ["SPLITS", "Arrays", "ContextColumn", "Part", "PartIndex", "PartReader", "part_name", "part_of", "write_index"]
 
 SPLITS = ("train", "valid", "test")
 
@@ -50,6 +50,19 @@ def part_of(path: Path, count: int) -> Part:
     return part
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextColumn:
+    """A column that belongs to each example and that a density may be conditioned on.
+
+    Attributes:
+        name: Its name.
+        words: Of categories, what the values 0, 1, .. are called; null for numbers.
+    """
+
+    name: str
+    words: tuple[str, ...] | None = None
+
+
 class PartIndex:
     """Base of indexes, dataclasses with a field of files, `tuple[Part, ...]`, for each split.
 
@@ -83,6 +96,8 @@ class PartIndex:
     def as_json(self) -> dict[str, Any]:
         """The index as written to `index.json`."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        columns = values.pop("context", [])
+        values |= {"context": [vars(column) for column in columns]} if columns else {}
         return values | {split: [vars(part) for part in self.parts(split)] for split in self.splits}
 
 

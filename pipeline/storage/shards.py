@@ -1,9 +1,10 @@
 """WebDataset shards of blocks: write, check, read.
 
 A data set is a folder of tar files `{train,valid,test}-%06d.tar` and an `index.json`. Each tar holds blocks of at most 256
-examples: `000000.examples.npy` with shape (n, C, H, W) uint8 or (n, D) float32, and `000000.labels.npy` with shape (n,) int64
-if there are labels. One block per member, instead of one image per member, reads about a hundred times as fast. The index has
-counts, shape, range and a SHA-256 digest per shard, which is checked whenever a shard is read.
+examples: `000000.examples.npy` with shape (n, C, H, W) uint8 or (n, D) float32, `000000.labels.npy` with shape (n,) int64
+if there are labels, and `000000.context.npy` with shape (n, C) float32 if there are columns to condition on. One block per
+member, instead of one image per member, reads about a hundred times as fast. The index has counts, shape, range and a SHA-256
+digest per shard, which is checked whenever a shard is read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
-from pipeline.storage.parts import SPLITS, Arrays, Part, PartIndex, PartReader, part_name, part_of
+from pipeline.storage.parts import SPLITS, Arrays, ContextColumn, Part, PartIndex, PartReader, part_name, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK_EXAMPLES", "ShardIndex", "ShardReader", "ShardWriter", "from_unit", "scale_pixels", "to_unit"]
 
 BLOCK_EXAMPLES = 256
-MEMBERS = ("examples", "labels", "codes")  # the arrays that a block may hold
+MEMBERS = ("examples", "labels", "context", "codes")  # the arrays that a block may hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class ShardIndex(PartIndex):
         dtype: `uint8` or `float32`.
         value_range: Range that the pixels 0..255 are scaled to, (0, 1) or (-1, 1); null for vectors.
         label_names: Names of the labels; null if there are no labels or no names.
+        context: Columns that belong to each example; left out of the file if there are none.
         train, valid, test, samples: The shards of each split, in order.
     """
 
@@ -49,6 +51,7 @@ class ShardIndex(PartIndex):
     dtype: Literal["uint8", "float32"]
     value_range: tuple[float, ...] | None = None
     label_names: tuple[str, ...] | None = None
+    context: tuple[ContextColumn, ...] = ()
     train: tuple[Part, ...] = ()
     valid: tuple[Part, ...] = ()
     test: tuple[Part, ...] = ()
@@ -96,7 +99,7 @@ class ShardWriter:
         self._tar_count = self._tar_blocks = 0
 
     def write(self, **arrays: np.ndarray) -> None:
-        """Appends examples: `examples`, and `labels` and `codes` in every call or in none, all of equal length."""
+        """Appends examples: `examples`, and `labels`, `context` and `codes` in every call or in none, all of equal length."""
         count = len(arrays["examples"])
         start = 0
         while start < count:
@@ -248,6 +251,7 @@ class ShardReader(PartReader[ShardIndex]):
         dtype, shape = {
             "examples": (self.index.dtype, self.index.shape),
             "labels": ("int64", ()),
+            "context": ("float32", (len(self.index.context),)),
             "codes": ("float32", None),
         }[name]
         stream = io.BytesIO(data)

@@ -92,6 +92,11 @@ METRICS: Mapping[str, Metric] = {
         "NETWORK_kid", "KID", "-", "lower", "kernel distance of samples and test images; 0 where they agree",
         error="NETWORK_kid_se", over="subsets",
     ),
+    "class_kid": Metric(
+        "NETWORK_class_kid", "KID within classes", "-", "lower",
+        "mean over classes of the kernel distance of samples and test images of one class", error="NETWORK_class_kid_se",
+        over="subsets",
+    ),
     "fid": Metric(
         "NETWORK_fid", "FID", "-", "lower", "Fréchet distance of samples and test images; it depends on their numbers",
         format=".3g",
@@ -117,6 +122,29 @@ METRICS: Mapping[str, Metric] = {
         "test_log_likelihood", "log-likelihood of the codes", "nats, in the units of the codes", "higher",
         "mean log-likelihood of test codes, in addition to a score of images", error="test_log_likelihood_se",
     ),
+    "test_conditional_log_likelihood": Metric(
+        "test_conditional_log_likelihood", "log-likelihood given the context", "nats, in the units of the codes", "higher",
+        "mean log-likelihood of test codes given their contexts", error="test_conditional_log_likelihood_se",
+        count="test_conditional_scored",
+    ),
+    "class_accuracy": Metric(
+        "class_accuracy", "accuracy of p(label | code)", "0..1", "higher",
+        "share of test codes whose label is the most probable one by Bayes' rule", error="class_accuracy_se",
+        count="class_scored",
+    ),
+    "class_calibration_error": Metric(
+        "class_calibration_error", "calibration error", "0..1", "lower",
+        "mean gap between the confidence of p(label | code) and its accuracy, over 15 bins", count="class_scored", format=".3f",
+    ),
+    **{
+        f"{name}_class_{score}": Metric(
+            f"{name}_class_{score}", f"{what} of {title}", "0..1", "higher" if score == "accuracy" else "lower",
+            f"{what} of {title} on the same codes", error=f"{name}_class_{score}_se" if score == "accuracy" else "",
+            count="class_scored", format=".3f",
+        )
+        for name, title in (("knn", "nearest neighbours"), ("logistic", "logistic regression"))
+        for score, what in (("accuracy", "accuracy"), ("calibration_error", "calibration error"))
+    },
     "test_mse": Metric(
         "test_mse", "test MSE", "per pixel", "lower", "mean squared error of reconstructed test images, in 0..1",
         error="test_mse_se", format=".4f", short="test|MSE",

@@ -40,6 +40,15 @@ if TYPE_CHECKING:
 __all__ = ["description", "page_head", "render"]
 
 TEMPLATES = Path(__file__).parent / "templates"
+# Of densities given a context, next to those of the same codes that are given none.
+GIVEN_METRICS = [
+    METRICS[name]
+    for name in (
+        *("code_log_likelihood", "test_conditional_log_likelihood", "kid", "class_kid", "class_accuracy"),
+        *("class_calibration_error", "knn_class_accuracy", "knn_class_calibration_error"),
+        *("logistic_class_accuracy", "logistic_class_calibration_error"),
+    )
+]
 SHOWN_TOGETHER = ("open-dimensions", "reconstructions", "codes", "interpolations", "interpolation-log-likelihood")
 SAMPLED_ROWS = 4  # rows of a data set whose samples can be sorted by likelihood
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "webdataset", "dvc", "mlflow")
@@ -101,6 +110,7 @@ class _Section:
     densities: list[_Block]
     autoencoders: list[_Block]
     combined: list[Picture]
+    given: list[tuple[str, list[str]]]
     controls: list[_Block]
     detections: list[_Block]
 
@@ -143,6 +153,7 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
                 block(name, _autoencoder_summary(params, name), "train", "extract") for name in autoencoders_of(params, dataset)
             ],
             combined=combined,
+            given=_given_context(params, dataset),
             controls=[
                 block(
                     name,
@@ -154,6 +165,27 @@ def _sections(params: Params, board: pd.DataFrame) -> Iterator[_Section]:
             ],
             detections=[block(line["row"], _detection_summary(line), "detect") for line in detections_of(params, dataset)],
         )
+
+
+def _given_context(params: Params, dataset: str) -> list[tuple[str, list[str]]]:
+    """Rows that are conditioned and rows of the same codes that aren't, each with its cells under `GIVEN_METRICS`."""
+    rows = densities_of(params, dataset)
+    codes = {params.density(row).codes for row in rows if params.density(row).context_names}
+    found = []
+    for row in rows:
+        settings, scored = params.density(row), read_metrics("evaluate", row)
+        if settings.codes not in codes:
+            continue
+        cells = [", ".join(settings.context_names) or "–"]
+        for metric in GIVEN_METRICS:
+            networks = NETWORKS if metric.in_features else ("",)
+            keys = [metric.key.replace("NETWORK", network) for network in networks]
+            key = next((key for key in keys if scored.get(key) is not None), "")
+            error = scored.get(f"{key}_se")
+            shown = plus_minus(scored[key], error) if key and error is not None else metric.show(scored[key]) if key else "–"
+            cells.append(shown)
+        found.append((row, cells))
+    return found
 
 
 def _cell(value: object) -> str:
@@ -315,6 +347,7 @@ def _environment(html: bool) -> Environment:
     environment.filters |= {"plus_minus": plus_minus, "duration": duration, "against": against, "remark": remark}
     environment.filters |= {"score_names": score_names, "initial": _initial, "cell": _quality_cell}
     environment.globals |= {"metrics": METRICS, "quality": [metric for metric in METRICS.values() if metric.in_features]}
+    environment.globals["given_metrics"] = GIVEN_METRICS
     environment.tests["missing"] = is_missing
     return environment
 

@@ -208,6 +208,13 @@ def _row_samples(params: Params, row: str) -> Figure | None:
     return density_panels(arrays.values["target"], {row: samples})
 
 
+def _samples_by_class(_params: Params, row: str) -> Figure | None:
+    from pipeline.figures import image_rows
+
+    arrays = load_arrays("sample", row, "samples-by-class")
+    return None if arrays is None else image_rows(dict(zip(arrays.names, arrays.values["samples"] / 255, strict=True)))
+
+
 def _truncated(_params: Params, row: str) -> Figure | None:
     from pipeline.figures import image_rows
 
@@ -334,7 +341,7 @@ DRAWN: Mapping[str, Mapping[str, Callable[[Params, str], Figure | None]]] = {
         "open-dimensions": _row_open_dimensions,
         "codes": _row_codes,
     },
-    "sample": {"samples": _row_samples, "truncated": _truncated},
+    "sample": {"samples": _row_samples, "samples-by-class": _samples_by_class, "truncated": _truncated},
     "evaluate": {
         "parzen-bandwidth": _parzen_bandwidth,
         "nearest-training-images": _nearest_training_images,
@@ -405,6 +412,11 @@ def _combined(params: Params, dataset: str) -> dict[str, Figure | None]:
         ),
         "validation": _curves(
             _read_curves("fit", densities, "valid_log_likelihood"), titles, "validation log-likelihood (nats)"
+        ),
+        "validation-given-context": _curves(
+            _read_curves("fit", densities, "valid_conditional_log_likelihood"),
+            titles,
+            "validation log-likelihood given the context (nats)",
         ),
     }
 

@@ -46,12 +46,14 @@ QUALITY: Mapping[str, str] = {
     for key, what in ((metric.key, metric.meaning), (metric.error, f"its standard error over {metric.over}"))
     if key.startswith("NETWORK_")
 }
+GIVEN = ("test_conditional_log_likelihood", "class_accuracy", "class_calibration_error")  # of densities given a context
 OF_THEIR_OWN = (
     "test_mse",
     "manifold_log_likelihood",
     "gap_to_truth",
     "samples_in_dropped_box",
     "mmd_squared",
+    *GIVEN,
 )  # columns named as their metrics
 
 # Column of the scoreboard -> what it holds. Likelihoods are means over test points, in nats.
@@ -65,6 +67,7 @@ COLUMNS: Mapping[str, str] = {
     "latent_dim": "numbers in a code",
     "family": "family of the density",
     "components": "components K of its mixtures",
+    "context": "columns that the density is conditioned on",
     "score": "what `value` is",
     "value": "the score, in nats; higher is better",
     "error": "its standard error over test points; for a `mean`, the error over trials that the protocol names",
@@ -98,6 +101,7 @@ AVERAGED = (
     *(f"{network}_{key}" for network in NETWORKS for key in QUALITY if not key.endswith("_se")),
 )
 PARZEN, LIKELIHOOD = METRICS["parzen_test_log_likelihood"].title, METRICS["test_log_likelihood"].title
+GIVEN_CONTEXT = " given their contexts"
 OF_CODES = f"{LIKELIHOOD} of the codes"  # of images without a Parzen score
 CONTROLS = {"training_images": "training-images", "kmeans": "kmeans"}  # prefix of the metric -> end of the row's name
 
@@ -194,6 +198,7 @@ def _model(params: Params, name: str) -> dict[str, Any]:
         "latent_dim": read_metrics("extract", density.codes).get("dimensions"),
         "family": density.family,
         "components": fitted.get("components", getattr(density, "components", None)),
+        "context": ", ".join(density.context_names) or None,
         **{key: (trained if key == "test_mse" else scored).get(key) for key in OF_THEIR_OWN},
         "manifold_log_likelihood_se": scored.get("manifold_log_likelihood_se"),
         "autoencoder_parameters": read_run("train", density.codes).get("parameters"),
@@ -205,15 +210,18 @@ def _model(params: Params, name: str) -> dict[str, Any]:
     if "parzen_test_log_likelihood" in scored and (images or "test_log_likelihood" not in scored):
         line |= _parzen(params, density.dataset, scored, "")
     else:
-        points = scored.get("test_scored")
+        # With numbers in its context a density has no likelihood but that given the context.
+        given = "test_log_likelihood" not in scored and "test_conditional_log_likelihood" in scored
+        key = "test_conditional_log_likelihood" if given else "test_log_likelihood"
+        points = scored.get("test_conditional_scored" if given else "test_scored")
         what = "codes, comparable between densities of the same codes only" if images else "vectors"
         line |= {
-            "score": OF_CODES if images else LIKELIHOOD,
-            "value": scored.get("test_log_likelihood"),
-            "error": scored.get("test_log_likelihood_se"),
+            "score": (OF_CODES if images else LIKELIHOOD) + GIVEN_CONTEXT * given,
+            "value": scored.get(key),
+            "error": scored.get(f"{key}_se"),
             "group_error": scored.get("test_log_likelihood_group_se"),
             "test_points": points,
-            "protocol": f"mean log-density of {int(points):,} test {what}"
+            "protocol": f"mean log-density of {int(points):,} test {what}" + GIVEN_CONTEXT * given
             if points is not None
             else "no likelihood: samples only",
         }
@@ -364,7 +372,9 @@ def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
     """One to three numbers per model, named as in `reports/metrics`: its line in `dvc metrics show`."""
     numbers: dict[str, dict[str, float]] = {}
     for line in board[board["kind"] == "model"].to_dict("records"):
-        name = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
+        given = line["score"].endswith(GIVEN_CONTEXT)
+        name = "test_conditional_log_likelihood" if given else "test_log_likelihood"
+        name = "parzen_test_log_likelihood" if line["score"] == PARZEN else name
         chosen = {name: line["value"], "test_mse": line["test_mse"], "gap_to_truth": line["gap_to_truth"]}
         chosen |= {f"{network}_kid": line[f"{network}_kid"] for network in NETWORKS}
         if is_missing(line["value"]):

@@ -56,7 +56,7 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
         )
     rows: list[dict[str, Any]] = []
     for number, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
-        samples, _ = draw(density, decoder, int(count), int(seed))
+        samples = draw(density, decoder, int(count), int(seed)).examples
         shape = list(samples.shape[1:])
         rows += [{"request": number, "sample": sample.ravel().tolist(), "shape": shape} for sample in samples]
     return pd.DataFrame(rows)

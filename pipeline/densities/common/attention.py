@@ -98,13 +98,14 @@ class AttentionNetwork(nn.Module):
     Arguments:
         dim: The number of dimensions D.
         options: Those of the density that says what the network is made of.
+        context: Length E of encoded contexts, which are projected and added at every place; 0 for none.
 
     Attributes:
         features: Features that the outputs are made of.
         kept: Numbers that a walk keeps for an example.
     """
 
-    def __init__(self, dim: int, options: NetworkOptions) -> None:
+    def __init__(self, dim: int, options: NetworkOptions, context: int = 0) -> None:
         super().__init__()
         width, layers = options.width, options.layers or LAYERS
         self.activation = ACTIVATIONS[options.activation]
@@ -115,6 +116,7 @@ class AttentionNetwork(nn.Module):
         self.blocks = nn.ModuleList(_Block(options) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3 * options.components)
         mixtures.initialise_head(self.head, options.components, options.start)
+        self.contexts = nn.Parameter(torch.zeros(context, width)) if context else None
         self.dim, self.features, self.kept = dim, width, 2 * layers * dim * width
 
     def hidden_matrices(self) -> list[Tensor]:
@@ -133,12 +135,13 @@ class AttentionNetwork(nn.Module):
         hidden = self.activation.apply(torch.addcmul(self.offsets[dimensions], values[..., None], self.slopes[dimensions]))
         return apply_linear(self.embed, hidden)
 
-    def forward(self, z: Tensor, generator: Randomness | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, generator: Randomness | None = None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs of the first conditional and of the others.
 
         Arguments:
             z: The codes, with shape (B, D), or in any orders, as `as_pairs` gives them, with shape (B, D, 2).
             generator: Source of dropout.
+            context: Their encoded contexts, with shape (B, E).
 
         Returns:
             The outputs, with shapes (B, 3K) and (D - 1, B, 3K).
@@ -146,15 +149,17 @@ class AttentionNetwork(nn.Module):
         values, dimensions = (z, torch.arange(self.dim, device=z.device)) if z.ndim == 2 else (z[..., 0], z[..., 1].long())
         read = self._read(values[:, :-1], dimensions[..., :-1])  # (B, D - 1, C)
         x = torch.cat([self.start.expand(len(z), 1, -1).to(read), read], dim=1) + self.asked[dimensions]
+        if context is not None and self.contexts is not None:
+            x = x + (context @ self.contexts).to(x.dtype)[:, None]
         for block in self._blocks():
             x = block(x, generator)
         outputs = apply_linear(self.head, self.norm(x))
         return outputs[:, 0], outputs[:, 1:].transpose(0, 1)
 
-    def walk(self, orders: Tensor | None = None) -> _Walk:
-        """A walk along the dimensions, for drawing, in their own order or in other orders (n, D)."""
+    def walk(self, orders: Tensor | None = None, context: Tensor | None = None) -> _Walk:
+        """A walk along the dimensions, for drawing, in their own order or in others (n, D), with encoded contexts (n, E)."""
         own = torch.arange(self.dim, device=self.start.device)[None]
-        return _Walk(self, own if orders is None else orders)
+        return _Walk(self, own if orders is None else orders, context)
 
 
 class _Walk:
@@ -164,8 +169,9 @@ class _Walk:
         first: Outputs of the first conditional, with shape (n, 3K), or (1, 3K) where all read in the same order.
     """
 
-    def __init__(self, network: AttentionNetwork, orders: Tensor) -> None:
+    def __init__(self, network: AttentionNetwork, orders: Tensor, context: Tensor | None) -> None:
         self.network, self.orders = network, orders
+        self.added = None if context is None or network.contexts is None else context @ network.contexts  # (n, C)
         self.kept: list[list[Tensor]] = []  # of each block, keys and values (n, H, D, C / H)
         self.first = self._outputs(network.start + network.asked[orders[:, 0]], place=0)
 
@@ -178,6 +184,7 @@ class _Walk:
         return self._outputs(self.network._read(z[:, -1], last) + self.network.asked[asked], place)
 
     def _outputs(self, x: Tensor, place: int) -> Tensor:
+        x = x if self.added is None else x + self.added
         x = x[:, None]  # (n, 1, C)
         for number, block in enumerate(self.network._blocks()):
             queries, *new = block.projected(x)

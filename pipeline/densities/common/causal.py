@@ -209,13 +209,14 @@ class CausalNetwork(nn.Module):
     Arguments:
         dim: The number of dimensions D.
         options: Those of the density that says what the network is made of.
+        context: Length E of encoded contexts; 0 for none.
 
     Attributes:
         features: Features that the outputs are made of.
         kept: Numbers that a walk keeps for an example.
     """
 
-    def __init__(self, dim: int, options: NetworkOptions) -> None:
+    def __init__(self, dim: int, options: NetworkOptions, context: int = 0) -> None:
         super().__init__()
         cycle = math.ceil(math.log2(dim))
         channels = [2]  # the value and the mask
@@ -230,6 +231,10 @@ class CausalNetwork(nn.Module):
         self.positions = nn.Parameter(torch.zeros(dim - 1, channels[1])) if embedded else None
         self.head = nn.Linear(channels[-1], 3 * options.components)
         mixtures.initialise_head(self.head, options.components, options.start)
+        # A vector for each label and each number of the context, added where those of positions are; of the first conditional,
+        # which has no features but those of the padding, added to the outputs. All are 0 at first.
+        self.contexts = nn.Parameter(torch.zeros(context, channels[1])) if context and dim > 1 else None
+        self.first_contexts = nn.Parameter(torch.zeros(context, 3 * options.components)) if context else None
         self.features = channels[-1]
         self.kept = sum(layer.dilation * inputs for layer, inputs in zip(self._layers(), channels, strict=False))
 
@@ -241,15 +246,16 @@ class CausalNetwork(nn.Module):
         taps = [layer.weight for layer in self._layers()[1:]]
         return taps + [layer.mix.weight for layer in self._layers() if layer.mix is not None]
 
-    def forward(self, z: Tensor, generator: Randomness | None = None) -> tuple[Tensor, Tensor]:
-        """Outputs of the first conditional, one vector, and of the others.
+    def forward(self, z: Tensor, generator: Randomness | None = None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs of the first conditional, one vector or one for each context, and of the others.
 
         Arguments:
             z: The codes, with shape (B, D).
             generator: Source of dropout.
+            context: Their encoded contexts, with shape (B, E).
 
         Returns:
-            The outputs, with shapes (3K) and (D - 1, B, 3K).
+            The outputs, with shapes (3K), or (B, 3K) with contexts, and (D - 1, B, 3K).
         """
         values = z[:, :-1].T  # (D - 1, B): nothing depends on the last dimension
         x = torch.stack([values, torch.ones_like(values)], dim=2)  # (D - 1, B, 2)
@@ -260,27 +266,37 @@ class CausalNetwork(nn.Module):
             x, padding = layer(x, padding, padded, generator)
             if number == 0 and self.positions is not None:
                 x = x + self.positions[:, None].to(x.dtype)
-        return apply_linear(self.head, padding), apply_linear(self.head, x)
+            if number == 0 and context is not None and self.contexts is not None:
+                x = x + (context @ self.contexts).to(x.dtype)
+        return self._first(padding, context), apply_linear(self.head, x)
 
-    def walk(self) -> _Walk:
-        """A walk along the dimensions, for drawing."""
-        return _Walk(self)
+    def _first(self, padding: Tensor, context: Tensor | None) -> Tensor:
+        """Outputs of the first conditional, with shape (3K), or (B, 3K) with contexts."""
+        outputs = apply_linear(self.head, padding)
+        if context is None or self.first_contexts is None:
+            return outputs
+        return outputs + (context @ self.first_contexts).to(outputs.dtype)
+
+    def walk(self, context: Tensor | None = None) -> _Walk:
+        """A walk along the dimensions, for drawing, with encoded contexts (n, E)."""
+        return _Walk(self, context)
 
 
 class _Walk:
     """Outputs of one conditional after another, without a gradient.
 
     Attributes:
-        first: Outputs of the first conditional, with shape (3K).
+        first: Outputs of the first conditional, with shape (3K), or (n, 3K) with contexts.
     """
 
-    def __init__(self, network: CausalNetwork) -> None:
+    def __init__(self, network: CausalNetwork, context: Tensor | None) -> None:
         padding = network.head.weight.new_zeros(2)
         self.head, self.positions, self.layers = network.head, network.positions, list[_LayerWalk]()
         for layer in network._layers():
             self.layers.append(_LayerWalk(layer, padding))
             padding = self.layers[-1].padding
-        self.first = apply_linear(self.head, padding)
+        self.first = network._first(padding, context)
+        self.added = None if context is None or network.contexts is None else context @ network.contexts  # (n, C)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Outputs (n, 3K) of the next conditional, from all dimensions before it (n, i)."""
@@ -289,4 +305,6 @@ class _Walk:
             x = layer(x)
             if number == 0 and self.positions is not None:
                 x = x + self.positions[z.shape[1] - 1]
+            if number == 0 and self.added is not None:
+                x = x + self.added
         return affine(x, self.head.weight, self.head.bias)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from pipeline.densities.common.context import Context
 from pipeline.densities.common.transforms import Transform, build_transform
 from pipeline.errors import DataError, PipelineError
 from pipeline.settings import Checked, DensitySettings, build, implementation
@@ -34,6 +35,7 @@ __all__ = [
     "uniform",
 ]
 
+Codes = Tensor | tuple[Tensor, Tensor]  # codes (B, D), with their contexts (B, C) if the density is conditioned on them
 Proceed = Callable[[str, float], bool]  # name and validation log-likelihood of a candidate -> whether to try another
 
 METADATA_KEY = "density"  # one key only: safetensors writes several in no fixed order, and equal models must be equal files
@@ -52,8 +54,14 @@ class Density(nn.Module):
     `pipeline.densities.common.transforms`. Every public method speaks in the units of the data. A family implements
     `_log_prob` and `_sample`, on standardised codes; one that isn't trained by gradient implements `_estimate`.
 
+    A density may be conditioned on a context c of each code, such as its label: :math:`p(z \mid c)`. Without a context,
+    `log_prob` is then the marginal :math:`\log \sum_c p(c) \, p(z \mid c)`, with the frequencies p(c) of the training codes,
+    and `sample` draws contexts at these frequencies. A family whose `Options` say `takes_context = True` is given the encoded
+    contexts (B, E), see `Context`, as an argument `context` of `_log_prob` and `_sample`.
+
     Arguments:
         dim: The number of dimensions :math:`D`.
+        context: What the density is conditioned on; None for nothing.
         options: The fields of the family's `Options`; they are saved with the weights.
 
     Attributes:
@@ -92,10 +100,11 @@ class Density(nn.Module):
     scale: Tensor
     factor: Tensor | None
     transform: Transform | None
+    context: Context | None
 
     options: Any
 
-    def __init__(self, dim: int, **options: Any) -> None:
+    def __init__(self, dim: int, *, context: Context | None = None, **options: Any) -> None:
         super().__init__()
         if dim < 1:
             raise PipelineError(f"a density needs at least 1 dimension, not {dim}")
@@ -105,6 +114,11 @@ class Density(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
         self.register_buffer("factor", None)
         self.transform = None
+        if context is not None and not getattr(self.options, "takes_context", False):
+            raise PipelineError(
+                f"'{self.family}' can't be conditioned on a context: leave out `context`, or take another family"
+            )
+        self.context = context
 
     # What a family implements
 
@@ -121,22 +135,24 @@ class Density(nn.Module):
         """Whether `log_prob` and `sample` take `given`."""
         return False
 
-    def _log_prob_given(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_prob_given(self, z: Tensor, given: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-densities (B,) in nats: of the observed dimensions, and of the others given these.
 
         Codes z (B, D) are standardised by shift and scale alone, not by the factor; `given` (B, D) says what is observed.
         """
         raise NotImplementedError
 
-    def _sample_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+    def _sample_given(
+        self, n: int, z: Tensor, given: Tensor, generator: Generator | None, context: Tensor | None = None
+    ) -> Tensor:
         """Completed codes (n, B, D), from codes (B, D) as `_log_prob_given` has them, with 0 where a number is missing."""
         raise NotImplementedError
 
     def _estimate(self, blocks: Callable[[], Iterable[Tensor]], valid: Tensor, seed: int, proceed: Proceed) -> None:
-        """`estimate` on standardised codes."""
+        """`estimate` on standardised codes, each block (B, D), or (B, D + E) with the encoded contexts behind the codes."""
         raise PipelineError(f"'{self.family}' is trained by gradient steps on its loss, not in one go")
 
-    def chosen(self) -> dict[str, int]:
+    def chosen(self) -> dict[str, float]:
         """What `estimate` chose among the options' candidates, by name; for the metrics of `fit`."""
         return {}
 
@@ -198,7 +214,64 @@ class Density(nn.Module):
         z = torch.addmm(self.shift, z, self.factor.T) if self.factor is not None else self.shift + z * self.scale
         return z if self.transform is None else self.transform.inverse(z)
 
-    def log_prob(self, z: Tensor, *, given: Tensor | None = None) -> Tensor:
+    def _encoded(self, context: Tensor | None, count: int, check: bool = True) -> dict[str, Tensor]:
+        """What `_log_prob` and `_sample` are given besides: nothing, or encoded contexts with shape (B, E)."""
+        if self.context is None:
+            if context is not None:
+                raise PipelineError(f"this density '{self.family}' wasn't fitted with a context: leave it out")
+            return {}
+        if context is None:
+            raise PipelineError(f"this density is conditioned on {', '.join(self.context.names)}: give a context")
+        if len(context) != count:
+            raise DataError(f"{count} codes have {len(context)} contexts")
+        return {"context": self.context.encode(context, check)}
+
+    @property
+    def likelihood(self) -> str:
+        """What scores call the log-likelihood of codes given their contexts, if there are any."""
+        return "log_likelihood" if self.context is None else "conditional_log_likelihood"
+
+    @property
+    def has_marginal(self) -> bool:
+        """Whether `log_prob` needs no context: there is none, or all contexts of the training codes can be listed."""
+        return self.has_log_prob and (self.context is None or self.context.complete)
+
+    @property
+    def category_contexts(self) -> int:
+        """The number M of contexts, for a family that has parameters of its own for each.
+
+        Raises:
+            PipelineError: When they can't be listed: there are numbers among them, or too many combinations.
+        """
+        if self.context is None or not self.context.complete:
+            names = "" if self.context is None else ", ".join(self.context.names)
+            raise PipelineError(
+                f"'{self.family}' needs a context of few categories, and {names} can't be listed: take the family lde or nsf"
+            )
+        return len(self.context.rows)
+
+    def joint_log_prob(self, z: Tensor) -> Tensor:
+        r"""Log-likelihood of codes together with each context of the training codes, :math:`\log p(c_m) \, p(z \mid c_m)`.
+
+        By Bayes, its softmax over m is the probability of each context given the code.
+
+        Arguments:
+            z: The codes, with shape (B, D).
+
+        Returns:
+            The logarithms, in nats, with shape (B, M), in the order of `context.rows`.
+
+        Raises:
+            PipelineError: When the density isn't conditioned, or has numbers in its context, which can't be listed.
+        """
+        if self.context is None:
+            raise PipelineError(f"this density '{self.family}' wasn't fitted with a context")
+        if not self.context.complete:
+            raise PipelineError(f"the contexts of this density, {', '.join(self.context.names)}, can't be listed")
+        each = [self.log_prob(z, row.expand(len(z), -1)) for row in self.context.rows]
+        return torch.stack(each, dim=1) + self.context.weights.log()
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None, *, given: Tensor | None = None) -> Tensor:
         r"""Log-likelihood of codes, in nats a code, in the units of the data.
 
         With `given`, that of the missing dimensions u given the observed ones o, :math:`\log p(z_u \mid z_o)`. Families whose
@@ -208,18 +281,25 @@ class Density(nn.Module):
 
         Arguments:
             z: The codes, with shape (B, D).
+            context: Of a density that is conditioned, the context of each code, with shape (B, C), or (B,) for one column; None
+                for the marginal over the contexts of the training codes.
             given: Which dimensions are observed: booleans with shape (D,), or (B, D) for other ones in each code.
 
         Returns:
             The log-density, with shape (B,); -inf where a number is infinite, 0 where all numbers are given.
 
         Raises:
-            PipelineError: When the family has no likelihood, or none of some dimensions given others.
-            DataError: When z has another shape, or a wider type than the density, or an observed number isn't finite.
+            PipelineError: When the family has no likelihood, or none of some dimensions given others, or there is a context and
+                the density isn't conditioned.
+            DataError: When z or the context has another shape, z has a wider type than the density, no training code has a
+                label, or an observed number isn't finite.
         """
         if given is not None:
-            return self._observed_and_missing(z, given)[1]
+            return self._observed_and_missing(z, given, context)[1]
         self._check(z)
+        if context is None and self.context is not None and self.context.complete:
+            return torch.logsumexp(self.joint_log_prob(z), dim=1)
+        encoded = self._encoded(context, len(z))
         if not self.has_vmap and torch._C._are_functorch_transforms_active():
             raise PipelineError(
                 f"'{self.family}' can't be transformed by torch.func (vmap, grad, ..): give it a whole batch, and take "
@@ -230,13 +310,19 @@ class Density(nn.Module):
         z = torch.where(infinite[:, None], self.shift.to(z.dtype), z)
         log_det = self.scale.log().sum()
         if torch.is_grad_enabled() or self.training:
-            value = self._log_prob(self._standardised(z)) - log_det
+            value = self._log_prob(self._standardised(z), **encoded) - log_det
         else:
-            value = torch.cat([self._log_prob(self._standardised(chunk)) for chunk in self._chunks(z)]) - log_det
+            chunks = self._chunks(z)
+            parts = encoded["context"].split(len(chunks[0])) if encoded else (None,) * len(chunks)
+            values = [
+                self._log_prob(self._standardised(chunk), **({} if part is None else {"context": part}))
+                for chunk, part in zip(chunks, parts, strict=True)
+            ]
+            value = torch.cat(values) - log_det
         value = value if self.transform is None else value + self.transform.log_det(z)
         return value.masked_fill(infinite, -math.inf)
 
-    def _observed_and_missing(self, z: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def _observed_and_missing(self, z: Tensor, given: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Log-likelihoods (B,) in nats, in the units of the data: of the observed dimensions, and of the others given these."""
         self._check(z)
         self._check_has_given()
@@ -246,13 +332,21 @@ class Density(nn.Module):
                 f"{tuple(given.shape)}"
             )
         given = given.to(z.device).expand_as(z)
+        if context is None and self.context is not None and self.context.complete:
+            rows = [self._observed_and_missing(z, given, row.expand(len(z), -1)) for row in self.context.rows]
+            each = torch.stack([torch.stack(row) for row in rows], dim=1)  # (2, M, B)
+            joint = self.context.weights.log()[:, None] + each[0]
+            evidence = torch.logsumexp(joint, dim=0)
+            return evidence, torch.logsumexp(joint - evidence + each[1], dim=0)
+        encoded = self._encoded(context, len(z))
         if not torch.isfinite(z[given]).all():
             raise DataError("observed numbers must be finite")
         infinite = torch.isinf(z).any(dim=1) & ~torch.isnan(z).any(dim=1)
         z = torch.where(torch.isinf(z), self.shift.to(z.dtype), z)
         at_once = torch.is_grad_enabled() or self.training
-        chunks = [(z, given)] if at_once else zip(self._chunks(z), self._chunks(given), strict=True)
-        parts = [torch.stack(self._log_prob_given(self._scaled(part), mask)) for part, mask in chunks]
+        asked = (self._scaled(z), given, *encoded.values())  # all that the family is asked about
+        chunks = [asked] if at_once else zip(*map(self._chunks, asked), strict=True)
+        parts = [torch.stack(self._log_prob_given(*chunk)) for chunk in chunks]
         slopes = -self.scale.log().expand_as(z)  # of the map to standardised codes, in each dimension
         slopes = slopes if self.transform is None else slopes + self.transform.log_slopes(z)
         observed, missing = torch.cat(parts, dim=1)
@@ -295,21 +389,29 @@ class Density(nn.Module):
         """
         raise PipelineError(f"the likelihood of '{self.family}' has no term for each dimension")
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The same as `log_prob`."""
-        return self.log_prob(z)
+        return self.log_prob(z, context)
 
-    def loss(self, z: Tensor, generator: Randomness | None = None) -> Tensor:
+    def loss(self, z: Tensor, generator: Randomness | None = None, context: Tensor | None = None) -> Tensor:
         r"""Training loss :math:`-\frac{1}{D} \log q`, mean over the batch, in nats a dimension of standardised codes (eq. 4).
 
         Arguments:
             z: The codes in the units of the data, with shape (B, D).
             generator: Source of all randomness, such as dropout.
+            context: Their contexts, with shape (B, C), if the density is conditioned.
         """
-        return -self._log_prob(self._standardised(z)).mean() / self.dim
+        return -self._log_prob(self._standardised(z), **self._encoded(context, len(z), check=False)).mean() / self.dim
 
     @torch.no_grad()
-    def sample(self, n: int, generator: Generator | None = None, *, given: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        generator: Generator | None = None,
+        context: Tensor | None = None,
+        *,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """Samples in the units of the data, drawn in evaluation mode whatever the mode of the module.
 
         With `given`, the missing numbers of codes are drawn given the observed ones, n times for each code. Families whose
@@ -320,6 +422,8 @@ class Density(nn.Module):
         Arguments:
             n: The number of samples, or of draws for each code.
             generator: Source of randomness. One on the CPU gives the same noise whatever the device of the module.
+            context: Of a density that is conditioned, the context of each sample, with shape (n, C), or (n,) for one column;
+                None to draw contexts at the frequencies of the training codes first.
             given: The codes to complete, with shape (B, D), NaN where a number is missing.
 
         Returns:
@@ -333,16 +437,20 @@ class Density(nn.Module):
         self.eval()
         try:
             if given is not None:
-                return self._completed(n, given, generator)
+                return self._completed(n, given, generator, context)
+            if context is None and self.context is not None:
+                context = self.context.draw(n, generator)
+            encoded = self._encoded(context, n)
             samples = self.shift.new_empty(n, self.dim)
             for start in range(0, n, self.sample_chunk_examples):
                 stop = min(start + self.sample_chunk_examples, n)
-                samples[start:stop] = self._restored(self._sample(stop - start, generator), generator)
+                part = {name: value[start:stop] for name, value in encoded.items()}
+                samples[start:stop] = self._restored(self._sample(stop - start, generator, **part), generator)
             return samples
         finally:
             self.train(training)
 
-    def _completed(self, n: int, values: Tensor, generator: Generator | None) -> Tensor:
+    def _completed(self, n: int, values: Tensor, generator: Generator | None, context: Tensor | None) -> Tensor:
         """Draws (n, B, D) of the missing numbers of codes (B, D)."""
         self._check(values)
         self._check_has_given()
@@ -350,16 +458,34 @@ class Density(nn.Module):
             raise DataError("observed numbers must be finite")
         given = ~torch.isnan(values)
         z = torch.where(given, self._scaled(values), 0)
+        if (
+            context is None and self.context is not None and self.context.complete
+        ):  # a context for each draw, given the observed
+            drawn = self._contexts_given(n, z, given, generator)  # (n, B, C)
+            repeated = values.expand(n, -1, -1).flatten(0, 1)
+            return self._completed(1, repeated, generator, drawn.flatten(0, 1))[0].view(n, *values.shape)
+        encoded = self._encoded(context, len(values))
         samples = self.shift.new_empty(n, *values.shape)
         most = self.sample_chunk_examples
         for start in range(0, n, most):
             draws = slice(start, min(start + most, n))
             for rows in torch.arange(len(z), device=z.device).split(max(1, most // max(n, 1))):
-                drawn = self._sample_given(draws.stop - draws.start, z[rows], given[rows], generator) * self.scale + self.shift
+                part = {name: value[rows] for name, value in encoded.items()}
+                drawn = self._sample_given(draws.stop - draws.start, z[rows], given[rows], generator, **part)
+                drawn = drawn * self.scale + self.shift
                 if self.transform is not None:
                     drawn = self.transform.inverse(drawn.flatten(0, 1)).view_as(drawn)
                 samples[draws, rows] = torch.where(given[rows], values[rows].to(drawn), drawn)
         return samples
+
+    def _contexts_given(self, n: int, z: Tensor, given: Tensor, generator: Generator | None) -> Tensor:
+        """Contexts (n, B, C) drawn from their probabilities given the observed numbers of standardised codes (B, D)."""
+        assert self.context is not None
+        encoded = self.context.encode(self.context.rows, check=False)
+        observed = torch.stack([self._log_prob_given(z, given, row.expand(len(z), -1))[0] for row in encoded])  # (M, B)
+        cumulative = torch.softmax(self.context.weights.log()[:, None] + observed, dim=0).cumsum(dim=0)
+        levels = uniform((n, len(z)), self.shift, generator) * cumulative[-1]
+        return self.context.rows[(cumulative[:, None] <= levels).sum(dim=0).clamp_(max=len(cumulative) - 1)]
 
     def discrepancy(self, z: Tensor, generator: Generator | None = None) -> Tensor:
         """How far samples are from codes, with shape (): what a family without likelihood is validated by."""
@@ -367,16 +493,17 @@ class Density(nn.Module):
 
     def estimate(
         self,
-        blocks: Callable[[], Iterable[Tensor]],
-        valid: Tensor,
+        blocks: Callable[[], Iterable[Codes]],
+        valid: Codes,
         seed: int = 0,
         proceed: Proceed = lambda name, value: True,
     ) -> None:
         """Fits a family that isn't trained by gradient.
 
         Arguments:
-            blocks: Gives a new pass over the training codes, in blocks with shape (B, D) in the units of the data.
-            valid: Codes that choices are made on, with shape (N, D), in the units of the data.
+            blocks: Gives a new pass over the training codes, in blocks with shape (B, D) in the units of the data; for a
+                density that is conditioned, each a pair of codes and contexts (B, C).
+            valid: Codes that choices are made on, with shape (N, D), in the units of the data; or a pair, as above.
             seed: Seed of initial values.
             proceed: Told the name of each candidate and its mean log-likelihood of validation codes, in nats in the units of
                 the data; says whether there is time for another.
@@ -385,7 +512,12 @@ class Density(nn.Module):
             PipelineError: When the family is trained by gradient.
         """
         with torch.no_grad():
-            self._estimate(lambda: (self._standardised(block) for block in blocks()), self._standardised(valid), seed, proceed)
+            self._estimate(lambda: (self._joined(block) for block in blocks()), self._joined(valid), seed, proceed)
+
+    def _joined(self, codes: Codes) -> Tensor:
+        """Standardised codes (B, D), or (B, D + E) with their encoded contexts behind them."""
+        z, context = (codes, None) if isinstance(codes, Tensor) else codes
+        return torch.cat([self._standardised(z), *self._encoded(context, len(z)).values()], dim=1)
 
     @property
     def parameter_count(self) -> int:
@@ -407,7 +539,8 @@ class Density(nn.Module):
     def description(self) -> dict[str, Any]:
         """What `build_described` makes a density of the same shapes from, besides its `factor`: plain types, as in a file."""
         described = {"family": self.family, "arguments": self.arguments()}
-        return described if self.transform is None else described | {"transform": self.transform.arguments()}
+        parts = {"transform": self.transform, "context": self.context}
+        return described | {name: part.arguments() for name, part in parts.items() if part is not None}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: the weights, and in its metadata the family and the constructor's arguments."""
@@ -463,7 +596,10 @@ def load_density(path: str | os.PathLike[str]) -> Density:
 def build_described(description: Mapping[str, Any]) -> Density:
     """The density of the shapes that `Density.description` gives, its weights to be loaded."""
     model: type[Density] = _model(description)
-    density = model(**{key: value for key, value in description["arguments"].items() if key not in model.retired})
+    arguments = {key: value for key, value in description["arguments"].items() if key not in model.retired}
+    if "context" in description:
+        arguments["context"] = Context.described(description["context"])
+    density = model(**arguments)
     if description.get("factor"):
         density.factor = torch.zeros(density.dim, density.dim)
     if "transform" in description:
@@ -500,10 +636,11 @@ def _check_shapes(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
         raise ValueError("weights of other names or shapes than its arguments ask for")
 
 
-def build_density(settings: DensitySettings, dim: int) -> Density:
-    """The untrained density that a row of `densities` describes, of codes with `dim` dimensions."""
+def build_density(settings: DensitySettings, dim: int, context: Context | None = None) -> Density:
+    """The untrained density that a row of `densities` describes, of codes with `dim` dimensions and perhaps contexts."""
     model: type[Density] = implementation("pipeline.densities", settings.family, "family").Model
-    return model(dim, **{field.name: getattr(settings, field.name) for field in dataclasses.fields(model.options_type)})
+    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(model.options_type)}
+    return model(dim, context=context, **options)
 
 
 def uniform(shape: tuple[int, ...], like: Tensor, generator: Randomness | None, dim: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
@@ -21,6 +21,8 @@ class FlowOptions(Checked):
         transforms: Transformations, one after another.
         hidden: Units of the hidden layers of each transformation's network.
     """
+
+    takes_context: ClassVar[bool] = True
 
     transforms: int = 5
     hidden: tuple[int, ...] = (256, 256)
@@ -56,24 +58,31 @@ class NormalisingFlow(Density):
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
-        self.flow = self._flow(features=dim, transforms=self.options.transforms, hidden_features=self.options.hidden)
+        context = 0 if self.context is None else self.context.features  # the flows' own: networks read it with the code
+        self.flow = self._flow(
+            features=dim, context=context, transforms=self.options.transforms, hidden_features=self.options.hidden
+        )
+
+    def _autoregressive(self) -> dict[str, Any]:
+        """Arguments of zuko's autoregressive transformations; in one dimension they are elementwise and know no such blocks."""
+        return {"residual": self.options.residual} if self.dim > 1 else {}
 
     def _flow(self, **common: Any) -> Any:
         """The flow, from what all flows of zuko are made of."""
         raise NotImplementedError
 
-    def _log_prob(self, z: Tensor) -> Tensor:
-        value: Tensor = self.flow().log_prob(z)
+    def _log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        value: Tensor = self.flow(context).log_prob(z)
         return value
 
-    def _sample(self, n: int, generator: Generator | None) -> Tensor:
+    def _sample(self, n: int, generator: Generator | None, context: Tensor | None = None) -> Tensor:
         z = standard_normal((n, self.dim), self.shift, generator)
         for transform in reversed(self.flow.transform.transforms):
-            z = self._inverse(transform, z)
+            z = self._inverse(transform, z, context)
         return z
 
     @staticmethod
-    def _inverse(transform: Any, y: Tensor) -> Tensor:
+    def _inverse(transform: Any, y: Tensor, context: Tensor | None) -> Tensor:
         """The inverse of one transformation, (n, D) -> (n, D)."""
-        x: Tensor = transform().inv(y)
+        x: Tensor = transform(context).inv(y)
         return x

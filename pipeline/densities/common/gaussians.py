@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from pipeline.densities.common.adaptation import by_class
 from pipeline.densities.common.density import standard_normal, uniform
 
-__all__ = ["GaussianComponents"]
+__all__ = ["GaussianComponents", "log_prob_of_classes", "sample_of_classes"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,40 @@ class GaussianComponents:
                 completed[members] = self.means[k, order] + latent[members] @ factors[k].T
             drawn[:, rows[:, None], order] = completed
         return torch.where(given, z, drawn.to(z))
+
+
+def log_prob_of_classes(
+    components: Callable[[int], GaussianComponents], classes: Tensor, z: Tensor, given: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`GaussianComponents.log_prob` of the mixture of each vector's class.
+
+    Arguments:
+        components: The mixture of a class.
+        classes: Number of the class of each vector, with shape (B,).
+        z: The vectors, with shape (B, D).
+        given: Which of their numbers are observed, booleans with shape (B, D).
+    """
+
+    def of_class(c: int, rows: Tensor) -> Tensor:
+        values, mask = rows.chunk(2, dim=1)
+        return torch.stack(components(c).log_prob(values, mask.bool()), dim=1)
+
+    observed, missing = by_class(classes, torch.cat([z, given.to(z)], dim=1), of_class).unbind(dim=1)
+    return observed, missing
+
+
+def sample_of_classes(
+    components: Callable[[int], GaussianComponents],
+    classes: Tensor,
+    n: int,
+    z: Tensor,
+    given: Tensor,
+    generator: Generator | None,
+) -> Tensor:
+    """`GaussianComponents.sample` of the mixture of each vector's class, with shape (n, B, D); arguments as there."""
+
+    def of_class(c: int, rows: Tensor) -> Tensor:
+        values, mask = rows.chunk(2, dim=1)
+        return components(c).sample(n, values, mask.bool(), generator).transpose(0, 1)
+
+    return by_class(classes, torch.cat([z, given.to(z)], dim=1), of_class).transpose(0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pipeline.settings import Checked, check_that
 
@@ -34,6 +34,8 @@ class NetworkOptions(Checked):
             `gaussian`, N(0, 1) whatever came before, up to a share of 1e-5, so that of whitened codes the untrained density is
             the Gaussian with their mean and covariance.
     """
+
+    takes_context: ClassVar[bool] = True
 
     components: int = 30
     activation: Literal["leaky_relu", "relu", "elu", "tanh"] = "leaky_relu"

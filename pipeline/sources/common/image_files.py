@@ -375,6 +375,9 @@ class ImageFiles(Source):
         labels: Labels of the files of each split, if any.
         label_names: Names of the labels.
 
+    Attributes:
+        carried: Columns to condition on of the files of each split, float32 with shape (n, C), if `context` names any.
+
     Raises:
         DataError: When a split has no image.
     """
@@ -397,6 +400,7 @@ class ImageFiles(Source):
         self.counts = {part: len(self.names[part]) for part in SPLITS}
         self.value_range = settings.value_range
         self.label_names = label_names
+        self.carried: dict[str, np.ndarray] = {}
         self.split_origin, self.skipped = split.origin, _skipped(path)
         for part in SPLITS:
             if not self.counts[part]:
@@ -422,4 +426,7 @@ class ImageFiles(Source):
             enlarged += kept_side(decoded, self.crop) < side
         examples = np.stack(images) if images else np.empty((0, *self.settings.shape), np.uint8)
         labels = None if self.labels is None else self.labels[split][kept]
-        return Block(examples=examples, labels=labels, unreadable=tuple(unreadable), enlarged=enlarged, dark=dark)
+        context = self.carried[split][kept] if self.carried else None
+        return Block(
+            examples=examples, labels=labels, context=context, unreadable=tuple(unreadable), enlarged=enlarged, dark=dark
+        )

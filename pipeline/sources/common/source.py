@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.storage.parts import SPLITS
+from pipeline.storage.parts import SPLITS, ContextColumn
 from pipeline.system.files import sha256_bytes
 
 __all__ = ["Block", "BlockwiseSplit", "Source", "check_digest", "generator", "packaged_file", "read_in_groups"]
@@ -34,6 +34,7 @@ class Block:
     Attributes:
         examples: Raw pixels 0..255, uint8 with shape (n, C, H, W), or vectors, float32 with shape (n, D).
         labels: Labels, int64 with shape (n,); None if there are none.
+        context: The columns that the source's `context` names, float32 with shape (n, C); None if there are none.
         unreadable: One line per file of the range that can't be read and was skipped: its name and why.
         enlarged: Images that were enlarged from fewer pixels.
         dark: Images that are nearly black everywhere.
@@ -41,6 +42,7 @@ class Block:
 
     examples: np.ndarray
     labels: np.ndarray | None = None
+    context: np.ndarray | None = None
     unreadable: tuple[str, ...] = ()
     enlarged: int = 0
     dark: int = 0
@@ -54,6 +56,7 @@ class Source(ABC):
         kind: `images` or `vectors`.
         value_range: Range that the pixels 0..255 are scaled to, (0, 1) or (-1, 1); None for vectors.
         label_names: Names of the labels 0, 1, ..; None if there are no labels, or no names for them.
+        context: Columns that belong to each example, for densities that are conditioned on them.
         split_origin: Description of where the split comes from; empty if the source's documentation says it.
         notes: Further remarks on how the data were read, one line each.
         means: What was subtracted from each dimension of the vectors; empty for nothing.
@@ -64,6 +67,7 @@ class Source(ABC):
     kind: Literal["images", "vectors"]
     value_range: tuple[float, float] | None = None
     label_names: tuple[str, ...] | None = None
+    context: tuple[ContextColumn, ...] = ()
     split_origin: str = ""
     notes: tuple[str, ...] = ()
     means: tuple[float, ...] = ()
