@@ -19,6 +19,7 @@ best. A mixture is scored by weights that were chosen on other held-out codes.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -32,6 +33,7 @@ import torch
 from pipeline.densities import Density
 from pipeline.densities.auto import Mixture, Settings, stacked_weights
 from pipeline.densities.common.density import random_subset
+from pipeline.densities.common.transforms import Transform, build_transform
 from pipeline.errors import DataError, TrainingError
 from pipeline.evaluation.moments import Mean, mean_and_error
 from pipeline.settings import DensitySettings, build, implementation
@@ -41,6 +43,7 @@ from pipeline.system.streams import stream
 
 __all__ = ["Contest", "Contestant", "hold_contest"]
 
+_Mapped = tuple[Transform | None, CodeReader]
 Fit = Callable[[DensitySettings, CodeReader, str], Density]
 
 FOLDED_CODES = 2_500  # training and validation codes that are split into folds, at most
@@ -178,6 +181,7 @@ class _Judge:
         self.mixtures = "gmm" in settings.families
         self.networks = "lde" in settings.families and self._in_time_for_networks()
         self.mixture_share = (MIXTURE_SHARE if self.networks else MIXTURE_SHARE_ALONE) if self.mixtures else 0.0
+        self.mapped = dict[str, list[_Mapped]]()
         self.contest = Contest()
         self.best = -math.inf
         self.failure = ""
@@ -193,17 +197,28 @@ class _Judge:
         steps = _steps(self.dim, _network(self.dim, count, *NETWORKS[0]), seconds)
         return count >= NETWORK_CODES and (steps >= LEAST_STEPS or not self.mixtures)
 
-    def _enter(self, name: str, family: str, **values: Any) -> Contestant | None:
+    def _behind(self, kind: str) -> list[_Mapped]:
+        """The folds behind a map of the columns, which is fitted to each once for all mixtures."""
+        if kind not in self.mapped:
+            self.mapped[kind] = [_mapped(kind, fold) for fold in self.folds]
+        return self.mapped[kind]
+
+    def _enter(self, name: str, family: str, transform: str, **values: Any) -> Contestant | None:
         """Fits a contestant to all folds; None if that fails."""
         started = time.monotonic()
         row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
+        module = implementation("pipeline.densities", family, "family")
         densities, scores = list[Density](), list[np.ndarray]()
-        folds = self.network_folds if family == "lde" else self.folds
-        for number, (fold, codes) in enumerate(zip(folds, self.held_out, strict=True)):
-            own = {"order": 1 + self.settings.seed + number} if family == "lde" and self.dim > 1 else {}
-            rows = build(implementation("pipeline.densities", family, "family").Settings, row | values | own, name)
+        for number, codes in enumerate(self.held_out):
             try:
-                density = self.fit(rows, fold, f"{self.label}: {name}")
+                if family == "lde":
+                    order = {"order": 1 + self.settings.seed + number} if self.dim > 1 else {}
+                    rows = build(module.Settings, row | values | order | {"transform": transform}, name)
+                    density = self.fit(rows, self.network_folds[number], f"{self.label}: {name}")
+                else:
+                    fitted, fold = self._behind(transform)[number]
+                    density = self.fit(build(module.Settings, row | values, name), fold, f"{self.label}: {name}")
+                    density.transform = copy.deepcopy(fitted).to(density.shift.device) if fitted is not None else None
             except (DataError, TrainingError) as error:
                 self.failure = str(error)
                 return None
@@ -399,6 +414,16 @@ class _AllTraining(CodeReader):
     def load(self, split: str, number: int) -> dict[str, np.ndarray]:
         """One file of training codes, or the validation codes."""
         return self.valid if split == "valid" else self.codes.load(split, number)
+
+
+def _mapped(kind: str, codes: CodeReader) -> _Mapped:
+    """A map fitted to training codes, None for none; and the codes behind it."""
+    if kind == "none":
+        return None, codes
+    train, valid = (torch.from_numpy(codes.load(split, 0)["codes"]) for split in ("train", "valid"))
+    transform = build_transform(kind, train.shape[1])
+    transform.fit(train.double())
+    return transform, ArrayCodes(transform(train).numpy(), transform(valid).numpy())
 
 
 def _log_mixture(each: np.ndarray, weights: np.ndarray) -> np.ndarray:
