@@ -114,6 +114,7 @@ densities:
 sampling: {count: 200, shard_examples: 100}
 evaluations:
   grid: {}
+detections: {}
 """
 
 
