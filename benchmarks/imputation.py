@@ -164,6 +164,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         for name in dict.fromkeys(run["set"] for run in runs):
             values = {m: np.array([r[key] for r in runs if r["set"] == name and r["method"] == m]) for m in methods}
             values = {method: found for method, found in values.items() if len(found)}
+            if not values:
+                continue
             winner = best(values, key=lambda method: values[method].mean())
             cells = []
             for method in methods:
