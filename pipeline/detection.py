@@ -50,10 +50,9 @@ class Scorer:
     on_manifold: bool = False
 
     def __post_init__(self) -> None:
-        if not self.density.has_log_prob:
-            raise PipelineError(
-                f"'{self.density.family}' has no likelihood to score examples by; name a density of another family"
-            )
+        if not self.density.has_marginal:
+            problem = "has no likelihood" if not self.density.has_log_prob else "has a likelihood only for a given context"
+            raise PipelineError(f"'{self.density.family}' {problem}, so examples can't be scored; name another density")
 
     @torch.no_grad()
     def codes(self, examples: NDArray[np.generic]) -> Tensor:

@@ -122,8 +122,10 @@ class _Vectors(Examples):
 
     def __init__(self, path: Path, settings: DatasetSettings, dim: int, means: Sequence[float]) -> None:
         tensor, columns = getattr(settings, "tensor", ""), getattr(settings, "columns", ())
-        extras = tuple(dict.fromkeys(getattr(settings, key, "") for key in ("labels", "groups")))
-        self._table = _table(path, tensor, columns, tuple(name for name in extras if name))
+        carried = [getattr(settings, key, "") for key in ("labels", "groups")]
+        carried += [name for key in ("categories", "numbers") for name in getattr(settings, key, ())]
+        extras = tuple(dict.fromkeys(name for name in carried if name))  # columns that are no dimensions
+        self._table = _table(path, tensor, columns, extras)
         wanted = columns or tuple(name for name in self._table.names if name not in extras)
         absent = [name for name in wanted if name not in self._table.names]
         if absent or len(wanted) != dim:
