@@ -213,6 +213,18 @@ def test_an_error_that_was_there_is_no_obstacle():
 # The loop -------------------------------------------------------------------------------------------------------------
 
 
+def test_under_dvc_a_mistake_in_any_row_stops_a_stage(project, monkeypatch):
+    project.write_text(TEXT.replace("components: [1]", "componets: [1]"))
+    assert run("prepare", "grid", "--dry-run")[0] == 0  # by hand, a row is run in spite of others
+    monkeypatch.setenv("DVC_STAGE", "prepare@grid")
+    code, out = run("prepare", "grid")
+    assert (code, out.count("\n")) == (1, 1)
+    assert out.startswith("error: prepare grid: densities.grid-gmm.componets: unknown key; did you mean 'components'?")
+    assert not Path("data").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_loop_in_a_fresh_clone(tmp_path: Path) -> None:
     """Scores of HEAD can be read where none of its outputs are; what runs is compared with them, and a typo stops at once."""
     (tmp_path / "origin").mkdir()
