@@ -327,7 +327,7 @@ def lock_of(project: Path) -> dict:
         rows = params[entry["foreach"][2:-1]] if "foreach" in entry else {"": {}}
         body = entry.get("do", entry)
         for key, item in rows.items():
-            outs = [filled(path if isinstance(path, str) else next(iter(path)), key, item) for path in body["outs"]]
+            outs = [filled(path, key, item) for path in body["outs"]]
             lock[f"{stage}@{key}" if key else stage] = {
                 "cmd": filled(body["cmd"], key, item),
                 "deps": [digest(filled(path, key, item)) for path in body["deps"]],
