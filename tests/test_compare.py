@@ -155,7 +155,8 @@ def test_a_value_is_changed_and_nothing_else(project):
     assert code == 0, out
     assert "densities.grid-gmm.components: [1] -> [2, 3]\n" in out
     assert "`dvc repro` runs 11 stages, as before" in out  # none has run yet
-    after = TEXT.replace("    components: [1]  # one Gaussian\n", "    components: [2, 3] # one Gaussian\n    ridge: [0.0001]\n")
+    new = "    components: [2, 3]  # one Gaussian\n    ridge: [0.0001]\n"
+    after = TEXT.replace("    components: [1]  # one Gaussian\n", new)
     assert [line.split() for line in project.read_text().splitlines()] == [line.split() for line in after.splitlines()]
     assert read_params().density("grid-gmm").ridge == (1e-4,)
 
