@@ -153,14 +153,21 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         "# Missing values of small tables",
         "",
         "Half of the values of test rows, drawn at random, are missing. Means ± standard errors over splits; the best of a set",
-        "is bold. Written by `python -m benchmarks.imputation`, which says what is compared and how.",
+        "is bold; seconds are the most CPU seconds of a fit of ours. Written by `python -m benchmarks.imputation`, which says",
+        "what is compared and how.",
     ]
     for key, title, best in (
         ("log_likelihood", "Log-likelihood of missing values, nats per row of standardised columns (higher is better)", max),
         ("nrmse", "Normalised root mean squared error (lower is better)", min),
     ):
         methods = [method for method in METHODS if any(run["method"] == method and key in run for run in runs)]
-        lines += ["", f"## {title}", "", f"| set | splits | {' | '.join(methods)} |", f"|---|--:|{'--:|' * len(methods)}"]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| set | splits | seconds | {' | '.join(methods)} |",
+            f"|---|--:|--:|{'--:|' * len(methods)}",
+        ]
         for name in dict.fromkeys(run["set"] for run in runs):
             values = {m: np.array([r[key] for r in runs if r["set"] == name and r["method"] == m]) for m in methods}
             values = {method: found for method, found in values.items() if len(found)}
@@ -176,7 +183,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
                 error = values[method].std(ddof=1) / math.sqrt(len(values[method])) if len(values[method]) > 1 else math.nan
                 cells.append(f"**{mean}**" if method == winner else mean)
                 cells[-1] += "" if math.isnan(error) else f" ± {error:.3f}"
-            lines.append(f"| {name} | {max(map(len, values.values()))} | {' | '.join(cells)} |")
+            seconds = max(run["seconds"] for run in runs if run["set"] == name)
+            lines.append(f"| {name} | {max(map(len, values.values()))} | {seconds:g} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
