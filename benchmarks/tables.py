@@ -21,7 +21,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -319,13 +319,17 @@ def markdown(rows: list[dict[str, Any]], protocol: str) -> str:
 
 
 def protocol(runs: list[dict[str, Any]]) -> str:
-    """Splits and seconds of runs, next to those of the full protocol."""
-    splits = [sum(run["set"] == name for run in runs if run["method"] == "auto") for name in {run["set"] for run in runs}]
-    seconds = " or ".join(f"{budget:g}" for budget in sorted({run["budget"] for run in runs}))
+    """Sets, splits and seconds of runs, next to those of a full run."""
+    sets, seconds = {run["set"] for run in runs}, {run["budget"] for run in runs}
+    splits = {sum(run["set"] == name for run in runs if run["method"] == "auto") for name in sets}
     return (
-        f"It has {min(splits)} to {max(splits)} splits and fits of {seconds} CPU seconds; a full run has {SPLITS} and "
-        f"{SECONDS:g}."
+        f"It has {len(sets)} sets, {_listed(splits)} splits and fits of {_listed(seconds)} CPU seconds; a full run has "
+        f"{len(TABLES) + len(FORMULAS)}, {SPLITS} and {SECONDS:g}."
     )
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return " or ".join(f"{number:g}" for number in sorted(numbers))
 
 
 def main(arguments: list[str] | None = None) -> None:
