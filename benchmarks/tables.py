@@ -323,8 +323,8 @@ def protocol(runs: list[dict[str, Any]]) -> str:
     sets, seconds = {run["set"] for run in runs}, {run["budget"] for run in runs}
     splits = {sum(run["set"] == name for run in runs if run["method"] == "auto") for name in sets}
     return (
-        f"It has {len(sets)} sets, {_listed(splits)} splits and fits of {_listed(seconds)} CPU seconds; a full run has "
-        f"{len(TABLES) + len(FORMULAS)}, {SPLITS} and {SECONDS:g}."
+        f"Sets: {len(sets)} of {len(TABLES) + len(FORMULAS)}; splits: {_listed(splits)} of {SPLITS}; CPU seconds per fit: "
+        f"{_listed(seconds)} of {SECONDS:g}."
     )
 
 
