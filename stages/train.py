@@ -177,7 +177,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     by_dimensions, *rank_errors = ranks.gather(open_dimension_errors(unit_blocks, encode, decode, ks))
     for part in rank_errors:
         by_dimensions.merge(part)
-    squared_errors = _in_order(reader, ranks, np.concatenate(kept))
+    squared_errors = _in_order(reader, ranks, np.concatenate(kept or [np.empty(0)]))
     if not ranks.first:
         return
     run.arrays("open-dimensions", {"ks": np.array(ks), "mse": by_dimensions.mse})

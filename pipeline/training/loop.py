@@ -323,7 +323,6 @@ class _Run:
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
                 find_unused_parameters=len(self.model.phases) > 1,
-                broadcast_buffers=False,  # statistics of batch norm are those of the whole batch on every rank
             )
         if self.settings.precision == "bfloat16" and not has_bfloat16(device) and self.ranks.first:
             emulated = f"this {device.type} emulates bfloat16, slowly; try precision: float32"
