@@ -56,6 +56,9 @@ def tables(source: str, root: str, label: int, dim: int, epochs: int) -> dict[st
         "datasets": {"class": whole | {"classes": [label]}, "whole": whole},
         "autoencoders": {"class": network},
         "densities": {"class-lde": density | {"schedule": "cosine"}},
+        "controls": {},
+        "sampling": {},
+        "evaluations": {"class": {}},
         "detections": {"class": detection | {"outlier_classes": [other for other in range(10) if other != label]}},
     }
 
