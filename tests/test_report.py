@@ -841,6 +841,8 @@ class Browser:
         return self.call("POST", f"{self.path}/execute/sync", {"script": script, "args": []})
 
     def click(self, css: str) -> None:
+        # At once: an element that still moves can't be clicked.
+        self.js(f"document.querySelector({json.dumps(css)}).scrollIntoView({{behavior: 'instant', block: 'center'}})")
         element = self.call("POST", f"{self.path}/element", {"using": "css selector", "value": css})
         self.call("POST", f"{self.path}/element/{next(iter(element.values()))}/click", {})
 
@@ -906,7 +908,7 @@ def test_page_in_a_browser(workspace, browser):
     # Sliders and the map redraw what they belong to.
     for name in ("truncated", "changed", "between", "map"):
         widget = f"document.querySelector('[data-widget={name}]')"
-        browser.js(f"{widget}.scrollIntoView()")
+        browser.js(f"{widget}.scrollIntoView({{behavior: 'instant'}})")
         pixels = f"return [...{widget}.querySelectorAll('canvas')].map(c => c.toDataURL()).join()"
         said = f"return [...{widget}.querySelectorAll('output')].map(o => o.textContent).join()"
         for _ in range(200):
