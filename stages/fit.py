@@ -65,11 +65,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
         run.metrics({"best_epoch": training.best["epoch"]})
         if not density.has_log_prob:
             run.metrics({key: value for key, value in training.best.items() if key.startswith("valid_")})
-    validations = {int(row["step"]): row for row in training.validations}
-    rows = {int(row["step"]): row for row in training.curve}
-    # One table by step: a loss and a validation at the same step share a row.
-    merged = [rows.get(step, {"step": step}) | validations.get(step, {}) for step in sorted({*rows, *validations})]
-    run.curve(merged)
+    run.curve(training.table())
     run.details(
         steps=training.steps,
         examples_seen=training.examples,

@@ -20,6 +20,8 @@ SHOWN = 10  # test images with their reconstructions
 SCATTERED = 5000  # test codes of two numbers, or training points, saved for a picture
 MAPPED = 400  # test images on the page's map of codes
 PATCHES = 100  # training patches saved for a picture
+VALIDATED = 10_000  # validation images that the epoch is chosen by, at most, rounded up to whole shards
+VALIDATION = "minus_valid_mse"  # by which the epoch is chosen, where a row has patience
 
 
 @stage(
@@ -81,6 +83,9 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
             images = images.contiguous(memory_format=torch.channels_last)
         return {"images": images}
 
+    def validate() -> dict[str, float]:
+        return {VALIDATION: -_validation_error(objective, reader, ranks)}
+
     checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity(settings, reader.index.digest))
     training = train_model(
         objective,
@@ -90,6 +95,10 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         prepare=prepare,
         label=f"training {run.row}",
         checkpoint=checkpoint,
+        validate=validate if settings.patience else None,
+        best=VALIDATION if settings.patience else None,
+        max_minutes=settings.max_minutes,
+        patience=settings.patience,
         extra=lambda step: {"open_dimensions": objective.open_dimensions(step)},
     )
     if ranks.first:
@@ -97,7 +106,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         with atomic_folder(folder) as temporary:
             objective.encoder.save(temporary / "encoder.safetensors")  # type: ignore[operator, union-attr]
             objective.decoder.save(temporary / "decoder.safetensors")
-        run.curve(training.curve)
+        run.curve(training.table())
         run.when_finished(checkpoint.remove)
     _score(run, objective, reader, ranks)
     run.details(
@@ -109,8 +118,32 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         device=str(ranks.device),
         processes=ranks.world,
         resumed_at=training.resumed_at,
+        ended_by=training.ended_by,
     )
     ranks.barrier()
+
+
+def _validation_error(objective: Objective, reader: ShardReader, ranks: Ranks) -> float:
+    """Squared error of the first validation images, mean over pixels in 0..1; ranks share the shards."""
+    import numpy as np
+    import torch
+
+    from pipeline.evaluation.moments import Moments
+    from pipeline.storage.shards import from_unit, scale_pixels, to_unit
+
+    value_range = reader.index.value_range or (0.0, 1.0)
+    counts = np.cumsum([0, *reader.counts("valid")[:-1]])
+    shards = [number for number in ranks.share(len(counts)) if counts[number] < VALIDATED]
+    moments = Moments()
+    for block in reader.blocks("valid", shards):
+        images = torch.from_numpy(scale_pixels(block["examples"], (0.0, 1.0))).to(ranks.device)
+        with torch.no_grad():
+            reconstructions = to_unit(objective.decode(objective.encode(from_unit(images, value_range))), value_range)
+        moments.update((reconstructions - images).square().mean(dim=(1, 2, 3)).double().cpu().numpy())
+    total, *others = ranks.gather(moments)
+    for other in others:
+        total.merge(other)
+    return float(total.mean)
 
 
 def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:

@@ -298,6 +298,9 @@ def test_check_gives_the_digest_of_a_file_that_a_setting_names(project):
     assert problems(value(b"one")) == [f"{key}: {other}" for key in keys]
     assert len(problems(value(b"two")[:-1])) == len(problems("vgg19.pth@sha256:")) == 2
     assert problems("imagenet") == []
+    for gone in ("gone.pth@sha256:0123456789ab", "gone.pth", "data/raw/gone"):
+        missing = f"{gone.partition('@')[0]} is missing; put the file there, or correct the path"
+        assert problems(gone) == [f"{key}: {missing}" for key in keys]
 
 
 # Overview -----------------------------------------------------------------------------------------------------------

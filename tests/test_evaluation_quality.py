@@ -11,6 +11,8 @@ import torch
 from pipeline.errors import DataError, SettingsError
 from pipeline.evaluation import features, interpolation, quality, two_sample
 from pipeline.settings import QualitySettings
+from pipeline.storage.parts import write_index
+from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter
 
 GENERATOR = np.random.default_rng(0)
 
@@ -174,6 +176,28 @@ def test_classifier_learns_and_is_deterministic():
     noise = features.extract_features(features.classifier_network(network), [np.random.default_rng(2).random((200, 1, 12, 12))])
     real = features.extract_features(features.classifier_network(network), [bars(200, 3)[0]])
     assert quality.fid(real, noise) > 10 * quality.fid(real, found)
+
+
+def test_images_without_labels_are_told_by_their_orientation(tmp_path):
+    images, _ = bars(200, 0)
+    turned, turns = features.rotated(images)
+    assert turned.shape == (800, 1, 12, 12)
+    assert all(np.array_equal(np.rot90(turned[turns == k], -k, axes=(2, 3)), images) for k in range(4))
+    shards = {}
+    for split in ("train", "valid", "test"):
+        with ShardWriter(tmp_path, split) as writer:
+            writer.write(examples=np.uint8(255 * images))
+        shards[split] = tuple(writer.shards)
+    write_index(tmp_path, ShardIndex(kind="images", shape=(1, 12, 12), dtype="uint8", value_range=(0.0, 1.0), **shards))
+    settings = QualitySettings(network="classifier", classifier_examples=100, classifier_epochs=1)
+    reader = ShardReader(tmp_path)
+    assert features.write_features(tmp_path / "features", settings, reader) == (200, 128)
+    network = features.load_classifier(tmp_path / "features" / features.CLASSIFIER)
+    assert network.head.out_features == 4
+    # The first 100 images, each in all four orientations.
+    pixels = np.uint8(255 * images[:100]).astype(np.float32) / 255
+    twin = features.train_classifier(lambda: [features.rotated(pixels)], classes=4, seed=0, epochs=1)
+    assert torch.allclose(twin.head.weight, network.head.weight, atol=1e-4)
 
 
 def test_labels_out_of_range_and_no_images_are_refused():

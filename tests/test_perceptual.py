@@ -173,7 +173,7 @@ def test_weights_from_files(weights, tmp_path):
     save_file(whole, tmp_path / "a.safetensors")
     torch.save(whole, tmp_path / "a.pth")
     for name in ("a.safetensors", "a.pth"):
-        read = vgg19_weights(str(tmp_path / name))
+        read = vgg19_weights(str(tmp_path / name), "perceptual_weights")
         assert read.keys() == weights.keys()
         assert all(torch.equal(read[k], weights[k]) for k in read)
 
@@ -181,7 +181,8 @@ def test_weights_from_files(weights, tmp_path):
 def test_files_that_will_not_do_are_refused_by_name(weights, tmp_path):
     def refused(name, pattern):
         with pytest.raises(DataError, match=pattern) as error:
-            vgg19_weights(str(tmp_path / name))
+            vgg19_weights(str(tmp_path / name), "quality.weights")
+        assert str(error.value).startswith("quality.weights: ")
         assert "\n" not in str(error.value)
 
     refused("none.safetensors", "none.safetensors is missing; .*imagenet")
@@ -207,7 +208,7 @@ def test_official_weights_are_asked_for_never_made_up(weights, monkeypatch):
         return weights
 
     monkeypatch.setattr(module.torch.hub, "load_state_dict_from_url", download)
-    assert vgg19_weights("imagenet").keys() == weights.keys()
+    assert vgg19_weights("imagenet", "perceptual_weights").keys() == weights.keys()
     url, options = asked[0]
     assert url == VGG19_Weights.IMAGENET1K_V1.url
     assert options["check_hash"]
@@ -218,6 +219,7 @@ def test_official_weights_are_asked_for_never_made_up(weights, monkeypatch):
 
     monkeypatch.setattr(module.torch.hub, "load_state_dict_from_url", fail)
     with pytest.raises(
-        PipelineError, match=r"can't download .* \(no route to host\); download https://.*vgg19.* give the file's path"
+        PipelineError,
+        match=r"^quality.weights: can't download .* \(no route to host\); download https://.*the file's path",
     ):
-        vgg19_weights("imagenet")
+        vgg19_weights("imagenet", "quality.weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import random
 import re
 import types
@@ -574,3 +575,9 @@ def test_any_bytes_are_taken_or_refused(data, tmp_path):
         list(read_params(path).problems())
     except SettingsError as error:
         assert str(error)  # noqa: PT017
+
+
+def test_params_that_are_a_pipe_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "params.yaml")
+    with pytest.raises(SettingsError, match=r"params\.yaml can't be read: it isn't a regular file"):
+        read_params(tmp_path / "params.yaml")

@@ -354,6 +354,9 @@ NETWORK = {
     "incremental.steps": Change(2, incremental={"mode": "stepwise", "warm_up_epochs": 2.0, "steps": 1}),
     "incremental.cut_off": Change("uniform", incremental={"mode": "nested_dropout"}),
     "incremental.geometric_rate": Change(0.9, incremental={"mode": "nested_dropout"}),
+    "mirror": True,
+    "max_minutes": 1e-9,
+    "patience": Change(1, epochs=12, learning_rate=0.1),
     "perceptual_weight": Change(0.5, perceptual_weights="WEIGHTS/vgg19.safetensors"),
     "perceptual_weights": Change(
         "WEIGHTS/other.safetensors", perceptual_weights="WEIGHTS/vgg19.safetensors", perceptual_weight=0.5
@@ -393,7 +396,9 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("stages.run.workspace.git_state", dict)
     monkeypatch.setattr("stages.train._score", lambda *arguments: None)
-    write_folder(Path("raw"), {f"{i}.png": plain(8 * i, 8, 8) for i in range(30)})
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(8 * i, 256, (8, 8), np.uint8)) for i in range(30)]
+    write_folder(Path("raw"), {f"{i}.png": encode(picture) for i, picture in enumerate(pictures)})
     kind = implementation("pipeline.sources", "images", "source").Settings
     settings = kind(source="images", root="raw", image_px=8, channels=1, shard_examples=10)
     prepare_shards(settings, "data/shards/blobs", processes=1)

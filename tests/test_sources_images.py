@@ -575,7 +575,7 @@ def test_folder_and_zip_agree_on_odd_names(tmp_path: Path, system: int) -> None:
     one, other = open_row("images", folder), open_row("images", tmp_path / "a.zip")
     assert open_files(folder).names == open_files(tmp_path / "a.zip").names
     assert one.names == other.names
-    assert sum(one.counts.values()) == len(files) - 2  # without "nul" and "..a"
+    assert sum(one.counts.values()) == len(files) - 1  # without "..a"
     assert [levels(one, split) for split in SPLITS] == [levels(other, split) for split in SPLITS]
 
 
@@ -603,12 +603,28 @@ def test_zip_names_of_no_stated_encoding(tmp_path: Path, encoding: str, system: 
     source = open_row("images", write_raw_zip(tmp_path / "a.zip", files, system))
     assert sum(source.counts.values()) == len(files)
     assert sorted(level for split in SPLITS for level in levels(source, split)) == sorted([*range(10)] * 2)
-    if encoding == "utf-8" or system == 3:  # the bytes that unzip would write
-        folder = tmp_path / "folder"
-        folder.mkdir()
-        for name, data in files.items():
-            Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(data)
-        assert open_row("images", folder).names == source.names
+    # Programs of Windows unpack to names in Unicode, unzip to the same bytes. Chinese names can't be told from Japanese ones.
+    if system == 0 and encoding == "gbk":
+        return
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, data in files.items():
+        unpacked = name.decode(encoding).encode() if system == 0 else name
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + unpacked)).write_bytes(data)
+    assert open_row("images", folder).names == source.names
+
+
+def test_files_without_an_ending_are_recognised_by_their_first_bytes(tmp_path: Path) -> None:
+    forms = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"]
+    files = {f"sub/{i:03d}": plain(i, form=form) for i, form in enumerate(forms)}
+    files |= {"README": b"a text", "P5": b"P55", "empty": b"", "cut": b"\x89PN"}
+    folder, archive = write_folder(tmp_path / "folder", files), write_zip(tmp_path / "a.zip", files, zipfile.ZIP_DEFLATED)
+    os.mkfifo(folder / "pipe")
+    one, other = (open_row("images", root, valid_share=0.2, test_share=0.2) for root in (folder, archive))
+    assert one.names == other.names
+    assert sorted(name for split in SPLITS for name in one.names[split]) == sorted(name for name in files if "/" in name)
+    assert (one.skipped, other.skipped) == ({"": 5}, {"": 4})
+    assert [one.read(split, 0, one.counts[split]).unreadable for split in SPLITS] == [(), (), ()]
 
 
 def test_windows_zip_with_backslashes_between_folders(tmp_path: Path) -> None:

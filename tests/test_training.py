@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import small
 import torch
@@ -592,3 +594,36 @@ def test_golden_curve_of_a_tiny_autoencoder(monkeypatch: pytest.MonkeyPatch) -> 
     loader = Batches(lambda i: {"x": images[32 * i : 32 * i + 32]}, [32, 32], 16, seed=0)
     record = train(model, loader, settings, ALONE, prepare=lambda a: {"images": torch.from_numpy(a["x"])})
     assert [row["loss"] for row in record.curve] == pytest.approx(GOLDEN, rel=1e-3)
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    settings = ae.Settings(dataset="d", objective="ae", latent_dim=2, blocks=1, base_channels=4, mirror=True)
+    images = torch.arange(64.0).reshape(1, 1, 8, 8).repeat(1000, 1, 1, 1) / 64
+    objective = ae.build(settings, (1, 8, 8), (0.0, 1.0))
+    batch = objective.augment({"images": images}, Step(0, 0.0, torch.Generator().manual_seed(0)))["images"]
+    mirrored = (batch == images.flip(3)).flatten(1).all(dim=1)
+    assert torch.equal(batch[~mirrored], images[~mirrored])
+    assert 430 < int(mirrored.sum()) < 570
+    plain = ae.build(dataclasses.replace(settings, mirror=False), (1, 8, 8), (0.0, 1.0))
+    assert plain.augment({"images": images}, Step(0, 0.0, torch.Generator()))["images"] is images
+
+
+def test_the_autoencoder_that_reconstructs_validation_images_best_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.write_raw(tmp_path, images=60)
+    monkeypatch.chdir(tmp_path)
+    before = "epochs: 4, batch_size: 16,\n    learning_rate: 0.01, schedule: cosine"
+    after = "epochs: 8, patience: 3, max_minutes: 5, batch_size: 16, learning_rate: 0.3"
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace(before, after))
+    assert before in text
+    assert small.run("prepare", "blobs").exit_code == 0
+    result = small.run("train", "blobs-ae")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(Path("reports/metrics/train/blobs-ae.json").read_text())
+    curve = pd.read_csv("reports/curves/train/blobs-ae.tsv", sep="\t")["minus_valid_mse"].dropna()
+    assert scores["valid_mse"] == pytest.approx(-curve.max(), rel=1e-4)
+    run = json.loads(Path("reports/runs/train/blobs-ae.json").read_text())
+    assert run["ended_by"] in ("patience", "epochs")
+    assert len(curve) - 1 - curve.argmax() <= 3

@@ -262,17 +262,34 @@ class RealFeatures:
     values: NDArray[np.float32]
 
 
+TURNS = (0, 1, 2, 3)
 CLASSIFIER, TEST, INDEX = "classifier.safetensors", "test.safetensors", "index.json"
+
+
+def rotated(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Square images in four orientations, with the number of quarter turns as their label: classes for images without labels.
+
+    References:
+        | Unsupervised Representation Learning by Predicting Image Rotations (Gidaris, Singh, Komodakis, 2018)
+        | https://arxiv.org/abs/1803.07728
+
+    Arguments:
+        images: Images with shape (n, C, H, H).
+
+    Returns:
+        Images with shape (4 n, C, H, H), and labels with shape (4 n,).
+    """
+    turned = np.concatenate([np.rot90(images, turns, axes=(2, 3)) for turns in TURNS])
+    return turned, np.repeat(np.array(TURNS), len(images))
 
 
 def _train_classifier(settings: QualitySettings, reader: ShardReader) -> Classifier:
     def labelled() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         remaining = settings.classifier_examples
         for block in reader.blocks("train"):
-            if "labels" not in block:
-                raise DataError("quality.network: the images have no labels to train the classifier on; use vgg19 or inception")
-            yield scale_pixels(block["examples"], (0.0, 1.0))[:remaining], block["labels"][:remaining]
-            remaining -= len(block["labels"])
+            images = scale_pixels(block["examples"], (0.0, 1.0))[:remaining]
+            yield (images, block["labels"][:remaining]) if "labels" in block else rotated(images)
+            remaining -= len(images)
             if remaining <= 0:
                 return
 
@@ -287,7 +304,7 @@ def _network(settings: QualitySettings, folder: Path) -> FeatureNetwork:
     if settings.network == "vgg19":
         from pipeline.autoencoders.common.perceptual import vgg19_weights
 
-        return vgg19_network(vgg19_weights(checked_path(settings.weights or "", "quality.weights")))
+        return vgg19_network(vgg19_weights(checked_path(settings.weights or "", key := "quality.weights"), key))
     return classifier_network(load_classifier(folder / CLASSIFIER))
 
 
@@ -305,13 +322,14 @@ def write_features(folder: Path, settings: QualitySettings | None, reader: Shard
     Arguments:
         folder: The folder to write.
         settings: Which network, and where its weights come from; None writes a folder without features.
-        reader: Shards of the data set; the classifier is trained on its labelled training images.
+        reader: Shards of the data set; the classifier is trained on its training images, to tell their labels, or where they
+            have none their orientation.
 
     Returns:
         The shape (N, F) of the features, or None.
 
     Raises:
-        DataError: When there are no labels for the classifier, or the weights are missing.
+        DataError: When the weights are missing.
     """
     settings = settings if reader.index.kind == "images" else None
     shape: tuple[int, int] | None = None

@@ -98,8 +98,10 @@ class NamedFile:
             key: The setting, as messages name it.
 
         Raises:
-            SettingsError: When the digest is missing or another, with the value to write.
+            SettingsError: When the file is missing; when the digest is missing or another, with the value to write.
         """
+        if not self.path.is_file():
+            raise SettingsError(f"{key}: {self.path} is missing; put the file there, or correct the path")
         if not self.digest:
             raise SettingsError(f"{key}: write {self.pinned()} (the file's content), so that a replaced file reruns its rows")
         if len(self.digest) < PIN_DIGITS or not sha256_file(self.path).startswith(self.digest):
@@ -124,9 +126,9 @@ def checked_path(value: str, key: str) -> str:
 
 
 def named_files(settings: Any) -> dict[str, NamedFile]:
-    """The files that a row names, by key; keys of nested settings are dotted.
+    """The files that a row names, by key, there or missing; keys of nested settings are dotted.
 
-    Values that aren't files, such as `imagenet`, are left out: their meaning is fixed.
+    Values that are words, such as `imagenet`, are left out: their meaning is fixed.
 
     Arguments:
         settings: A dataclass of settings, with fields made by `file_setting`.
@@ -136,8 +138,8 @@ def named_files(settings: Any) -> dict[str, NamedFile]:
         value = getattr(settings, spec.name)
         if dataclasses.is_dataclass(value):
             files |= {f"{spec.name}.{key}": file for key, file in named_files(value).items()}
-        elif spec.metadata.get("file") and value and os.path.isfile((file := NamedFile.of(value)).path):
-            files[spec.name] = file
+        elif spec.metadata.get("file") and value and (not value.isidentifier() or os.path.isfile(value)):
+            files[spec.name] = NamedFile.of(value)
     return files
 
 

@@ -26,6 +26,7 @@ from pipeline.settings.rows import (
     EvaluationSettings,
     SamplingSettings,
 )
+from pipeline.system.files import check_regular
 
 __all__ = ["Params", "choices", "implementation", "read_params"]
 
@@ -290,6 +291,7 @@ def read_params(path: str | Path = "params.yaml") -> Params:
     from ruamel.yaml.error import YAMLError
 
     try:
+        check_regular(path)
         with open(path, encoding="utf-8") as file:
             tables = YAML(typ="safe", pure=True).load(file)
     except FileNotFoundError:

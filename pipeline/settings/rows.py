@@ -76,6 +76,9 @@ class TrainingSettings(Checked):
         precision: `float32`, or `bfloat16` for mixed precision, which is slow on processors without such instructions.
         checkpoint_minutes: Minutes between checkpoints.
         shuffle_examples: Size of the shuffle window in memory, in examples; it consists of whole shards.
+        max_minutes: Time limit of training, in minutes; 0 for no limit. With a limit, the result depends on the machine's
+            speed, and `cosine` falls to zero within the limit. `gmm` checks the time after each number of Gaussians.
+        patience: Validations without a new best until training ends, at the end of an epoch; 0 for no such end.
         seed: Seed of initial weights, order of examples and noise.
     """
 
@@ -92,6 +95,8 @@ class TrainingSettings(Checked):
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_minutes: float = 1.0
     shuffle_examples: int = 16_384
+    max_minutes: float = 0.0
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -106,6 +111,8 @@ class TrainingSettings(Checked):
         check_that(0 <= self.ema_decay < 1, "ema_decay", "must lie in [0, 1)")
         check_that(self.checkpoint_minutes > 0, "checkpoint_minutes", "must be positive")
         check_that(self.shuffle_examples >= 1, "shuffle_examples", "must be at least 1")
+        check_that(self.max_minutes >= 0, "max_minutes", "must be 0 or more")
+        check_that(self.patience >= 0, "patience", "must be 0 or more")
         check_that(self.seed >= 0, "seed", "must be 0 or more")
 
 
@@ -154,9 +161,6 @@ class DensitySettings(TrainingSettings):
         optimizer: `adamw`, or `muon`: orthogonalised momentum with decay 0.95 for the weights between hidden layers of an
             `lde`, AdamW for the others. Deep networks then need a fraction of the steps.
         muon_rate: Muon's learning rate, as a multiple of AdamW's; the decay of its weights is multiplied too.
-        max_minutes: Time limit of fitting, in minutes; the best epoch is kept. 0 for no limit. With a limit, the result
-            depends on the machine's speed. `gmm` checks the time after each number of Gaussians.
-        patience: Validations without a new best until fitting ends, at the end of an epoch; 0 for no such end.
         validate_steps: Steps between validations within an epoch, in addition to those at its end; 0 for none.
         shuffle_examples: Size of the shuffle window in memory, in codes; it consists of whole files.
     """
@@ -170,8 +174,6 @@ class DensitySettings(TrainingSettings):
     transform: Literal["none", "log", "asinh", "power", "quantile"] = "none"
     optimizer: Literal["adamw", "muon"] = "adamw"
     muon_rate: float = 3.0
-    max_minutes: float = 0.0
-    patience: int = 0
     validate_steps: int = 0
     shrinkage: bool = False
     shuffle_examples: int = 1_000_000
@@ -189,10 +191,8 @@ class DensitySettings(TrainingSettings):
         check_that(self.optimizer in ("adamw", "muon"), "optimizer", f"must be one of adamw, muon, not {self.optimizer!r}")
         check_that(self.optimizer == "adamw" or self.family == "lde", "optimizer", "can be muon for the family lde only")
         check_that(self.muon_rate > 0, "muon_rate", "must be positive")
-        check_that(self.patience >= 0, "patience", "must be 0 or more")
         check_that(not self.shrinkage or self.standardise == "cholesky", "shrinkage", "is for standardise: cholesky")
         check_that(self.validate_steps >= 0, "validate_steps", "must be 0 or more")
-        check_that(self.max_minutes >= 0, "max_minutes", "must be 0 or more")
 
     @property
     def context_names(self) -> tuple[str, ...]:
@@ -269,7 +269,8 @@ class QualitySettings(Checked):
     """How samples are compared with test images in the features of a network.
 
     Attributes:
-        network: `classifier`: a small one, trained on the labelled training images; `vgg19`: up to relu3_1; `inception`: that
+        network: `classifier`: a small one, trained to tell the labels of the training images, or without labels which of four
+            orientations they have; `vgg19`: up to relu3_1; `inception`: that
             of published scores. Scores of two networks aren't comparable.
         weights: The weights: a file with its digest, `PATH@sha256:HEX`, or `imagenet` for torchvision's official VGG19,
             downloaded once; null for the classifier.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -19,7 +20,16 @@ from typing import Any
 
 from pipeline.errors import DataError
 
-__all__ = ["atomic_file", "atomic_folder", "read_json", "sha256_bytes", "sha256_file", "write_json", "write_text"]
+__all__ = [
+    "atomic_file",
+    "atomic_folder",
+    "check_regular",
+    "read_json",
+    "sha256_bytes",
+    "sha256_file",
+    "write_json",
+    "write_text",
+]
 
 ABANDONED_SECONDS = 24 * 3600.0  # age at which another machine's temporary file is deleted
 JSON_BYTES = 64 * 2**20  # no index is longer; don't read larger files into memory
@@ -159,6 +169,16 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path} is missing; run the stage that writes it") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read as JSON ({error}); run the stage that writes it again") from None
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Rejects a pipe or a device, whose reader would wait for ever; a missing file is left to its reader.
+
+    Raises:
+        OSError: When it is there and isn't a regular file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it isn't a regular file", os.fspath(path))
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

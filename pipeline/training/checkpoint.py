@@ -40,7 +40,7 @@ def identity(settings: Any, data: str) -> dict[str, Any]:
         settings: The row's settings.
         data: Digest of the shards or codes to train on.
     """
-    files = {key: sha256_file(file.path) for key, file in named_files(settings).items()}
+    files = {key: sha256_file(file.path) for key, file in named_files(settings).items() if file.path.is_file()}
     return {"settings": repr(settings), "files": files, "data": data, "code": code_digest()}
 
 

@@ -385,6 +385,7 @@ class _Run:
         share = seconds / self.limit if self.limit < math.inf else None
         self.rate = learning_rate(self.settings, self.index, self.steps_per_epoch, share)
         self.losses.append({})
+        batch = self.model.augment(batch, step)
         for phase in self.model.phases:
             self._optimise_phase(phase, batch, step)
         self.index += 1

@@ -48,6 +48,10 @@ class Trainable(nn.Module):
         """The phase's parameters that Muon updates; AdamW updates the others."""
         return ()
 
+    def augment(self, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
+        """The batch that a step trains on, before its first phase; by default as it is."""
+        return batch
+
     def forward(self, phase: str, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The loss of a phase under the key "loss", and other values to log, each a scalar.
 
@@ -87,3 +91,9 @@ class Training:
     resumed_at: int | None = None
     ended_by: str = "epochs"
     contest: list[dict[str, float | str]] = field(default_factory=list)
+
+    def table(self) -> list[dict[str, float]]:
+        """Curve and validations as one table by step: a loss and a validation at the same step share a row."""
+        rows = {int(row["step"]): row for row in self.curve}
+        validations = {int(row["step"]): row for row in self.validations}
+        return [rows.get(step, {"step": step}) | validations.get(step, {}) for step in sorted({*rows, *validations})]

@@ -187,7 +187,7 @@ def _pinned(rows: Iterable[Row], tables: Mapping[str, Any]) -> list[Row]:
         files = Params(merged).named_files()
     for row in rows:
         for dotted, file in files.items():
-            if dotted.startswith(f"{row.dotted}.") and not file.digest:
+            if dotted.startswith(f"{row.dotted}.") and not file.digest and file.path.is_file():
                 *path, last = dotted.removeprefix(f"{row.dotted}.").split(".")
                 functools.reduce(operator.getitem, path, row.values)[last] = file.pinned()
     return rows

@@ -12,6 +12,7 @@ from pipeline.autoencoders.common.network import ONE_VALUE, Autoencoder, Decoder
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, checked_path, file_setting
+from pipeline.system.draws import uniform
 from pipeline.system.streams import stream_seed
 from pipeline.training.trainable import Step, Trainable
 
@@ -27,11 +28,13 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
         perceptual_weight: Weight of the perceptual loss in (5); 0.1 in the paper, 0 leaves it out.
         perceptual_weights: Where VGG19's weights come from: a file (safetensors or state dict) with its digest,
             `PATH@sha256:HEX`, or `imagenet` for torchvision's official ones, downloaded once.
+        mirror: Whether each image is mirrored left to right in half of the steps: for photographs, not for letters or digits.
     """
 
     incremental: IncrementalSettings | None = None
     perceptual_weight: float = 0.0
     perceptual_weights: str | None = file_setting()
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,8 +146,16 @@ class ImageObjective(Objective):
         # In a tuple, PyTorch doesn't see it: VGG19 is not among the weights that are trained, averaged or saved.
         self._perceptual: tuple[PerceptualLoss, ...] = ()
         if settings.perceptual_weight > 0:
-            weights = vgg19_weights(checked_path(settings.perceptual_weights or "", "perceptual_weights"))
+            weights = vgg19_weights(checked_path(settings.perceptual_weights or "", key := "perceptual_weights"), key)
             self._perceptual = (PerceptualLoss(weights, value_range, channels_last=settings.channels_last),)
+
+    def augment(self, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
+        """The batch with half of the images mirrored, if the settings say so."""
+        if not self.settings.mirror:
+            return batch
+        images = batch["images"]
+        chosen = uniform((len(images),), step.generator).to(images.device) < 0.5
+        return batch | {"images": torch.where(chosen[:, None, None, None], images.flip(3), images)}
 
     def encode(self, examples: Tensor) -> Tensor:
         """The whole codes, with shape (B, D) and float32, of images with shape (B, C, H, W)."""

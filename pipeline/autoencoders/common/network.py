@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.settings import build
-from pipeline.system.files import atomic_file
+from pipeline.system.files import atomic_file, check_regular
 
 __all__ = ["Autoencoder", "Decoder", "Encoder", "filter_side", "image_side"]
 
@@ -132,6 +132,7 @@ class _Half(nn.Module):
             DataError: When the file is missing, truncated, or holds something else.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = json.loads((file.metadata() or {})["settings"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

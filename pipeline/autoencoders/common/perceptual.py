@@ -23,23 +23,24 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def vgg19_weights(source: str) -> dict[str, Tensor]:
+def vgg19_weights(source: str, key: str) -> dict[str, Tensor]:
     """The weights of VGG19's convolutions up to relu3_1, under torchvision's names, `features.0.weight` and so on.
 
     Arguments:
         source: A file, safetensors or a PyTorch state dict, with or without the other layers; or `imagenet` for
             torchvision's `IMAGENET1K_V1`, downloaded once into PyTorch's cache.
+        key: The setting that names it, for messages.
 
     Raises:
         PipelineError: When the official weights can't be downloaded.
         DataError: When the file is missing, unreadable, or lacks a layer.
     """
     if source == "imagenet":
-        return _select(_official_weights(), "torchvision's VGG19")
+        return _select(_official_weights(key), "torchvision's VGG19", key)
     path = Path(source)
     if not path.is_file():
         raise DataError(
-            f"perceptual_weights: {path} is missing; put a state dict of torchvision's vgg19 there (safetensors or .pth), "
+            f"{key}: {path} is missing; put a state dict of torchvision's vgg19 there (safetensors or .pth), "
             "or say 'imagenet' to download the official one"
         )
     try:
@@ -49,11 +50,11 @@ def vgg19_weights(source: str) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise many kinds of error, all with the same meaning
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"perceptual_weights: {path} can't be read as a state dict ({reason}); fetch it again") from None
-    return _select(tensors, str(path))
+        raise DataError(f"{key}: {path} can't be read as a state dict ({reason}); fetch it again") from None
+    return _select(tensors, str(path), key)
 
 
-def _official_weights() -> Mapping[str, Tensor]:
+def _official_weights(key: str) -> Mapping[str, Tensor]:
     from torchvision.models import VGG19_Weights
 
     url = VGG19_Weights.IMAGENET1K_V1.url
@@ -62,21 +63,19 @@ def _official_weights() -> Mapping[str, Tensor]:
     except (OSError, URLError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PipelineError(
-            f"perceptual_weights: can't download the official VGG19 weights ({reason}); download {url} on another machine and "
-            "give the file's path, or set perceptual_weight to 0"
+            f"{key}: can't download the official VGG19 weights ({reason}); download {url} on another machine and "
+            "give the file's path"
         ) from None
 
 
-def _select(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def _select(tensors: Mapping[str, Tensor], name: str, prefix: str) -> dict[str, Tensor]:
     selected = {}
     for layer, (inputs, outputs) in CONVOLUTIONS.items():
         for key, shape in ((f"features.{layer}.weight", (outputs, inputs, 3, 3)), (f"features.{layer}.bias", (outputs,))):
             tensor = tensors.get(key) if isinstance(tensors, Mapping) else None
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
                 description = "missing" if not isinstance(tensor, Tensor) else f"of shape {tuple(tensor.shape)}"
-                raise DataError(
-                    f"perceptual_weights: {name}: '{key}' is {description}, expected {shape}; give a state dict of vgg19"
-                )
+                raise DataError(f"{prefix}: {name}: '{key}' is {description}, expected {shape}; give a state dict of vgg19")
             selected[key] = tensor.float()
     return selected
 

@@ -22,7 +22,7 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.settings import Checked, DensitySettings, build, implementation
 from pipeline.system import draws
 from pipeline.system.draws import Randomness
-from pipeline.system.files import atomic_file
+from pipeline.system.files import atomic_file, check_regular
 
 __all__ = [
     "Density",
@@ -575,6 +575,7 @@ def load_density(path: str | os.PathLike[str]) -> Density:
         DataError: When the file is missing, damaged, or no density.
     """
     try:
+        check_regular(path)
         with safe_open(Path(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file isn't a mapping)

@@ -25,6 +25,7 @@ MAX_TAR_BYTES = 2**30  # of all files together, since a tar is held in memory
 MAX_DEPTH = 100  # folders within folders
 # Bytes read at a time, by method: the last two can inflate a few bytes a thousandfold.
 PIECE_BYTES = {zipfile.ZIP_STORED: 2**20, zipfile.ZIP_DEFLATED: 2**20, zipfile.ZIP_BZIP2: 4096, zipfile.ZIP_LZMA: 4096}
+HEAD_BYTES = 64
 MS_DOS = 0  # the system that made a member of a zip
 UTF8_NAME, ENCRYPTED = 0x800, 0x1  # flags of a member of a zip
 METHODS = {6: "imploded", 9: "deflate64", 93: "zstd", 95: "xz", 97: "wavpack", 98: "ppmd"}
@@ -51,6 +52,10 @@ class Files(ABC):
             OSError, ValueError: When it can't be read; the message says why.
         """
 
+    @abstractmethod
+    def head(self, name: str) -> bytes:
+        """The first 64 bytes of a file, by which its kind is recognised; none if they can't be read."""
+
 
 def _checked(name: str, path: Path) -> str:
     """A file's normalised name, or a DataError when it leads out of the archive or is too deep."""
@@ -65,11 +70,13 @@ def _checked(name: str, path: Path) -> str:
 def _zip_names(members: list[zipfile.ZipInfo]) -> list[str]:
     """The names of a zip's members as they would be in a folder.
 
-    Names that aren't marked as UTF-8 are taken as bytes, since their encoding is unknown. Some Windows programs write
-    backslashes between folders, against the standard; they are recognised by zips without any slash.
+    Names that aren't marked as UTF-8 are taken as bytes, since their encoding is unknown. Those of Windows programs are read as
+    the first of UTF-8, Japanese (cp932) and Western (cp437) that all of them are valid in, since these programs unpack them to
+    a folder with Unicode names, by whose order the split is drawn. Some Windows programs write backslashes between folders,
+    against the standard; they are recognised by zips without any slash.
     """
     dos_separators = not any("/" in member.filename for member in members)
-    names = []
+    raw_names, unknown = [], []
     for member in members:
         name = member.filename
         marked = member.flag_bits & UTF8_NAME or not _in_cp437(name)
@@ -77,8 +84,23 @@ def _zip_names(members: list[zipfile.ZipInfo]) -> list[str]:
         if dos_separators and member.create_system == MS_DOS:
             # In Japanese or Chinese encodings, 0x5c after a byte above 0x80 is part of a character, not a backslash.
             raw = raw.replace(b"\\", b"/") if marked else re.sub(rb"(?<![\x81-\xfe])\\", b"/", raw)
-        names.append(os.fsdecode(raw))
-    return names
+        raw_names.append(raw)
+        unknown.append(not marked and member.create_system == MS_DOS)
+    encoding = _encoding([raw for raw, is_unknown in zip(raw_names, unknown, strict=True) if is_unknown])
+    return [
+        raw.decode(encoding) if is_unknown else os.fsdecode(raw) for raw, is_unknown in zip(raw_names, unknown, strict=True)
+    ]
+
+
+def _encoding(names: list[bytes]) -> str:
+    """The first encoding in which all names are valid and differ; every byte is valid in the last."""
+    for encoding in ("utf-8", "cp932"):
+        try:
+            if len({name.decode(encoding) for name in names}) == len(set(names)):
+                return encoding
+        except UnicodeDecodeError:
+            continue
+    return "cp437"
 
 
 def _in_cp437(name: str) -> bool:
@@ -140,6 +162,17 @@ class FolderFiles(Files):
         if status.st_size > MAX_FILE_BYTES:
             raise ValueError(f"its {status.st_size} bytes are more than {MAX_FILE_BYTES}")
         return path.read_bytes()
+
+    def head(self, name: str) -> bytes:
+        """See `Files`."""
+        path = self.path / name
+        if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would block
+            return b""
+        try:
+            with path.open("rb") as file:
+                return file.read(HEAD_BYTES)
+        except OSError:
+            return b""
 
 
 def _raise(error: OSError) -> None:
@@ -203,6 +236,17 @@ class ZipFiles(Files):
             raise ValueError(f"the zip's member is damaged: {_words(error)}") from None
         return bytes(data)
 
+    def head(self, name: str) -> bytes:
+        """See `Files`."""
+        member = self._members[name]
+        if member.flag_bits & ENCRYPTED or member.compress_type not in PIECE_BYTES:
+            return b""
+        try:
+            with self._zip.open(member) as file:
+                return file.read(HEAD_BYTES)
+        except Exception:  # zipfile and its decompressors raise errors of many types
+            return b""
+
 
 class TarFiles(Files):
     """The files of a gzipped tar, kept in memory since it can only be read from its start.
@@ -243,6 +287,10 @@ class TarFiles(Files):
     def read(self, name: str) -> bytes:
         """The bytes of a member."""
         return self._files[name]
+
+    def head(self, name: str) -> bytes:
+        """See `Files`."""
+        return self._files[name][:HEAD_BYTES]
 
 
 def file_stamp(path: Path) -> tuple[int, int]:

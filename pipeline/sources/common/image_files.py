@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import numpy as np
 
 from pipeline.errors import DataError, printable
 from pipeline.settings import DatasetSettings, check_that
-from pipeline.sources.common.archives import open_files
+from pipeline.sources.common.archives import Files, open_files
 from pipeline.sources.common.source import Block, Source, generator
 from pipeline.storage.parts import SPLITS
 
@@ -53,6 +55,11 @@ FORMATS = {
     "TGA": (".tga",),
 }
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
+# Of files without an ending, the first bytes.
+SIGNATURES = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"),
+)
 MAX_PIXELS = 100_000_000
 WHITE = 65_535
 DARK = 16  # of 255: white of 12 bits in 16
@@ -230,9 +237,28 @@ def _ending(name: str) -> str:
     return ending if 1 < len(ending) <= 12 and ending[1:].isalnum() else ""
 
 
+def _is_signature(head: bytes) -> bool:
+    """Whether a file that starts so is an image."""
+    boxed = (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or (head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"))
+    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
+    return head.startswith(SIGNATURES) or boxed or bitmap or bool(re.match(rb"P[1-6]\s", head))
+
+
+@functools.lru_cache(maxsize=8)
+def _image_names(files: Files) -> tuple[str, ...]:
+    """Names of the files with an image's ending, or without any ending and with an image's first bytes."""
+
+    def is_image(name: str) -> bool:
+        return name.lower().endswith(ENDINGS) or (not _ending(name) and _is_signature(files.head(name)))
+
+    return tuple(name for name in files.names if is_image(name))
+
+
 def _skipped(path: Path) -> dict[str, int]:
     """Number of files of each ending that isn't an image's, the most frequent first."""
-    endings = collections.Counter(_ending(name) for name in open_files(path).names if not name.lower().endswith(ENDINGS))
+    files = open_files(path)
+    images = set(_image_names(files))
+    endings = collections.Counter(_ending(name) for name in files.names if name not in images)
     return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -248,7 +274,7 @@ def image_names(path: Path) -> tuple[str, ...]:
     Raises:
         DataError: When there are none.
     """
-    names = tuple(name for name in open_files(path).names if name.lower().endswith(ENDINGS))
+    names = _image_names(open_files(path))
     if not names:
         raise _no_image(path, f"known endings: {', '.join(ENDINGS)}")
     return names
@@ -276,12 +302,12 @@ def find_images(root: Path, wanted: str, preferred: Sequence[str] = ()) -> Path:
             return root / below
     zips = sorted(p for p in root.iterdir() if p.suffix.lower() == ".zip" and p.is_file())
     if not zips:
-        if not any(name.lower().endswith(ENDINGS) for name in open_files(root).names):
+        if not _image_names(open_files(root)):
             raise _no_image(root, wanted)
         return root
     if len(zips) > 1:
         raise DataError(f"{root} holds {zips[0].name} and {zips[1].name}; let the row's root name one of them")
-    if any(name.lower().endswith(ENDINGS) for name in open_files(root).names):
+    if _image_names(open_files(root)):
         raise DataError(f"{root} holds both {zips[0].name} and images; let the row's root name one of them")
     return zips[0]
 

@@ -1,0 +1,238 @@
+"""Samples of small sets of images: the preset `own-images` against stock autoencoders of pythae, at equal CPU seconds.
+
+Run with `python -m benchmarks.images [--data fashion faces shoes] [--methods ours ..] [--seconds 200]`. Raw files are where
+`data/raw/README.md` says; `--raw` names another folder. pythae isn't a dependency: its rows are left out where it can't be
+imported. Results are added to `benchmarks/results/images.json`.
+
+All read the same shards: 10,000 images of Fashion-MNIST, or 3,000 photographs of 64x64 pixels. All have one thread and the same
+seconds for autoencoder and density together; every clock of the process counts CPU time. 2,000 samples of each are compared
+with the test images in the same features, those of the stage `features`: of a classifier of the labels, or of the orientation
+of photographs. Neither has seen a sample.
+
+`ours` is the row `mine-ae` of the preset with `mine-ae-auto`, and `before` the row that the preset had until now: the network
+of Figure 9 with 64 filters, the paper's gains, a code of 64 numbers and an LDE. `pythae AE` is its stock model: one hidden
+layer of 512 numbers each way, a code of 16 numbers, batches of 64, Adam; at its trainer's rate of 1e-4, or at 1e-3.
+`pythae conv` has its convolutional networks for images of 28x28 pixels instead. Each peer has pythae's
+`GaussianMixtureSampler`: 10 Gaussians by scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+time.monotonic = time.process_time  # the clock that training with a time limit reads
+
+from ruamel.yaml import YAML  # noqa: E402
+
+from pipeline.evaluation.features import extract_features, read_features  # noqa: E402
+from pipeline.evaluation.quality import score  # noqa: E402
+from pipeline.settings import read_params  # noqa: E402
+from pipeline.storage.shards import ShardReader, scale_pixels  # noqa: E402
+from pipeline.system.files import read_json, write_json  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parents[1]
+RESULTS = PROJECT / "benchmarks" / "results" / "images.json"
+SAMPLES = 2_000
+DENSITY_SHARE = 0.15  # of the seconds, for the density
+PEERS = {"pythae AE, rate 1e-4": ("mlp", 1e-4), "pythae AE, rate 1e-3": ("mlp", 1e-3), "pythae conv, rate 1e-3": ("conv", 1e-3)}
+METHODS = ("ours", "before", *PEERS)
+PHOTOGRAPHS = {"image_px": 64, "train_limit": 3_000, "valid_limit": 300, "test_limit": 2_000, "split_seed": 0}
+DATA: dict[str, dict[str, Any]] = {
+    "fashion": {"source": "fashion_mnist", "root": "fashion-mnist", "train_count": 10_000, "valid_count": 1_000},
+    "faces": {"source": "images", "root": "celeba/img_align_celeba.zip", "valid_share": 0.1, "test_share": 0.2} | PHOTOGRAPHS,
+    "shoes": {"source": "images", "root": "shoes/ut-zap50k-images.zip", "fit": "pad", "test_share": 0.2} | PHOTOGRAPHS,
+}
+
+
+def _run(*arguments: str) -> None:
+    """A stage, in this process."""
+    from stages.__main__ import cli
+
+    cli.main(list(arguments), standalone_mode=False)
+
+
+def _write_params(data: str, raw: Path, **tables: Any) -> None:
+    dataset = DATA[data] | {"root": str(raw / DATA[data]["root"])}
+    params = {
+        "datasets": {"mine": dataset},
+        "controls": {},
+        "autoencoders": {},
+        "densities": {},
+        "evaluations": {"mine": {"quality": {"network": "classifier", "samples": SAMPLES}}},
+        "sampling": {"count": SAMPLES},
+    }
+    with open("params.yaml", "w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(params | tables, file)
+
+
+def _scores(images: np.ndarray) -> dict[str, float]:
+    """Scores of samples in 0..1 with shape (n, C, H, W), as `evaluate` has them."""
+    settings = read_params().evaluation("mine").quality
+    reader = ShardReader("data/shards/mine")
+    assert settings is not None
+    real = read_features(Path("data/features/mine"), settings, reader)
+    result = score(real.network.name, real.values, extract_features(real.network, [images]), settings.seed, settings.neighbours)
+    return {
+        "frechet_distance": result.fid,
+        "kid": result.kid.mean,
+        "kid_se": result.kid.standard_error,
+        "precision": result.manifolds.precision.mean,
+        "recall": result.manifolds.recall.mean,
+    }
+
+
+# Ours -----------------------------------------------------------------------------------------------------------------
+
+
+def _preset(method: str, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows of an autoencoder and a density."""
+    tables = YAML(typ="safe", pure=True).load(PROJECT / "presets" / "own-images.yaml")["tables"]
+    minutes = {"autoencoder": (1 - DENSITY_SHARE) * seconds / 60, "density": DENSITY_SHARE * seconds / 60}
+    autoencoder = tables["autoencoders"]["mine-ae"] | {"max_minutes": minutes["autoencoder"]}
+    density = tables["densities"]["mine-ae-auto"] | {"codes": "row", "max_minutes": minutes["density"]}
+    if method == "before":
+        kept = ("dataset", "objective", "seed", "max_minutes")
+        autoencoder = {key: autoencoder[key] for key in kept}
+        autoencoder |= {"latent_dim": 64, "blocks": 3, "batch_size": 128, "learning_rate": 0.001, "schedule": "cosine"}
+        density = {"dataset": "mine", "codes": "row", "family": "lde", "components": 30, "seed": 0}
+        density |= {"learning_rate": 0.002, "schedule": "cosine", "max_minutes": minutes["density"], "epochs": 10_000}
+        autoencoder["epochs"] = 10_000
+    return autoencoder, density
+
+
+def ours(method: str, data: str, raw: Path, seconds: float) -> np.ndarray:
+    """Samples of rows of the preset, by the stages."""
+    autoencoder, density = _preset(method, seconds)
+    if data == "fashion":
+        autoencoder["blocks"] = 1  # 28 pixels are 7 * 2^2
+    _write_params(data, raw, autoencoders={"row": autoencoder}, densities={"row": density})
+    for stage in ("train", "extract", "fit", "sample"):
+        _run(stage, "row")
+    samples = ShardReader("data/samples/row")
+    return np.concatenate([block["examples"] for block in samples.blocks("samples")])
+
+
+# Peers ----------------------------------------------------------------------------------------------------------------
+
+
+def pythae_network(kind: str, shape: tuple[int, ...]) -> nn.Module:
+    """An autoencoder of pythae with stock networks."""
+    from pythae.models import AE, AEConfig
+    from pythae.models.nn.benchmarks.mnist import Decoder_Conv_AE_MNIST, Encoder_Conv_AE_MNIST
+
+    config = AEConfig(input_dim=shape, latent_dim=16)
+    if kind == "mlp":
+        return AE(config)
+    return AE(config, encoder=Encoder_Conv_AE_MNIST(config), decoder=Decoder_Conv_AE_MNIST(config))
+
+
+def peer(kind: str, rate: float, seconds: float) -> tuple[np.ndarray, int]:
+    """Samples of pythae's autoencoder with its mixture of ten Gaussians, and the steps of its training."""
+    from sklearn.mixture import GaussianMixture
+
+    reader = ShardReader("data/shards/mine")
+    pixels = np.concatenate([scale_pixels(block["examples"], (0.0, 1.0)) for block in reader.blocks("train")])
+    images = torch.from_numpy(pixels)
+    torch.manual_seed(0)
+    model = pythae_network(kind, tuple(images.shape[1:]))
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    started, steps, generator = time.process_time(), 0, torch.Generator().manual_seed(0)
+    model.train()
+    while time.process_time() - started < (1 - DENSITY_SHARE) * seconds:
+        for chosen in torch.randperm(len(images), generator=generator).split(64):
+            optimizer.zero_grad()
+            model({"data": images[chosen]}).loss.backward()
+            optimizer.step()
+            steps += 1
+            if time.process_time() - started >= (1 - DENSITY_SHARE) * seconds:
+                break
+    model.eval()
+    with torch.no_grad():
+        codes = torch.cat([model.encoder(part).embedding for part in images.split(500)]).numpy()
+        mixture = GaussianMixture(10, random_state=0).fit(codes)
+        drawn = torch.from_numpy(mixture.sample(SAMPLES)[0].astype(np.float32))
+        decoded: list[Tensor] = [model.decoder(part).reconstruction for part in drawn.split(500)]
+    return torch.cat(decoded).numpy().clip(0, 1), steps
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[None]:
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+
+
+def measure(data: str, method: str, raw: Path, seconds: float) -> dict[str, Any]:
+    """One row of the results, in the working folder, whose shards and features are there."""
+    started, steps = time.process_time(), 0
+    if method in PEERS:
+        samples, steps = peer(*PEERS[method], seconds)
+    else:
+        samples = ours(method, data, raw, seconds)
+        run = read_json("reports/runs/train/row.json")
+        steps = run["steps"]
+    spent = time.process_time() - started
+    row = {"data": data, "method": method, "seconds": seconds, "spent_seconds": round(spent, 1), "steps": steps}
+    return row | {key: round(value, 5) for key, value in _scores(samples).items()}
+
+
+def _training_images(data: str, seconds: float) -> dict[str, Any]:
+    """Scores of training images, taken as samples: what no method should beat."""
+    blocks = ShardReader("data/shards/mine").blocks("train")
+    images = np.concatenate([scale_pixels(block["examples"], (0.0, 1.0)) for block in blocks])[:SAMPLES]
+    return {"data": data, "method": "training images", "seconds": seconds} | _scores(images)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--raw", type=Path, default=Path("data/raw"))
+    options = parser.parse_args()
+    os.environ["TRACKING"] = "off"
+    torch.set_num_threads(1)
+    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+    raw = options.raw.resolve()
+    for data in options.data:
+        with tempfile.TemporaryDirectory() as folder, _workspace(Path(folder)):
+            _write_params(data, raw)
+            _run("prepare", "mine")
+            _run("features", "mine")
+            fresh = [_training_images(data, 0.0)]
+            for method in options.methods:
+                if method.startswith("pythae conv") and data != "fashion":
+                    continue
+                try:
+                    fresh.append(measure(data, method, raw, options.seconds))
+                except ModuleNotFoundError as error:
+                    print(f"{method} is left out: {error}")
+                    continue
+                print(fresh[-1], flush=True)
+                kept = {(row["data"], row["method"], row["seconds"]): row for row in [*rows, *fresh]}
+                rows = [kept[key] for key in sorted(kept)]
+                machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
+                write_json(RESULTS, {"machine": machine, "samples": SAMPLES, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
