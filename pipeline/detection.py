@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.autoencoders.common.network import Decoder, Encoder
+from pipeline.autoencoders.common.foreign import OnnxDecoder, decoder_file, load_decoder, load_encoder
+from pipeline.autoencoders.common.network import Decoder
 from pipeline.densities import Density, load_density
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluation.detection import Calibration
@@ -45,7 +46,7 @@ class Scorer:
 
     density: Density
     encoder: nn.Module | None = None
-    decoder: Decoder | None = None
+    decoder: Decoder | OnnxDecoder | None = None
     value_range: tuple[float, ...] = (0.0, 1.0)
     on_manifold: bool = False
 
@@ -82,7 +83,7 @@ class Scorer:
                 decoded = to_unit(self.decoder(codes), self.decoder.value_range)
                 given = to_unit(self._images(examples).to(codes.device), self.value_range)
                 scores["reconstruction_error"] = (decoded - given).double().square().flatten(1).sum(1).cpu().numpy()
-            if self.on_manifold:
+            if self.on_manifold and isinstance(self.decoder, Decoder):
                 values, _ = manifold_log_likelihood(self.density, self.decoder, codes)
                 scores["manifold_log_likelihood"] = values.cpu().numpy()
         return scores
@@ -111,14 +112,15 @@ def load_scorer(
     model = load_density(density).to(device)
     if reader.index.kind == "vectors":
         return Scorer(model)
-    encoder = Encoder.load(autoencoder / "encoder.safetensors", device)
-    decoder = Decoder.load(autoencoder / "decoder.safetensors", device)
+    encoder, path = load_encoder(autoencoder, device), decoder_file(autoencoder)
+    decoder = None if path is None else load_decoder(path, device)
     if encoder.latent_dim != model.dim:
         raise DataError(
             f"{density} is of codes with {model.dim} numbers, and {autoencoder} makes {encoder.latent_dim}; fit it again"
         )
     assert reader.index.value_range is not None
-    return Scorer(model, encoder, decoder, reader.index.value_range, on_manifold)
+    # Others can't be differentiated.
+    return Scorer(model, encoder, decoder, reader.index.value_range, on_manifold and isinstance(decoder, Decoder))
 
 
 def strange(scores: Scores) -> Scores:

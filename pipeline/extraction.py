@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import collections
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.errors import DataError
 from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
 from pipeline.storage.parts import SPLITS, Part, write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, scale_pixels
@@ -30,7 +28,7 @@ def extract_codes(
 
     Arguments:
         shards: Folder of shards.
-        autoencoder: Folder with `encoder.safetensors` and `decoder.safetensors`, or neither for vectors.
+        autoencoder: Folder with encoder and decoder, an encoder alone, or neither for vectors.
         folder: Where the codes go; replaced as a whole.
         ranks: This process among its peers.
 
@@ -44,9 +42,9 @@ def extract_codes(
     autoencoder, folder = Path(autoencoder), Path(folder)
     encoder = None
     if reader.index.kind == "images":
-        from pipeline.autoencoders.common.network import Encoder
+        from pipeline.autoencoders.common.foreign import load_encoder
 
-        encoder = Encoder.load(autoencoder / "encoder.safetensors").to(ranks.device)
+        encoder = load_encoder(autoencoder).to(ranks.device)
     with shared_folder(folder, ranks) as temporary:
         work = [(split, number) for split in SPLITS for number in range(len(reader.index.parts(split)))]
         rank_parts: dict[str, dict[str, object]] = {}
@@ -92,11 +90,11 @@ def _write_index(
         split: tuple(Part(**parts[f"{split}/{n}"]) for n in range(len(reader.index.parts(split))))  # type: ignore[arg-type]
         for split in SPLITS
     }
-    decoder = autoencoder / "decoder.safetensors"
+    decoder = None
     if reader.index.kind == "images":
-        if not decoder.is_file():
-            raise DataError(f"{decoder} is missing; run train again")
-        shutil.copyfile(decoder, folder / "decoder.safetensors")
+        from pipeline.autoencoders.common.foreign import copy_decoder
+
+        decoder = copy_decoder(autoencoder, folder)
     # Merged in the order of the files, so they don't depend on the number of ranks.
     moments = VectorMoments(len(moments_of[0].mean))
     for number in sorted(moments_of):
@@ -106,7 +104,7 @@ def _write_index(
         mean=tuple(moments.mean.tolist()),
         std=tuple(moments.std.tolist()),
         source_digest=reader.index.digest,
-        decoder_sha256=sha256_file(decoder) if reader.index.kind == "images" else None,
+        decoder_sha256=None if decoder is None else sha256_file(decoder),
         value_range=reader.index.value_range,
         label_names=reader.index.label_names,
         context=reader.index.context,

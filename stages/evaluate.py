@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.storage.shards import ShardReader
 
 SHOWN = 10  # samples with their nearest training images
+SHOWN_CODES = 100  # codes without a decoder, as the training images whose codes are nearest
 SHOWN_POINTS = 5000  # of the grid density, in a panel
 SHOWN_PATCHES = 50
 
@@ -106,7 +107,8 @@ def evaluate(run: Run, settings: Settings) -> None:
             if "class_accuracy" in scores:
                 run.metrics(reference_scores(density, codes))
 
-    if settings.evaluation.parzen is not None:
+    decoded = samples.index.kind == reader.index.kind  # images of an encoder alone have no decoded samples
+    if settings.evaluation.parzen is not None and decoded:
         count = parzen_samples(samples.index.count("samples"), reader)
         result = parzen_score(lambda: _first(samples, "samples", count), count, reader, settings.evaluation.parzen, ranks)
         run.metrics(result.metrics())
@@ -115,13 +117,16 @@ def evaluate(run: Run, settings: Settings) -> None:
         run.arrays("parzen-bandwidth", curve, [result.protocol])
 
     if reader.index.kind == "images" and ranks.first:
-        _nearest(run, reader, samples)
-        if settings.evaluation.quality is not None:
+        if decoded:
+            _nearest(run, reader, samples)
+        else:
+            _nearest_by_code(run, reader, samples, codes)
+        if settings.evaluation.quality is not None and decoded:
             classes = "labels" in settings.density.context_names
             quality = _quality(settings.evaluation.quality, reader, samples, settings.density.dataset, classes)
             run.metrics(quality.metrics())
             values |= quality.values()
-        if density.has_marginal and codes.decoder_path is not None:
+        if density.has_marginal and codes.decoder_path is not None and codes.decoder_path.suffix == ".safetensors":
             decoder = Decoder.load(codes.decoder_path, ranks.device)
             run.metrics(manifold_scores(density, decoder, codes))
         if settings.evaluation.interpolation is not None:
@@ -185,12 +190,28 @@ def _nearest(run: Run, reader: ShardReader, samples: ShardReader) -> None:
     run.arrays("nearest-training-images", {**images, "distances": distances})
 
 
+def _nearest_by_code(run: Run, reader: ShardReader, samples: ShardReader, codes: CodeReader) -> None:
+    """The training images whose codes are nearest to those of the first samples, in units of the codes' deviations."""
+    import numpy as np
+
+    drawn = samples.first("samples", SHOWN_CODES)["codes"]  # (n, D)
+    scale = np.maximum(np.array(codes.index.std), np.finfo(np.float32).tiny)
+    best, images = np.full(len(drawn), np.inf), np.zeros((len(drawn), *reader.index.shape), np.uint8)
+    for number, block in enumerate(codes.blocks("train")):
+        squares = np.square((drawn[:, None] - block["codes"][None]) / scale).mean(axis=2)  # (n, codes of the file)
+        chosen = squares.argmin(axis=1)
+        nearer = squares[np.arange(len(drawn)), chosen] < best
+        best = np.minimum(best, squares.min(axis=1))
+        images[nearer] = reader.load("train", number)["examples"][chosen[nearer]]
+    run.arrays("nearest-by-code", {"images": images, "distances": np.sqrt(best)})
+
+
 def _interpolation(run: Run, settings: InterpolationSettings, density: Density, codes: CodeReader, reader: ShardReader) -> None:
     """Figures 7 and 10: images and log-likelihood of interpolated test codes, as metrics and arrays."""
     import numpy as np
     import torch
 
-    from pipeline.autoencoders.common.network import Decoder
+    from pipeline.autoencoders.common.foreign import load_decoder
     from pipeline.evaluation.interpolation import (
         CURVE_WEIGHTS,
         WEIGHTS,
@@ -215,7 +236,7 @@ def _interpolation(run: Run, settings: InterpolationSettings, density: Density, 
             run.metrics({f"interpolation_{kind}_{key}": value for key, value in fall.items()})
             arrays |= {f"{kind}_{edge}": getattr(curve, edge) for edge in ("mean", "lower", "upper")}
     if codes.decoder_path is not None:
-        decoder = Decoder.load(codes.decoder_path, density.shift.device)
+        decoder = load_decoder(codes.decoder_path, density.shift.device)
 
         def decode(z: torch.Tensor) -> torch.Tensor:
             return to_unit(decoder(z.to(density.shift.device)), decoder.value_range)

@@ -12,6 +12,7 @@ from stages.run import Run, stage
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from pipeline.autoencoders.common.network import Decoder
     from pipeline.densities import Density
@@ -49,7 +50,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
     With `context: labels`, labels are drawn at the frequencies of the training codes, and the page shows a row per class. A
     warning is printed if samples lie far outside the range of the training codes.
     """
-    from pipeline.autoencoders.common.network import Decoder
+    from pipeline.autoencoders.common.foreign import load_decoder
     from pipeline.densities import load_density
     from pipeline.sampling import range_remark, write_samples
     from pipeline.storage.codes import CodeReader
@@ -61,7 +62,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
     codes = CodeReader(workspace.codes_folder(settings.density.codes))
     run.read(settings.density.codes, codes.index.digest, codes.folder, "decoder")
     density = load_density(workspace.density_file(run.row)).to(ranks.device)
-    decoder = None if codes.decoder_path is None else Decoder.load(codes.decoder_path, ranks.device)
+    decoder = None if codes.decoder_path is None else load_decoder(codes.decoder_path, ranks.device)
     index = write_samples(density, decoder, settings.sampling, workspace.samples_folder(run.row), ranks)
     run.metrics({"samples": index.count("samples")})
     run.details(digest=index.digest, processes=ranks.world)
@@ -80,7 +81,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
                 images, names = _by_class(samples, density.context)
                 run.arrays("samples-by-class", {"samples": as_bytes(images)}, names)
             if density.dim > 1:
-                run.arrays("truncated", _truncated(drawn["codes"][:TRUNCATED], decoder))
+                run.arrays("truncated", _truncated(drawn["codes"][:TRUNCATED], decoder, ranks.device))
         elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
             run.arrays("samples", {"samples": drawn["examples"]})
         else:
@@ -124,12 +125,13 @@ def _by_class(samples: ShardReader, context: Context) -> tuple[np.ndarray, list[
     return images, names
 
 
-def _truncated(codes: np.ndarray, decoder: Decoder) -> dict[str, np.ndarray]:
+def _truncated(codes: np.ndarray, decoder: Decoder, device: torch.device) -> dict[str, np.ndarray]:
     """The first samples decoded from the first k numbers of their codes, for some k; the other numbers are zero.
 
     Arguments:
         codes: Codes with shape (n, D).
         decoder: Their decoder.
+        device: Where it computes.
 
     Returns:
         `ks` with shape (K,), ascending to D, and `images` in 8 bits with shape (K, n, C, H, W).
@@ -146,6 +148,6 @@ def _truncated(codes: np.ndarray, decoder: Decoder) -> dict[str, np.ndarray]:
     for k in ks:
         truncated = torch.from_numpy(np.where(np.arange(dim) < k, codes, 0).astype(np.float32))
         with torch.no_grad():
-            decoded = to_unit(decoder(truncated.to(next(decoder.parameters()).device)), decoder.value_range)
+            decoded = to_unit(decoder(truncated.to(device)), decoder.value_range)
         images.append(as_bytes(decoded.cpu().numpy()))
     return {"ks": np.array(ks), "images": np.stack(images)}

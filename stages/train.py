@@ -37,8 +37,8 @@ VALIDATION = "minus_valid_mse"  # by which the epoch is chosen, where a row has 
 def train(run: Run, settings: AutoencoderSettings) -> None:
     """Train an autoencoder, with or without incremental learning of its latent vector.
 
-    NAME is a row of `autoencoders`. A killed run resumes from its last checkpoint. Vectors (objective `identity`) need no
-    training.
+    NAME is a row of `autoencoders`. A killed run resumes from its last checkpoint. Vectors (objective `identity`) and given
+    networks (`onnx`) need no training.
     """
     import torch
 
@@ -59,9 +59,12 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     if not objective.trained or not isinstance(settings, TrainingSettings):
         if ranks.first:
             with atomic_folder(folder) as temporary:
-                (temporary / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
+                objective.save(temporary)
             run.curve([])
-            _vectors(run, reader, run.params.dataset(settings.dataset).drawn_as)
+            if reader.index.kind == "vectors":
+                _vectors(run, reader, run.params.dataset(settings.dataset).drawn_as)
+        if objective.reconstructs:
+            _score(run, objective, reader, ranks)
         ranks.barrier()
         return
 
@@ -102,10 +105,8 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         extra=lambda step: {"open_dimensions": objective.open_dimensions(step)},
     )
     if ranks.first:
-        assert objective.decoder is not None
         with atomic_folder(folder) as temporary:
-            objective.encoder.save(temporary / "encoder.safetensors")  # type: ignore[operator, union-attr]
-            objective.decoder.save(temporary / "decoder.safetensors")
+            objective.save(temporary)
         run.curve(training.table())
         run.when_finished(checkpoint.remove)
     _score(run, objective, reader, ranks)

@@ -386,9 +386,8 @@ def row_of(table: str, name: str) -> dict:
     if table == "datasets":
         return {"source": name, "root": "data/raw/x"} | MORE.get(name, {})
     if table == "autoencoders":
-        return {"dataset": "grid", "objective": name} | (
-            {} if name == "identity" else {"dataset": "digits", "latent_dim": 8, "blocks": 1}
-        )
+        its_own = {"identity": {"dataset": "grid"}, "onnx": {"encoder": "encoder.onnx"}}
+        return {"dataset": "digits", "objective": name} | its_own.get(name, {"latent_dim": 8, "blocks": 1})
     return {"codes": "grid", "dataset": "grid", "family": name}
 
 
@@ -462,6 +461,7 @@ def test_numbers_that_nothing_could_hold_are_refused(package):
         settings = implementation(package, choice, "row").Settings
         names = {f.name for f in dataclasses.fields(settings)}
         row: dict = {key: value for key, value in required.items() if key in names}
+        row |= {"encoder": "x.onnx"} if choice == "onnx" else {}
         row |= {"sources": ["images", "shoes"], "roots": ["a", "b"]} if "sources" in names else {}
         for key in (f.name for f in dataclasses.fields(settings) if typing.get_type_hints(settings)[f.name] is int):
             if "seed" not in key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -46,6 +47,7 @@ class IdentityObjective(Objective):
     """
 
     trained = False
+    reconstructs = False
     phases = ()
 
     def __init__(self, settings: Settings, shape: tuple[int, ...]) -> None:
@@ -54,6 +56,10 @@ class IdentityObjective(Objective):
         self.settings = settings
         self.latent_dim = shape[0] or None
         self.decoder = None
+
+    def save(self, folder: Path) -> None:
+        """Says why there is neither encoder nor decoder."""
+        (folder / "identity").write_text("Vectors are their own codes: there is nothing to encode or decode.\n")
 
     def encode(self, examples: Tensor) -> Tensor:
         """The vectors themselves, with shape (B, D), as float32."""

@@ -259,7 +259,13 @@ class Params:
 
     def _check_density(self, name: str) -> None:
         settings = self.density(name)
-        self.evaluation(settings.dataset, f"densities.{name}.dataset")
+        evaluation = self.evaluation(settings.dataset, f"densities.{name}.dataset")
+        decoded = getattr(self.autoencoder(settings.codes), "decoder", "") is not None
+        if not decoded and (evaluation.parzen is not None or evaluation.quality is not None):
+            raise SettingsError(
+                f"densities.{name}.codes: '{settings.codes}' has no decoder, so its samples can't be compared with images; "
+                f"take parzen and quality out of evaluations.{settings.dataset}"
+            )
 
     def _check_control(self, name: str) -> None:
         settings = self.control(name)

@@ -2,8 +2,8 @@
 
 `data/codes/<name>` is self-contained. It holds one safetensors file per shard, `{train,valid,test}-%06d.safetensors`, with
 "codes" (n, D) float32, "labels" (n,) int64 if there are any, and "context" (n, C) float32 if there are columns to condition on;
-an `index.json` with counts, digests, and the training codes' mean and standard deviation; and `decoder.safetensors`, which
-turns codes back into images. Codes of vectors have no decoder.
+an `index.json` with counts, digests, and the training codes' mean and standard deviation; and `decoder.safetensors` or
+`decoder.onnx`, which turns codes back into images. Codes of vectors and of an encoder alone have no decoder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CodeIndex(PartIndex):
         mean: Mean of the training codes, D numbers.
         std: Standard deviation of the training codes, D numbers.
         source_digest: Digest of the encoded shards.
-        decoder_sha256: Digest of `decoder.safetensors`; null for vectors.
+        decoder_sha256: Digest of the decoder's file; null without a decoder.
         value_range: Range of the decoded pixels; null for vectors.
         label_names: Names of the labels; null if there are none.
         context: Columns that belong to each code; left out of the file if there are none.
@@ -161,6 +161,7 @@ class CodeReader(PartReader[CodeIndex]):
         if self.index.decoder_sha256 is None:
             return None
         path = self.folder / "decoder.safetensors"
+        path = path if path.exists() else path.with_suffix(".onnx")
         if not path.is_file() or sha256_file(path) != self.index.decoder_sha256:
             raise self._error(f"{path} is missing or doesn't match the digest in its index")
         return path

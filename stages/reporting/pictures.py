@@ -345,6 +345,7 @@ DRAWN: Mapping[str, Mapping[str, Callable[[Params, str], Figure | None]]] = {
     "evaluate": {
         "parzen-bandwidth": _parzen_bandwidth,
         "nearest-training-images": _nearest_training_images,
+        "nearest-by-code": _images("evaluate", "nearest-by-code", "images"),
         "interpolations": _row_interpolations,
         "interpolation-log-likelihood": _row_interpolation_curves,
         "samples-beside-target": _samples_beside_target,

@@ -76,6 +76,10 @@ def export(row: str, target: str | None, register: bool) -> None:
         with atomic_folder(folder) as temporary:
             shutil.copyfile(density, temporary / "density.safetensors")
             if codes.decoder_path is not None:
+                if codes.decoder_path.suffix == ".onnx":
+                    raise PipelineError(
+                        "its decoder is an ONNX file, which is portable as it is; export is for decoders trained here"
+                    )
                 Decoder.load(codes.decoder_path)
                 shutil.copyfile(codes.decoder_path, temporary / "decoder.safetensors")
                 encoder = workspace.autoencoder_folder(settings.codes) / "encoder.safetensors"

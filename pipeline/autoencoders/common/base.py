@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -86,13 +87,19 @@ class Objective(Trainable):
 
     Attributes:
         trained: Whether there is anything to train.
+        reconstructs: Whether codes are turned back into images, so that there is an error to score.
         latent_dim: Length D of the code; None if only the data determine it.
         decoder: The network that turns codes into images; None if codes are the data themselves.
     """
 
     trained: bool = True
+    reconstructs: bool = True
     latent_dim: int | None
     decoder: Decoder | None
+
+    def save(self, folder: Path) -> None:
+        """Writes what `extract` reads into an existing folder."""
+        raise NotImplementedError
 
     def encode(self, examples: Tensor) -> Tensor:
         """The whole codes, with shape (B, D) and float32, of examples in the range of the data set."""
@@ -156,6 +163,11 @@ class ImageObjective(Objective):
         images = batch["images"]
         chosen = uniform((len(images),), step.generator).to(images.device) < 0.5
         return batch | {"images": torch.where(chosen[:, None, None, None], images.flip(3), images)}
+
+    def save(self, folder: Path) -> None:
+        """Writes encoder and decoder."""
+        self.encoder.save(folder / "encoder.safetensors")
+        self.decoder.save(folder / "decoder.safetensors")
 
     def encode(self, examples: Tensor) -> Tensor:
         """The whole codes, with shape (B, D) and float32, of images with shape (B, C, H, W)."""
