@@ -168,7 +168,7 @@ class DensitySettings(TrainingSettings):
     codes: str
     dataset: str
     family: str
-    context: str | tuple[str, ...] = ()
+    context: str | tuple[str, ...] | None = None
     learning_rate: float = 2e-4
     standardise: Literal["dimension", "scalar", "cholesky", "none"] = "dimension"
     transform: Literal["none", "log", "asinh", "power", "quantile"] = "none"
@@ -180,7 +180,8 @@ class DensitySettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_that("" not in self.context_names, "context", "is empty; write `labels`, or leave it out")
+        empty = self.context is not None and not all(self.context_names or ("",))
+        check_that(not empty, "context", "is empty; write `labels`, or leave it out")
         check_that(len(set(self.context_names)) == len(self.context_names), "context", "names a column twice")
         conditional = getattr(self, "takes_context", False)  # said by the family's `Options`
         check_that(
@@ -197,7 +198,7 @@ class DensitySettings(TrainingSettings):
     @property
     def context_names(self) -> tuple[str, ...]:
         """Names of the columns that the density is conditioned on."""
-        return (self.context,) if isinstance(self.context, str) else self.context
+        return (self.context,) if isinstance(self.context, str) else self.context or ()
 
 
 @dataclass(frozen=True, kw_only=True)
