@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -102,7 +103,7 @@ class Generator:
             n: Number of samples.
             seed: The same seed gives the same samples; None draws others each time.
         """
-        seed = int(np.random.default_rng().integers(2**62)) if seed is None else seed
+        seed = secrets.randbits(62) if seed is None else seed
         return draw(self.density, self.decoder, n, seed)[0]
 
     @torch.no_grad()

@@ -326,7 +326,7 @@ def test_pseudo_codes_are_chosen_by_validation(codes):
     assert best.chosen() == {"pseudo_codes": 1.0}
     torch.testing.assert_close(best.mean, fitted(codes, "gaussian", pseudo_codes=[1.0]).mean)
     pulled = fitted(codes, "gaussian", pseudo_codes=[1e9])
-    plain = fitted(codes, "gaussian", context=[])
+    plain = fitted(codes, "gaussian", context=None)
     torch.testing.assert_close(pulled.mean[0], plain.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(pulled.covariance[1], plain.covariance, rtol=1e-4, atol=1e-4)
 

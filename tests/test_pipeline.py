@@ -220,7 +220,7 @@ def test_the_commands_of_the_readme_and_docs(project: Project) -> None:
             done = INSTEAD.get(command, command)
             if rows_added and done == "dvc repro":  # minutes: what would run
                 names = project.call("bash", "-c", "python -m stages check && dvc stage list --name-only")
-                assert re.search("evaluate@(mine-iae-lde|my-codes-auto)", names)
+                assert re.search("evaluate@(mine-iae-auto|my-codes-auto)", names)
                 continue
             said[command] = project.call("bash", "-c", done)
         project.call("git", "checkout", "--", "params.yaml")

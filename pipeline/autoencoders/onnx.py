@@ -12,6 +12,7 @@ from pipeline.autoencoders.common.base import Objective
 from pipeline.autoencoders.common.foreign import OnnxDecoder, OnnxEncoder, Pixels, save_onnx
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import AutoencoderSettings, NamedFile, check_that, checked_path, file_setting
+from pipeline.system.streams import stream_seed
 from pipeline.training.trainable import Step
 
 __all__ = ["OnnxObjective", "Settings", "build"]
@@ -95,7 +96,7 @@ class OnnxObjective(Objective):
     def _dry_run(self) -> int:
         """Encodes and decodes random images; the length of the code."""
         low, high = self.pixels.value_range
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(stream_seed("dry run of given networks", 0))
         images = low + (high - low) * torch.rand(DRY_RUN, *self.pixels.image_shape, generator=generator)
         codes = self._encoder(images)
         if len(codes) != DRY_RUN or not torch.isfinite(codes).all():

@@ -160,8 +160,8 @@ class CodeReader(PartReader[CodeIndex]):
         """Path of the decoder, after checking its digest; None for vectors."""
         if self.index.decoder_sha256 is None:
             return None
-        path = self.folder / "decoder.safetensors"
-        path = path if path.exists() else path.with_suffix(".onnx")
+        path, given = self.folder / "decoder.safetensors", self.folder / "decoder.onnx"
+        path = given if given.exists() else path
         if not path.is_file() or sha256_file(path) != self.index.decoder_sha256:
             raise self._error(f"{path} is missing or doesn't match the digest in its index")
         return path

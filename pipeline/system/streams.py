@@ -38,6 +38,7 @@ Purpose = Literal[
     "validation rows",
     "bootstrap of detections",
     "probes of a volume",
+    "dry run of given networks",
 ]
 
 
