@@ -13,6 +13,7 @@ from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings
 from pipeline.sources.common.tables import Table, open_table
+from pipeline.storage.columns import Column, from_codes, to_codes, varying
 from pipeline.system.files import atomic_file
 from pipeline.system.progress import Progress
 from pipeline.system.streams import stream_seed
@@ -109,7 +110,7 @@ def complete_rows(density: Density, rows: np.ndarray, draws: int, seed: int = 0,
 
 
 def write_completed(
-    density: Density, table: Incomplete, output: Path, draws: int = 0, seed: int = 0, means: Sequence[float] = ()
+    density: Density, table: Incomplete, output: Path, draws: int = 0, seed: int = 0, columns: Sequence[Column] = ()
 ) -> None:
     """Writes a table without missing values, as `.csv`.
 
@@ -123,12 +124,13 @@ def write_completed(
         output: The file to write.
         draws: How many times each row is completed; 0 for means.
         seed: Seed of the draws.
-        means: What was subtracted from each column before the density was fitted; empty for nothing.
+        columns: The columns of the table that the density was fitted to, by which its rows become codes.
 
     Raises:
         PipelineError: When the family can't predict some dimensions from others.
     """
-    offset, gaps = np.array(means if len(means) else [0.0] * density.dim), np.flatnonzero(table.missing)
+    dims, gaps = varying(columns) or list(range(density.dim)), np.flatnonzero(table.missing)
+    dimensions = [columns[number] if columns else Column(name=table.names[number]) for number in dims]
     spreads = [] if draws else [f"{table.names[column]} spread" for column in gaps]
     with atomic_file(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -136,7 +138,9 @@ def write_completed(
         with Progress(table.count, f"completing {table.path.name}", unit="rows") as progress:
             for start, rows in table.blocks():
                 missing = np.isnan(rows)
-                drawn = complete_rows(density, rows - offset, draws or MEAN_DRAWS, seed, start) + offset  # (n, N, D)
+                incomplete = to_codes(dimensions, rows[:, dims])
+                codes = complete_rows(density, incomplete, draws or MEAN_DRAWS, seed, start)  # (n, N, D)
+                drawn = from_codes(columns, codes.reshape(-1, len(dims))).reshape(*codes.shape[:2], -1)
                 for i, row in enumerate(rows):
                     copied = [texts[start + i] for texts in table.copied.values()]
                     if draws:

@@ -173,7 +173,7 @@ class _Judge:
     def __init__(self, settings: Settings, codes: CodeReader, fit: Fit, label: str, quiet: bool) -> None:
         self.settings, self.fit, self.label, self.quiet = settings, fit, label, quiet
         self.started, self.limit = time.monotonic(), settings.max_minutes * 60
-        self.dim = codes.index.dim
+        self.dim, self.log_volume = codes.index.dim, codes.index.log_volume
         self.folds = _folds(codes, settings.folds, settings.seed)
         # Networks read all training codes.
         self.network_folds = self.folds if len(self.folds) > 1 else [_AllTraining(codes, self.folds[0].load("valid", 0))]
@@ -224,7 +224,8 @@ class _Judge:
                 return None
             densities.append(density)
             with torch.no_grad():
-                scores.append(density.log_prob(torch.from_numpy(codes).to(density.shift.device)).double().cpu().numpy())
+                each = density.log_prob(torch.from_numpy(codes).to(density.shift.device)).double().cpu().numpy()
+                scores.append(each + self.log_volume)
         contestant = Contestant(name, densities, np.concatenate(scores), time.monotonic() - started)
         score = contestant.score.mean
         if not math.isfinite(score):

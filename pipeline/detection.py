@@ -18,10 +18,12 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.evaluation.detection import Calibration
 from pipeline.evaluation.manifold import manifold_log_likelihood
 from pipeline.sources.common.patches import restore
+from pipeline.storage.columns import Column, from_codes, log_volume, to_codes, varying
 from pipeline.storage.shards import ShardReader, from_unit, scale_pixels, to_unit
 from pipeline.system.progress import track
+from pipeline.system.streams import stream
 
-__all__ = ["JOINED", "Extremes", "Scorer", "Scores", "calibrated", "fitted", "load_scorer", "scored", "strange"]
+__all__ = ["JOINED", "Extremes", "Scorer", "Scores", "calibrated", "fitted", "load_scorer", "recoded", "scored", "strange"]
 
 # Scores that are joined into one -> the sign that makes larger ones stranger. Others are given, but not joined.
 JOINED: Mapping[str, int] = {"log_likelihood": -1, "reconstruction_error": 1}
@@ -42,6 +44,7 @@ class Scorer:
         decoder: From codes to images; None if there is none.
         value_range: Range of the pixels that the encoder takes.
         on_manifold: Whether to score decoded images on the decoder's manifold too, which takes D times as long.
+        log_volume: What is added to log-likelihoods, for the units of a table.
     """
 
     density: Density
@@ -49,6 +52,7 @@ class Scorer:
     decoder: Decoder | OnnxDecoder | None = None
     value_range: tuple[float, ...] = (0.0, 1.0)
     on_manifold: bool = False
+    log_volume: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.density.has_marginal:
@@ -73,8 +77,8 @@ class Scorer:
         """The scores of n examples, each with shape (n,).
 
         Returns:
-            `log_likelihood` of the code, in nats; with a decoder `reconstruction_error`, the squared error summed over pixels
-            in 0..1; and if wished `manifold_log_likelihood`, in nats.
+            `log_likelihood` of the code, or in the units of a table, in nats; with a decoder `reconstruction_error`, the
+            squared error summed over pixels in 0..1; and if wished `manifold_log_likelihood`, in nats.
         """
         codes = self.codes(examples)
         scores = {"log_likelihood": self._log_likelihood(codes)}
@@ -90,7 +94,7 @@ class Scorer:
 
     @torch.no_grad()
     def _log_likelihood(self, codes: Tensor) -> NDArray[np.float64]:
-        return self.density.log_prob(codes).double().cpu().numpy()
+        return self.density.log_prob(codes).double().cpu().numpy() + self.log_volume
 
 
 def load_scorer(
@@ -111,7 +115,7 @@ def load_scorer(
     """
     model = load_density(density).to(device)
     if reader.index.kind == "vectors":
-        return Scorer(model)
+        return Scorer(model, log_volume=log_volume(reader.index.columns))
     encoder, path = load_encoder(autoencoder, device), decoder_file(autoencoder)
     decoder = None if path is None else load_decoder(path, device)
     if encoder.latent_dim != model.dim:
@@ -255,3 +259,30 @@ def fitted(examples: NDArray[np.generic], shape: tuple[int, ...], name: str, pat
     images = images.expand(-1, shape[0], -1, -1)
     resized = nn.functional.interpolate(images, shape[1:], mode="bilinear", antialias=True, align_corners=False)
     return resized.clamp(0, 1).numpy()
+
+
+def recoded(
+    codes: NDArray[np.generic], theirs: Sequence[Column], own: Sequence[Column], name: str, number: int = 0
+) -> NDArray[np.generic]:
+    """Codes of the rows of another table as codes of one's own columns, which may be stored by other shifts and scales.
+
+    Arguments:
+        codes: Codes of the other table, with shape (n, D).
+        theirs: Columns of the other table; empty if the codes are the values.
+        own: Columns of one's own table; empty if its codes are the values.
+        name: Name of the other data set, for messages.
+        number: Number of the block, for the noise of dequantised columns.
+
+    Raises:
+        DataError: When the tables have different numbers of columns.
+    """
+    if tuple(theirs) == tuple(own):
+        return codes
+    rows = from_codes(theirs, codes)  # (n, C)
+    if not own:
+        return rows.astype(np.float32)
+    if rows.ndim != 2 or rows.shape[1] != len(own):
+        raise DataError(f"'{name}' holds examples with shape {rows.shape[1:]}, which can't be compared with {(len(own),)}")
+    dims = varying(own)
+    noise = stream("noise of new rows", number).random((len(rows), len(dims)))
+    return to_codes([own[i] for i in dims], rows[:, dims], noise)

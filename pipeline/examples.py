@@ -15,6 +15,8 @@ from pipeline.sources.common.archives import file_stamp, open_files
 from pipeline.sources.common.idx import read_idx
 from pipeline.sources.common.image_files import ENDINGS, WHITE, decode, find_images, fit, image_names
 from pipeline.sources.common.tables import Table, open_table
+from pipeline.storage.columns import Column, to_codes, varying
+from pipeline.system.streams import stream
 
 __all__ = ["Examples", "open_examples"]
 
@@ -40,7 +42,7 @@ class Examples:
         raise NotImplementedError
 
 
-def open_examples(path: Path, settings: DatasetSettings, shape: tuple[int, ...], means: Sequence[float] = ()) -> Examples:
+def open_examples(path: Path, settings: DatasetSettings, shape: tuple[int, ...], columns: Sequence[Column] = ()) -> Examples:
     """New examples in the form in which a data set was prepared.
 
     Arguments:
@@ -48,7 +50,7 @@ def open_examples(path: Path, settings: DatasetSettings, shape: tuple[int, ...],
             file or folder of a table (`.npy`, `.safetensors`, Parquet, `.csv`, `.tsv`).
         settings: The data set's row: how its images were cut, which columns its vectors are.
         shape: Shape of its examples, (C, H, W) or (D,).
-        means: What was subtracted from each dimension of its vectors; empty for nothing.
+        columns: The columns of the table that its vectors are rows of, by which new rows become vectors; empty for none.
 
     Raises:
         DataError: When there is nothing of the kind, or it has another shape.
@@ -56,7 +58,7 @@ def open_examples(path: Path, settings: DatasetSettings, shape: tuple[int, ...],
     if not path.exists():
         raise DataError(f"{path} is missing; name a folder, zip or file of what the row was trained on")
     if len(shape) == 1:
-        return _Vectors(path, settings, shape[0], means)
+        return _Vectors(path, settings, shape[0], columns)
     return (
         _Idx(path, shape)
         if path.is_file() and "-idx3-" in path.name.replace(".idx3-", "-idx3-")
@@ -118,30 +120,33 @@ class _Idx(Examples):
 
 
 class _Vectors(Examples):
-    """The rows of a table, named by their numbers, in the data set's columns and less its means."""
+    """The rows of a table, named by their numbers, as codes of the data set's columns; dequantised as the data set was."""
 
-    def __init__(self, path: Path, settings: DatasetSettings, dim: int, means: Sequence[float]) -> None:
-        tensor, columns = getattr(settings, "tensor", ""), getattr(settings, "columns", ())
+    def __init__(self, path: Path, settings: DatasetSettings, dim: int, columns: Sequence[Column]) -> None:
+        tensor, named = getattr(settings, "tensor", ""), getattr(settings, "columns", ())
         carried = [getattr(settings, key, "") for key in ("labels", "groups")]
         carried += [name for key in ("categories", "numbers") for name in getattr(settings, key, ())]
         extras = tuple(dict.fromkeys(name for name in carried if name))  # columns that are no dimensions
-        self._table = _table(path, tensor, columns, extras)
-        wanted = columns or tuple(name for name in self._table.names if name not in extras)
+        self._table = _table(path, tensor, named, extras)
+        wanted = named or tuple(name for name in self._table.names if name not in extras)
         absent = [name for name in wanted if name not in self._table.names]
-        if absent or len(wanted) != dim:
+        number = len(columns) or dim
+        if absent or len(wanted) != number:
             problem = f"no column '{absent[0]}'" if absent else f"{len(wanted)} columns of numbers"
             remedy = "; name those of the data set by its setting 'columns'" if hasattr(settings, "columns") else ""
-            raise DataError(f"{path} has {problem}, and the row takes vectors of {dim} numbers{remedy}")
-        self._columns = [self._table.names.index(name) for name in wanted]
-        self._means = np.array(means if len(means) else [0.0] * dim)
-        super().__init__(self._table.count, wanted)
+            raise DataError(f"{path} has {problem}, and the row takes vectors of {number} numbers{remedy}")
+        dims = varying(columns) or list(range(dim))
+        names = tuple(wanted[i] for i in dims)
+        self._numbers = [self._table.names.index(name) for name in names]
+        self._columns = [columns[i] for i in dims] if columns else [Column(name=name) for name in names]
+        super().__init__(self._table.count, names)
 
     def blocks(self) -> Iterator[tuple[list[str], NDArray[np.generic]]]:
         """See `Examples`."""
         for start in range(0, self.total, AT_ONCE):
-            rows = self._table.rows(start, min(start + AT_ONCE, self.total))[:, self._columns].astype(np.float64)
-            with np.errstate(over="ignore"):
-                vectors = (rows - self._means).astype(np.float32)
+            rows = self._table.rows(start, min(start + AT_ONCE, self.total))[:, self._numbers]
+            # As in preparation: values without noise would be unlike those of the validation examples.
+            vectors = to_codes(self._columns, rows, stream("noise of new rows", start).random(rows.shape))
             if not np.isfinite(vectors).all():
                 row, column = np.argwhere(~np.isfinite(vectors))[0]
                 raise DataError(

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.codes import CodeIndex, CodeReader, write_part
+from pipeline.storage.columns import VectorMoments
 from pipeline.storage.parts import SPLITS, Part, write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, scale_pixels
 from pipeline.system.files import sha256_file
@@ -108,6 +109,7 @@ def _write_index(
         value_range=reader.index.value_range,
         label_names=reader.index.label_names,
         context=reader.index.context,
+        columns=reader.index.columns,
         **by_split,
     )
     write_index(folder, index)

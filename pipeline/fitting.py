@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -18,10 +19,11 @@ from pipeline.densities.common.context import Column, Context
 from pipeline.densities.common.density import Codes, build_density, build_described, random_subset
 from pipeline.densities.common.transforms import FITTED_CODES, Transform, build_transform
 from pipeline.errors import DataError
-from pipeline.evaluation.likelihood import log_likelihood, with_context
+from pipeline.evaluation.likelihood import Block, log_likelihood, with_context
 from pipeline.settings import DensitySettings
 from pipeline.storage.batches import Batches
-from pipeline.storage.codes import CodeReader, VectorMoments
+from pipeline.storage.codes import CodeReader
+from pipeline.storage.columns import VectorMoments
 from pipeline.system.progress import Progress
 from pipeline.system.ranks import Ranks
 from pipeline.system.streams import stream_seed
@@ -34,6 +36,8 @@ __all__ = ["cholesky_factor", "discrepancy", "fit_context", "fit_density"]
 VALID_CODES = 100_000  # validation codes for the choice of the epoch, at most
 DISCREPANCY_CODES = 2_000  # the same for a family without likelihood; the cost grows with their square
 CONTEXTS = 4096  # different contexts that a density keeps; of more, a random subset of those of training codes
+TIMED_CODES = 16  # by which the time of training is estimated
+ANNOUNCED_SECONDS = 120  # of training, from which on its time is announced
 ESTIMATE_CODES = 100_000  # validation codes that a family without gradient may choose on, at most
 
 
@@ -105,6 +109,28 @@ def cholesky_factor(blocks: Iterable[np.ndarray], mean: Tensor, std: Tensor | No
             "set shrinkage: true or standardise: dimension"
         )
     return scale[:, None] * factor
+
+
+@torch.no_grad()
+def estimated_seconds(density: Density, block: Block, examples: int) -> float:
+    """About how long training on so many examples takes: three times as long as scoring them, by the time of a few.
+
+    Arguments:
+        density: The density, which isn't changed.
+        block: Some codes, with shape (n, D), and their contexts if there are any.
+        examples: Examples in all steps.
+    """
+    training = density.training
+    density.eval()
+    parts = block if isinstance(block, tuple) else (block,)
+    few = [torch.from_numpy(part[:TIMED_CODES]).to(density.shift.device) for part in parts]
+    times = []
+    for _ in range(2):  # the first call is slower
+        started = time.monotonic()
+        density.log_prob(*few)
+        times.append(time.monotonic() - started)
+    density.train(training)
+    return 3 * min(times) / max(len(few[0]), 1) * examples
 
 
 def fit_transform(
@@ -247,12 +273,20 @@ def fit_density(
             batch["context"] = codes.context(arrays, settings.context_names)
         return {name: torch.from_numpy(array).to(ranks.device, non_blocking=True) for name, array in batch.items()}
 
+    if ranks.first and not quiet and density.has_log_prob:
+        few = next(with_context(density, codes, codes.blocks("valid", TIMED_CODES)))
+        seconds = estimated_seconds(density, few, settings.epochs * batches.steps_per_epoch * len(batches.places))
+        seconds = min(seconds, settings.max_minutes * 60 or math.inf)
+        if seconds > ANNOUNCED_SECONDS:
+            size = f"{density.parameter_count:,} parameters in {codes.index.dim} dimensions"
+            print(f"{label}: {size}: about {seconds / 60:.0f} minutes, or less with patience", file=sys.stderr, flush=True)
+
     best = f"valid_{density.likelihood}" if density.has_log_prob else "valid_minus_squared_mmd"
 
     def validate() -> dict[str, float]:
         if density.has_log_prob:
             blocks = with_context(density, codes, codes.blocks("valid", VALID_CODES))
-            return {best: log_likelihood(density, blocks, ranks).mean}
+            return {best: log_likelihood(density, blocks, ranks, codes.index.log_volume).mean}
         return {best: -discrepancy(density, _first(codes, "valid", DISCREPANCY_CODES), settings.seed)}
 
     training = train(
@@ -312,7 +346,7 @@ def _estimate(density: Density, codes: CodeReader, settings: DensitySettings, ra
 
         def proceed(name: str, value: float) -> bool:
             nonlocal over
-            tried[f"valid_{density.likelihood} of {name}"] = value
+            tried[f"valid_{density.likelihood} of {name}"] = value + codes.index.log_volume
             progress.advance(1, **tried)
             over = bool(ranks.greatest(time.monotonic() - started >= limit))  # all ranks stop at the same candidate
             return not over
@@ -335,7 +369,8 @@ def _estimate(density: Density, codes: CodeReader, settings: DensitySettings, ra
     if over and len(tried) < density.candidates:
         training.ended_by = "max_minutes"
     if density.has_log_prob:
-        value = log_likelihood(density, with_context(density, codes, codes.blocks("valid", VALID_CODES))).mean
+        scored = with_context(density, codes, codes.blocks("valid", VALID_CODES))
+        value = log_likelihood(density, scored, log_volume=codes.index.log_volume).mean
         training.validations = [{"step": 1, "epoch": 1.0, f"valid_{density.likelihood}": value}]
         training.best = training.validations[0] if math.isfinite(value) else {}
     return training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -16,10 +17,13 @@ from pipeline.densities import Density, load_density
 from pipeline.errors import DataError, PipelineError
 from pipeline.sampling import draw
 from pipeline.settings import read_params
+from pipeline.storage.codes import CodeReader
+from pipeline.storage.columns import Column, from_codes, load_columns, log_volume, to_codes, varying
 from pipeline.storage.shards import from_unit, to_unit
 
 __all__ = ["Generator", "Scores"]
 
+COLUMNS = "columns.json"  # of an exported table
 AT_ONCE = 250  # images in memory on the way through the networks
 FILES = {"density": "density.safetensors", "decoder": "decoder.safetensors", "encoder": "encoder.safetensors"}
 
@@ -46,6 +50,7 @@ class Generator:
         density: The density of the codes.
         decoder: From codes to images; None if codes are the data.
         encoder: From images to codes; None if codes are the data, or if it is only to draw.
+        columns: Columns of the table that the codes are rows of; examples are then its rows, in its units.
 
     Example:
         >>> from pipeline.densities import LatentDensityEstimator
@@ -55,11 +60,17 @@ class Generator:
         ((5, 3), (5,))
     """
 
-    def __init__(self, density: Density, decoder: Decoder | None = None, encoder: Encoder | None = None) -> None:
+    def __init__(
+        self,
+        density: Density,
+        decoder: Decoder | None = None,
+        encoder: Encoder | None = None,
+        columns: Sequence[Column] = (),
+    ) -> None:
         for network in (decoder, encoder):
             if network is not None and network.latent_dim != density.dim:
                 raise DataError(f"the density is of {density.dim} numbers per code, the autoencoder of {network.latent_dim}")
-        self.density, self.decoder, self.encoder = density, decoder, encoder
+        self.density, self.decoder, self.encoder, self.columns = density, decoder, encoder, tuple(columns)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
@@ -73,8 +84,11 @@ class Generator:
             PipelineError: When there is neither such a folder nor such a row, or a file is missing or damaged.
         """
         folder = Path(source)
+        columns: tuple[Column, ...] = ()
         if (folder / FILES["density"]).is_file():
             paths = {name: folder / file for name, file in FILES.items()}
+            if (folder / COLUMNS).is_file():
+                columns = load_columns(folder / COLUMNS)
         elif Path("params.yaml").is_file():
             row = str(source)
             codes = read_params().density(row).codes
@@ -85,6 +99,7 @@ class Generator:
             }
             if not paths["density"].is_file():
                 raise PipelineError(f"{paths['density']} is missing; run `dvc repro fit@{row}`")
+            columns = CodeReader(Path("data/codes") / codes).index.columns
         else:
             raise PipelineError(
                 f"{source} is neither an exported folder nor a row of a project in {Path.cwd()}; `python -m stages export ROW` "
@@ -94,17 +109,18 @@ class Generator:
             load_density(paths["density"]).to(device),
             Decoder.load(paths["decoder"], device) if paths["decoder"].is_file() else None,
             Encoder.load(paths["encoder"], device) if paths["encoder"].is_file() else None,
+            columns,
         )
 
     def sample(self, n: int, seed: int | None = None) -> NDArray[np.float32]:
-        """Draws examples: images (n, C, H, W) in 0..1, or codes (n, D).
+        """Draws examples: images (n, C, H, W) in 0..1, rows of a table (n, columns), in float64 if need be, or codes (n, D).
 
         Arguments:
             n: Number of samples.
             seed: The same seed gives the same samples; None draws others each time.
         """
         seed = secrets.randbits(62) if seed is None else seed
-        return draw(self.density, self.decoder, n, seed)[0]
+        return draw(self.density, self.decoder, n, seed, columns=self.columns)[0]
 
     @torch.no_grad()
     def encode(self, images: ArrayLike) -> NDArray[np.float32]:
@@ -114,7 +130,7 @@ class Generator:
             DataError: When the shape isn't that of the images it was trained on, or there is no encoder.
         """
         if self.decoder is None:
-            return self._codes(images)
+            return self._rows(images)
         if self.encoder is None:
             raise DataError("this folder holds no encoder: export the row again")
         value_range = self.decoder.value_range
@@ -123,10 +139,10 @@ class Generator:
 
     @torch.no_grad()
     def decode(self, codes: ArrayLike) -> NDArray[np.float32]:
-        """Images (n, C, H, W) in 0..1 of codes (n, D)."""
+        """Images (n, C, H, W) in 0..1, or rows of a table (n, columns), of codes (n, D)."""
         values = self._codes(codes)
         if self.decoder is None:
-            return values
+            return from_codes(self.columns, values)
         parts = torch.from_numpy(values).to(self.density.shift.device).split(AT_ONCE)
         return torch.cat([to_unit(self.decoder(part), self.decoder.value_range).cpu() for part in parts]).numpy()
 
@@ -141,23 +157,33 @@ class Generator:
             raise DataError(f"a density of the family {self.density.family} has no likelihood")
         codes = torch.from_numpy(self.encode(examples)).to(self.density.shift.device)
         values: NDArray[np.float64] = self.density.log_prob(codes).double().cpu().numpy()
-        return values
+        return values + log_volume(self.columns)
 
     def score(self, examples: ArrayLike) -> Scores:
         """How likely examples are, and how well they are reconstructed; the error of codes that are the data is 0."""
-        codes = self.encode(examples)
         if self.decoder is None:
-            return Scores(self.log_prob(codes), np.zeros(len(codes)))
+            values = self.log_prob(examples)
+            return Scores(values, np.zeros(len(values)))
+        codes = self.encode(examples)
         images = torch.cat([part.cpu() for part in self._images(examples)]).numpy()
         errors = np.square(self.decode(codes) - images).reshape(len(images), -1).mean(1, dtype=np.float64)
-        values = self.density.log_prob(torch.from_numpy(codes).to(self.density.shift.device)).detach()
-        return Scores(values.double().cpu().numpy(), errors)
+        scores = self.density.log_prob(torch.from_numpy(codes).to(self.density.shift.device)).detach()
+        return Scores(scores.double().cpu().numpy(), errors)
 
     def _codes(self, codes: ArrayLike) -> NDArray[np.float32]:
         values = np.asarray(codes, dtype=np.float32)
         if values.ndim != 2 or values.shape[1] != self.density.dim:
             raise DataError(f"codes have shape {values.shape}, expected (n, {self.density.dim})")
         return values
+
+    def _rows(self, rows: ArrayLike) -> NDArray[np.float32]:
+        """Codes of the rows of a table."""
+        if not self.columns:
+            return self._codes(rows)
+        values, chosen = np.asarray(rows, dtype=np.float64), varying(self.columns)
+        if values.ndim != 2 or values.shape[1] != len(self.columns):
+            raise DataError(f"rows have shape {values.shape}, expected (n, {len(self.columns)})")
+        return to_codes([self.columns[number] for number in chosen], values[:, chosen])
 
     def _images(self, images: ArrayLike) -> tuple[torch.Tensor, ...]:
         """Images in 0..1, some at a time, where the networks are."""

@@ -43,30 +43,30 @@ class PreparationReport:
     Attributes:
         counts: Examples written, by split.
         duplicates: Examples of one split that are also in an earlier one, for "train_valid", "train_test" and "valid_test".
+        repeated: Examples of each split that are the same as an earlier one of that split.
         unreadable: Skipped files, each with the reason.
         enlarged: Images that were enlarged from fewer pixels.
         dark: Images written that are nearly black everywhere.
         split_origin: Description of where the split comes from; may be empty.
         notes: Further remarks of the source on how the data were read.
-        means: What was subtracted from each dimension of the vectors; empty for nothing.
         skipped: Number of files of each ending that isn't an image's, which were skipped.
         digest: Digest of the shards.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     enlarged: int = 0
     dark: int = 0
     split_origin: str = ""
     notes: tuple[str, ...] = ()
-    means: tuple[float, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
     digest: str = ""
 
 
 class _Duplicates:
-    """Finds examples that are in two splits, by 64-bit digests in bucket files: memory holds 1/64 of them.
+    """Finds examples that are in two splits or twice in one, by 64-bit digests in bucket files: memory holds 1/64 of them.
 
     Arguments:
         folder: Where the files are; several processes may each write their own.
@@ -93,20 +93,22 @@ class _Duplicates:
         for file in self._files:
             file.close()
 
-    def counts(self) -> dict[str, int]:
-        """For each pair of splits, the number of examples of the later one that are also in the earlier one.
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The number of examples of a later split that are also in an earlier one, by pair; and those that a split repeats.
 
         Those of all processes, which must have closed their files.
         """
         self.close()
-        counts = {"train_valid": 0, "train_test": 0, "valid_test": 0}
+        counts, repeated = {"train_valid": 0, "train_test": 0, "valid_test": 0}, dict.fromkeys(SPLITS, 0)
         for bucket in range(BUCKETS):
             data = b"".join(path.read_bytes() for path in sorted(self.folder.glob(f"{bucket:02d}-*")))
             rows = np.frombuffer(data, self._type)
             splits = [rows["digest"][rows["split"] == i] for i in range(3)]
             for pair, (a, b) in zip(counts, ((0, 1), (0, 2), (1, 2)), strict=True):
                 counts[pair] += int(np.isin(splits[b], splits[a]).sum())
-        return counts
+            for split, digests in zip(SPLITS, splits, strict=True):
+                repeated[split] += len(digests) - len(np.unique(digests))
+        return counts, repeated
 
 
 @dataclass
@@ -139,9 +141,7 @@ def prepare_shards(
     """
     module = implementation("pipeline.sources", settings.source, "source")
     source = module.open_source(settings, Path(settings.root))
-    report = PreparationReport(
-        split_origin=source.split_origin, notes=source.notes, means=source.means, skipped=dict(source.skipped)
-    )
+    report = PreparationReport(split_origin=source.split_origin, notes=source.notes, skipped=dict(source.skipped))
     for split in SPLITS:
         if not source.counts.get(split):
             raise DataError(f"{settings.root}: split '{split}' of source '{settings.source}' has no examples")
@@ -195,10 +195,11 @@ def prepare_shards(
             value_range=source.value_range,
             label_names=source.label_names,
             context=source.context,
+            columns=source.columns,
             **{split: _numbered(temporary, split, shards[split], rank == 0) for split in SPLITS},
         )
         if rank == 0:
-            report.duplicates = duplicates.counts()
+            report.duplicates, report.repeated = duplicates.counts()
             shutil.rmtree(temporary / "duplicates")
             write_index(temporary, index)
     report.counts = {split: index.count(split) for split in SPLITS}
@@ -247,7 +248,7 @@ def _write(
                 written.shape, written.dtype = block.examples.shape[1:], str(block.examples.dtype)
                 arrays = {"examples": block.examples, "labels": block.labels, "context": block.context}
                 writer.write(**{name: array for name, array in arrays.items() if array is not None})
-                duplicates.add(SPLITS.index(split), block.examples)
+                duplicates.add(SPLITS.index(split), block.examples if block.undisturbed is None else block.undisturbed)
             if stop % settings.shard_examples == 0 or stop == source.counts[split]:
                 writer.close()
                 if writer.shards:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pipeline.densities.common.context import LABELS, Context
 from pipeline.errors import DataError
 from pipeline.settings import SamplingSettings
 from pipeline.storage.codes import CodeReader
+from pipeline.storage.columns import Column, from_codes
 from pipeline.storage.parts import ContextColumn, Part, write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, to_unit
 from pipeline.system.progress import Progress
@@ -33,10 +34,10 @@ FAR = 10  # a code this many ranges outside is far
 
 
 class Samples(NamedTuple):
-    """Samples of one shard, all float32.
+    """Samples of one shard, float32; rows of a table may be float64.
 
     Attributes:
-        examples: Images in 0..1, with shape (n, C, H, W), or the codes themselves.
+        examples: Images in 0..1, with shape (n, C, H, W), rows of a table, or the codes themselves.
         codes: The codes, with shape (n, D).
         context: Their contexts, with shape (n, columns), if the density is conditioned.
     """
@@ -48,7 +49,13 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    density: Density, decoder: Decoder | None, count: int, seed: int, number: int = 0, context: Tensor | None = None
+    density: Density,
+    decoder: Decoder | None,
+    count: int,
+    seed: int,
+    number: int = 0,
+    context: Tensor | None = None,
+    columns: Sequence[Column] = (),
 ) -> Samples:
     """Draws one shard of samples.
 
@@ -60,6 +67,7 @@ def draw(
         number: Number of the shard; each shard has its own generator, seeded by (seed, number).
         context: One context for all samples of a density that is conditioned, with shape (columns,); by default contexts are
             drawn at the frequencies of the training codes.
+        columns: Columns of the table that the codes are rows of.
     """
     device = density.shift.device
     generator = torch.Generator().manual_seed(stream_seed("samples", seed, number))
@@ -69,7 +77,7 @@ def draw(
     codes = _finite_codes(density, count, generator, contexts)
     drawn = codes.cpu().numpy(), None if contexts is None else contexts.float().cpu().numpy()
     if decoder is None:
-        return Samples(codes.cpu().numpy(), *drawn)
+        return Samples(from_codes(columns, drawn[0]), *drawn)
     images = [to_unit(decoder(part.to(device)), decoder.value_range).cpu().numpy() for part in codes.split(DECODED)]
     return Samples(np.concatenate(images), *drawn)
 
@@ -91,20 +99,34 @@ def _finite_codes(density: Density, count: int, generator: torch.Generator, cont
 
 
 def write_samples(
-    density: Density, decoder: Decoder | None, settings: SamplingSettings, folder: str | Path, ranks: Ranks
+    density: Density,
+    decoder: Decoder | None,
+    settings: SamplingSettings,
+    folder: str | Path,
+    ranks: Ranks,
+    columns: Sequence[Column] = (),
 ) -> ShardIndex:
     """Writes shards of samples; each rank draws its share of them. Labels and other contexts are next to their samples.
+
+    Arguments:
+        density: The density of the codes.
+        decoder: The decoder from codes to images; None if codes are the data.
+        settings: The section `sampling`.
+        folder: Where the shards go; replaced as a whole.
+        ranks: This process among its peers.
+        columns: Columns of the table that the codes are rows of.
 
     Raises:
         DataError: When a sample isn't finite.
     """
     folder = Path(folder)
     sizes = list(_sizes(settings.count, settings.shard_examples))
+    dtype: Literal["float32", "float64"] = "float32" if all(column.plain for column in columns) else "float64"
     with shared_folder(folder, ranks) as temporary:
         rank_parts: dict[int, dict[str, object]] = {}
         with Progress(settings.count, f"sampling {folder.name}", unit="samples", quiet=not ranks.first) as progress:
             for number in ranks.share(len(sizes)):
-                examples, codes, contexts = draw(density, decoder, sizes[number], settings.seed, number)
+                examples, codes, contexts = draw(density, decoder, sizes[number], settings.seed, number, columns=columns)
                 if not np.isfinite(examples).all():
                     unbounded = getattr(density.options, "max_log_scale", 0.0) is None
                     remedy = "max_log_scale: 2.0 or a lower learning_rate" if unbounded else "a lower learning_rate"
@@ -112,21 +134,22 @@ def write_samples(
                 if settings.rounding == "8-bit" and decoder is not None:
                     examples = np.rint(examples * np.float32(255)) / np.float32(255)
                 with ShardWriter(temporary, "samples", settings.shard_examples, first=number) as writer:
-                    writer.write(examples=examples.astype(np.float32), codes=codes, **_carried(density.context, contexts))
+                    writer.write(examples=examples.astype(dtype), codes=codes, **_carried(density.context, contexts))
                 rank_parts[number] = vars(writer.shards[0])
                 progress.advance(sizes[number] * ranks.world)
         shards: dict[int, dict[str, object]] = {}
         for parts in ranks.gather(rank_parts):
             shards |= parts
-        kind, shape, value_range = "vectors", (density.dim,), None
+        kind, shape, value_range = "vectors", (len(columns) or density.dim,), None
         if decoder is not None:
             kind, shape, value_range = "images", decoder.image_shape, (0.0, 1.0)  # type: ignore[assignment]
         index = ShardIndex(
             kind=kind,  # type: ignore[arg-type]
             shape=shape,
-            dtype="float32",
+            dtype=dtype,
             value_range=value_range,
             label_names=_words(density.context, LABELS),
+            columns=tuple(columns),
             context=tuple(ContextColumn(name=name, words=_words(density.context, name)) for name in _columns(density.context)),
             samples=tuple(Part(**shards[i]) for i in range(len(sizes))),  # type: ignore[arg-type]
         )

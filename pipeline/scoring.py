@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from pipeline.evaluation.features import RealFeatures, extract_features
 from pipeline.evaluation.parzen import ParzenScore
 from pipeline.evaluation.quality import QualityScore
 from pipeline.settings import ParzenSettings, QualitySettings
+from pipeline.storage.columns import log_volume
 from pipeline.storage.shards import ShardReader
 from pipeline.system.progress import track
 from pipeline.system.ranks import Ranks
@@ -68,6 +69,7 @@ def parzen_score(
         blocks = track(samples(), count, "Parzen window", "samples", quiet=not ranks.first)
         return (block[ranks.rank :: ranks.world] for block in blocks)
 
+    volume = log_volume(reader.index.columns)
     score = parzen.score(
         unit_blocks(reader, "valid", settings.validation_count),
         unit_blocks(reader, "test"),
@@ -75,6 +77,13 @@ def parzen_score(
         settings.bandwidths,
         str(ranks.device),
         ranks.gather,
+    )
+    score = replace(
+        score,
+        test_mean=score.test_mean + volume,
+        valid_mean=score.valid_mean + volume,
+        valid_curve=tuple(value + volume for value in score.valid_curve),
+        test_values=score.test_values + volume,
     )
     return Parzen(score, settings.protocol)
 

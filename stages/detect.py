@@ -51,7 +51,7 @@ def detect(run: Run, settings: Settings) -> None:
     another. Each is scored by the log-likelihood of its code, by the error of its reconstruction, and by both joined.
     Validation examples say what is usual, and set the threshold.
     """
-    from pipeline.detection import calibrated, fitted, load_scorer, scored
+    from pipeline.detection import calibrated, fitted, load_scorer, recoded, scored
     from pipeline.evaluation.detection import detect as detection_of
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
@@ -69,7 +69,13 @@ def detect(run: Run, settings: Settings) -> None:
     blocks = {
         "inliers": (block["examples"] for block in own.blocks("test")),
         "outliers": (
-            fitted(examples, own.index.shape, chosen.outliers, patches) for examples in _outliers(other, chosen.outlier_classes)
+            fitted(
+                recoded(examples, other.index.columns, own.index.columns, chosen.outliers, number),
+                own.index.shape,
+                chosen.outliers,
+                patches,
+            )
+            for number, examples in enumerate(_outliers(other, chosen.outlier_classes))
         ),
     }
     totals = {"inliers": own.index.count("test"), "outliers": other.index.count("test")}

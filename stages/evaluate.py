@@ -108,9 +108,12 @@ def evaluate(run: Run, settings: Settings) -> None:
                 run.metrics(reference_scores(density, codes))
 
     decoded = samples.index.kind == reader.index.kind  # images of an encoder alone have no decoded samples
+    array = "examples" if reader.index.kind == "images" else "codes"  # in the units of the shards
     if settings.evaluation.parzen is not None and decoded:
         count = parzen_samples(samples.index.count("samples"), reader)
-        result = parzen_score(lambda: _first(samples, "samples", count), count, reader, settings.evaluation.parzen, ranks)
+        result = parzen_score(
+            lambda: _first(samples, "samples", count, array), count, reader, settings.evaluation.parzen, ranks
+        )
         run.metrics(result.metrics())
         values["parzen_test_log_likelihood"] = result.score.test_values
         curve = {"bandwidths": np.array(result.score.bandwidths), "valid_log_likelihood": np.array(result.score.valid_curve)}
@@ -257,11 +260,11 @@ def _interpolation(run: Run, settings: InterpolationSettings, density: Density, 
     run.arrays("interpolation", arrays, names)
 
 
-def _first(reader: ShardReader, split: str, count: int = sys.maxsize) -> Iterator[np.ndarray]:
-    """The first examples of a split, block by block."""
+def _first(reader: ShardReader, split: str, count: int = sys.maxsize, name: str = "examples") -> Iterator[np.ndarray]:
+    """The first examples, or codes, of a split, block by block."""
     for block in reader.blocks(split):
-        yield block["examples"][:count]
-        count -= len(block["examples"])
+        yield block[name][:count]
+        count -= len(block[name])
         if count <= 0:
             return
 

@@ -48,7 +48,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
             name = f"{split}_{density.likelihood}"
             number = min(codes.index.count(split), SCORED)
             tracked = track(blocks, number, f"scoring {split} codes of {run.row}", "codes", quiet=not ranks.first)
-            mean, error, count = log_likelihood(density, tracked, ranks)
+            mean, error, count = log_likelihood(density, tracked, ranks, codes.index.log_volume)
             run.metrics({name: mean, f"{name}_se": error, f"{name}_per_dimension": mean / codes.index.dim})
             run.metrics({f"{name}_per_dimension_se": error / codes.index.dim, f"{split}_scored": count})
     if training.contest:

@@ -47,10 +47,10 @@ def prepare(run: Run, settings: DatasetSettings) -> None:
     run.metrics({f"duplicates_{pair}": count for pair, count in report.duplicates.items()})
     run.metrics({"unreadable_files": len(report.unreadable)})
     remarkable = {"enlarged_images": report.enlarged, "dark_images": report.dark, "skipped_files": sum(report.skipped.values())}
+    remarkable |= {f"repeated_{split}": count for split, count in report.repeated.items()}
     run.metrics({key: count for key, count in remarkable.items() if count})
     run.read(f"raw {run.row}", report.digest, Path(settings.root), "raw")
     run.details(digest=report.digest, unreadable=report.unreadable, split=report.split_origin, skipped=report.skipped)
-    run.details(**({"means": report.means} if report.means else {}))
     for line in _warnings(report) if run.first else ():
         print(printable(f"prepare {run.row}: {line}"), flush=True)
 
@@ -76,3 +76,6 @@ def _warnings(report: PreparationReport) -> Iterator[str]:
     for pair, count in report.duplicates.items():
         if count:
             yield f"{count} examples of {pair.replace('_', ' ')} are the same"
+    for split, count in report.repeated.items():
+        if count:
+            yield f"{count} examples of {split} repeat an earlier one"

@@ -54,6 +54,7 @@ def sample(run: Run, settings: SampleSettings) -> None:
     from pipeline.densities import load_density
     from pipeline.sampling import range_remark, write_samples
     from pipeline.storage.codes import CodeReader
+    from pipeline.storage.columns import from_codes, varying
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import join
     from stages.arrays import as_bytes
@@ -63,7 +64,8 @@ def sample(run: Run, settings: SampleSettings) -> None:
     run.read(settings.density.codes, codes.index.digest, codes.folder, "decoder")
     density = load_density(workspace.density_file(run.row)).to(ranks.device)
     decoder = None if codes.decoder_path is None else load_decoder(codes.decoder_path, ranks.device)
-    index = write_samples(density, decoder, settings.sampling, workspace.samples_folder(run.row), ranks)
+    columns = codes.index.columns
+    index = write_samples(density, decoder, settings.sampling, workspace.samples_folder(run.row), ranks, columns)
     run.metrics({"samples": index.count("samples")})
     run.details(digest=index.digest, processes=ranks.world)
     if ranks.first:
@@ -85,8 +87,9 @@ def sample(run: Run, settings: SampleSettings) -> None:
         elif run.params.dataset(settings.density.dataset).drawn_as == "patches":
             run.arrays("samples", {"samples": drawn["examples"]})
         else:
-            target = next(codes.blocks("train"))["codes"][:TARGET_POINTS]
-            run.arrays("samples", {"samples": drawn["examples"][:, :2], "target": target[:, :2]})
+            target = from_codes(columns, next(codes.blocks("train"))["codes"][:TARGET_POINTS])
+            first = varying(columns)[:2] or slice(2)
+            run.arrays("samples", {"samples": drawn["examples"][:, first], "target": target[:, first]})
     ranks.barrier()
 
 

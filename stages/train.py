@@ -259,5 +259,9 @@ def _in_order(reader: ShardReader, ranks: Ranks, values: np.ndarray) -> np.ndarr
 
 def _vectors(run: Run, reader: ShardReader, drawn_as: str) -> None:
     """The first training vectors: whole patches, or the first two numbers of points."""
+    from pipeline.storage.columns import from_codes, varying
+
     vectors = reader.first("train", PATCHES if drawn_as == "patches" else SCATTERED)["examples"]
-    run.arrays("training-vectors", {"vectors": vectors if drawn_as == "patches" else vectors[:, :2]})
+    columns = reader.index.columns
+    points = from_codes(columns, vectors)[:, varying(columns)[:2] or slice(2)]
+    run.arrays("training-vectors", {"vectors": vectors if drawn_as == "patches" else points})

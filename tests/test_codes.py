@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.codes import CodeIndex, CodeReader, write_part
+from pipeline.storage.columns import VectorMoments
 from pipeline.storage.parts import write_index
 
 

@@ -17,10 +17,10 @@ from pipeline.errors import DataError
 from pipeline.settings import build
 from pipeline.sources import vectors
 
-MEAN, COVARIANCE = np.array([1e4, -5.0, 0.3]), np.array([[4.0, 3.0, 0.1], [3.0, 9.0, 0.0], [0.1, 0.0, 0.04]])
+MEAN, COVARIANCE = np.array([1.7e9, -5.0, 0.3]), np.array([[4.0, 3.0, 0.1], [3.0, 9.0, 0.0], [0.1, 0.0, 0.04]])
 PARAMS = """\
 datasets:
-  mine: {source: vectors, root: whole.csv, columns: [a, b, c], labels: kind, centre: true}
+  mine: {source: vectors, root: whole.csv, columns: [a, b, c], labels: kind, drop_constant: true}
   blobs: {source: images, root: raw, image_px: 8}
 autoencoders:
   mine: {dataset: mine, objective: identity}
@@ -115,7 +115,7 @@ def test_draws_are_rows_of_their_own(holes: tuple[np.ndarray, np.ndarray], tmp_p
     kept = np.broadcast_to(~spoiled[:, None], found.shape)
     assert np.array_equal(found[kept], np.broadcast_to(rows[:, None], found.shape)[kept])
     assert (found.std(axis=1)[spoiled] > 0).all()
-    assert abs(found[spoiled[:, 0], :, 0].mean() - MEAN[0]) < 0.5  # in the units of the table, not of the centred codes
+    assert abs(found[spoiled[:, 0], :, 0].mean() - MEAN[0]) < 0.5  # in the units of the table, not of the standardised codes
     assert outputs[0].read_bytes() == outputs[1].read_bytes() != outputs[2].read_bytes()
 
 

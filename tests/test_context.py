@@ -20,7 +20,8 @@ from pipeline.densities.common.density import build_density
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.fitting import fit_context, fit_density
 from pipeline.settings import build, implementation
-from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.codes import CodeIndex, CodeReader, write_part
+from pipeline.storage.columns import VectorMoments
 from pipeline.storage.parts import SPLITS, write_index
 from pipeline.storage.shards import ShardReader
 from pipeline.system.ranks import Ranks

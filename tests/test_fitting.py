@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from scipy import stats
 
 from pipeline import fitting
 from pipeline.densities.common.density import build_density
+from pipeline.densities.gaussian import Gaussian
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.evaluation import likelihood
 from pipeline.evaluation.likelihood import log_likelihood, score_codes
 from pipeline.fitting import cholesky_factor, discrepancy, fit_density
 from pipeline.settings import DensitySettings, build, implementation
-from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.codes import ArrayCodes, CodeIndex, CodeReader, write_part
+from pipeline.storage.columns import VectorMoments
 from pipeline.storage.parts import write_index
 from pipeline.system import progress
 from pipeline.system.ranks import Ranks, join
@@ -272,3 +275,20 @@ def test_each_rank_scores_its_share_of_codes(monkeypatch: pytest.MonkeyPatch) ->
         merged = log_likelihood(density, blocks, ranks)
     assert scored == [0, 2, 4, 1, 3]
     assert tuple(merged) == pytest.approx(tuple(log_likelihood(density, blocks)))
+
+
+def test_the_time_of_training_is_estimated_and_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    density = Gaussian(2).train()
+    scores = density.log_prob
+    monkeypatch.setattr(density, "log_prob", lambda z: (time.sleep(0.02), scores(z))[1])
+    assert fitting.estimated_seconds(density, np.zeros((100, 2), np.float32), 1600) == pytest.approx(6, rel=0.5)
+    assert density.training
+    codes = np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    row = {"codes": "c", "dataset": "d", "family": "lde", "components": 2, "epochs": 1}
+    settings = build(implementation("pipeline.densities", "lde", "family").Settings, row, "row")
+    for threshold, announced in ((0.0, True), (1e9, False)):
+        monkeypatch.setattr(fitting, "ANNOUNCED_SECONDS", threshold)
+        fit_density(settings, ArrayCodes(codes[10:], codes[:10]), Ranks(0, 1, torch.device("cpu")), "fitting row")
+        assert ("parameters in 2 dimensions: about 0 minutes" in capsys.readouterr().err) is announced

@@ -38,17 +38,17 @@ def prepare(
 def test_what_is_counted_and_said(tmp_path: Path) -> None:
     files = {f"train/{i}.png": plain(i) for i in range(20)} | {f"test/{i}.png": plain(100 + i) for i in range(6)}
     files |= {"train/bad\n\x1b[31m.png": b"", "train/again.png": plain(100), "train/1.heic": b"", "notes.txt": b""}
-    files |= {"train/tiny.png": plain(50, 4, 4), "test/black.bmp": b"BM" + bytes(60)}
+    files |= {"train/tiny.png": plain(50, 4, 4), "test/black.bmp": b"BM" + bytes(60), "test/twice.png": plain(101)}
     root = write_folder(tmp_path / "raw", files)
     report = prepare(root, tmp_path / "shards", {"unreadable_share": 0.1})
-    assert report.counts == {"train": 20, "valid": 2, "test": 6}
+    assert report.counts == {"train": 20, "valid": 2, "test": 7}
     assert ShardReader(tmp_path / "shards").load("test", 0)["examples"][:, 0, 4, 4].min() >= 100
     lines = list(_warnings(report))
     assert lines[0] == "the split is the folders train, test; valid drawn from train by split_seed 0"
     assert lines[1] == "2 files were skipped by their endings: 1 .heic, 1 .txt"
     assert lines[2].startswith("2 files couldn't be read; reports/runs/prepare lists them; the first: ")
-    assert lines[3] == "1 of 28 images were enlarged from fewer pixels"
-    assert lines[4:] == ["1 examples of train test are the same"]
+    assert lines[3] == "1 of 29 images were enlarged from fewer pixels"
+    assert lines[4:] == ["1 examples of train test are the same", "1 examples of test repeat an earlier one"]
     assert any(r"bad \x1b[31m.png: it is damaged" in line for line in report.unreadable)
     with pytest.raises(DataError, match="more than unreadable_share allows"):
         prepare(root, tmp_path / "shards")

@@ -23,7 +23,9 @@ from mlflow.exceptions import MlflowException
 from pipeline.autoencoders.common.network import Decoder
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.densities import LatentDensityEstimator, load_density
+from pipeline.errors import DataError
 from pipeline.sampling import draw
+from pipeline.storage.columns import Column, from_codes, load_columns, save_columns
 from stages.tracking.serving import generate, log_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,24 @@ def test_without_a_decoder_the_codes_are_the_samples(generator: tuple[Path, Path
     answer = generate(density, None, requests((4, 0)))
     assert np.array_equal(np.array(answer["sample"].tolist(), np.float32), draw(density, None, 4, 0)[0])
     assert answer["shape"].tolist() == [[3]] * 4
+
+
+def test_samples_of_a_table_are_in_its_units(generator: tuple[Path, Path], tmp_path: Path) -> None:
+    density = load_density(generator[0])
+    columns = [Column(name="when", shift=1.7e9, scale=2.0), Column(name="one", constant=1.0)]
+    columns += [Column(name="die", levels=(1.0, 2.0, 3.0)), Column(name="x")]
+    save_columns(columns, tmp_path / "columns.json")
+    assert load_columns(tmp_path / "columns.json") == tuple(columns)
+    answer = generate(density, None, requests((4, 0)), load_columns(tmp_path / "columns.json"))
+    rows = np.array(answer["sample"].tolist())
+    assert answer["shape"].tolist() == [[4]] * 4
+    assert np.array_equal(rows, from_codes(columns, draw(density, None, 4, 0)[1]))
+    assert set(rows[:, 1]) == {1.0}
+    assert set(rows[:, 2]) <= {1.0, 2.0, 3.0}
+    for text in ("{", "[1]", '[{"name": "a", "scale": -1}]'):
+        (tmp_path / "columns.json").write_text(text)
+        with pytest.raises(DataError, match="columns"):
+            load_columns(tmp_path / "columns.json")
 
 
 NOT_WHOLE = [
@@ -107,7 +127,7 @@ def test_export_makes_a_folder_that_is_complete(tmp_path: Path, monkeypatch: pyt
     result = small.run("export", "points-lde")
     folder = Path("data/exports/points-lde")
     assert (result.exit_code, result.stdout.splitlines()[0]) == (0, f"exported to {folder}")
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "density.safetensors", "generator.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "columns.json", "density.safetensors", "generator.json"]
     names: dict[str, object] = {}
     code = "\n".join(line.strip() for line in result.stdout.splitlines()[2:])  # as said
     exec(code, names)

@@ -43,7 +43,8 @@ from pipeline.settings import (
     implementation,
 )
 from pipeline.settings.params import choices
-from pipeline.storage.codes import CodeIndex, CodeReader, VectorMoments, write_part
+from pipeline.storage.codes import CodeIndex, CodeReader, write_part
+from pipeline.storage.columns import VectorMoments
 from pipeline.storage.parts import SPLITS, write_index
 from pipeline.system.ranks import Ranks
 from pipeline.training import loop
@@ -248,7 +249,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], Row, Row, set[str]]] = {
             "valid_share": 0.2,
             "test_share": 0.2,
             "columns": ["0", "1"],
-            "centre": True,
+            "discrete": Change("dequantise", root="raw/table.parquet", tensor="", columns=["x", "kind"]),
             "labels": Change("kind", root="raw/table.parquet", tensor="", columns=["x", "y"]),
             "categories": Change(["kind"], root="raw/table.parquet", tensor="", columns=["x", "y"]),
             "numbers": Change(["z"], root="raw/table.parquet", tensor="", columns=["x", "y"]),

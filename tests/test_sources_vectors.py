@@ -11,17 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError
+from pipeline.preparation import prepare_shards
 from pipeline.settings import build
 from pipeline.sources import vectors
+from pipeline.storage.columns import from_codes
 from pipeline.storage.parts import SPLITS
 
 RANDOM = np.random.default_rng(0)
 TABLE = RANDOM.standard_normal((200, 3))
 
 
+def source_settings(path: Path, **values: object) -> vectors.Settings:
+    return build(vectors.Settings, {"source": "vectors", "root": str(path), **values}, "datasets.mine")
+
+
 def open_row(path: Path, **values: object) -> vectors.Vectors:
-    row = {"source": "vectors", "root": str(path), **values}
-    return vectors.open_source(build(vectors.Settings, row, "datasets.mine"), path)
+    return vectors.open_source(source_settings(path, **values), path)
 
 
 def read_all(source: vectors.Vectors) -> np.ndarray:
@@ -155,22 +160,62 @@ def test_columns_that_repeat_or_are_constant_are_named(tmp_path: Path) -> None:
     source = open_row(path)
     assert source.dim == 4
     assert source.notes[1] == "columns that hold one value (drop_constant: true leaves them out): 'one'"
-    assert source.notes[2].endswith("for which likelihoods are unbounded: 'sex' (2 of 200 values differ)")
-    dropped = open_row(path, drop_constant=True, centre=True)
-    assert (dropped.dim, len(dropped.means)) == (3, 3)
-    assert "columns that hold one value were left out: 'one'" in dropped.notes
+    assert source.notes[2].startswith("columns whose values repeat make likelihoods infinite")
+    assert source.notes[2].endswith(": 'sex' (2 of 200 values differ)")
+    dropped = open_row(path, drop_constant=True)
+    assert (dropped.dim, len(dropped.columns)) == (3, 4)
+    assert "columns that hold one value were left out and return in samples: 'one'" in dropped.notes
     with pytest.raises(DataError, match="every column holds one value"):
         open_row(path, drop_constant=True, columns=["one"])
 
 
 @pytest.mark.parametrize("column", [1.7e9 + np.arange(600), 1e6 + 1e-3 * RANDOM.standard_normal(600)])
 def test_values_that_float32_cant_tell_apart(tmp_path: Path, column: np.ndarray) -> None:
-    np.save(tmp_path / "a.npy", np.column_stack([column, RANDOM.standard_normal(600)]))
-    with pytest.raises(DataError, match=r"column '0' has 600 different values .* float32 can tell \d+ apart; 'centre: true'"):
-        open_row(tmp_path / "a.npy")
-    source = open_row(tmp_path / "a.npy", centre=True)
-    assert len(np.unique(read_all(source)[:, 0])) == 600
-    assert np.allclose(np.sort(read_all(source)[:, 0].astype(np.float64) + source.means[0]), np.sort(column), rtol=0, atol=1e-4)
+    other = RANDOM.standard_normal(600)
+    np.save(tmp_path / "a.npy", np.column_stack([column, other]))
+    source = open_row(tmp_path / "a.npy")
+    assert "columns that float32 would blur are standardised before: '0'" in source.notes
+    read = read_all(source)
+    assert len(np.unique(read[:, 0])) == 600
+    assert same_rows(read[:, 1:], other[:, None])  # as it is
+    back = from_codes(source.columns, read)
+    assert np.allclose(np.sort(back[:, 0]), np.sort(column), rtol=0, atol=1e-6 * column.std())
+
+
+def test_columns_of_few_values_are_dequantised(tmp_path: Path) -> None:
+    grades, sizes = RANDOM.integers(1, 7, 600), np.array([0.1 + 0.2, 0.3, 0.5, 2.0])[RANDOM.integers(0, 4, 600)]
+    often = np.where(np.arange(600) % 3 == 0, 0.0, RANDOM.standard_normal(600))
+    path = write_parquet(tmp_path / "a.parquet", a=RANDOM.standard_normal(600), grade=grades, size=sizes, often=often)
+    source = open_row(path, discrete="dequantise")
+    assert source.columns[1].levels == (1, 2, 3, 4, 5, 6)
+    assert source.columns[2].step == pytest.approx(0.2)  # rounding makes no level of its own
+    assert any("were dequantised: 'grade' (6 of 600 values differ), 'size'" in note for note in source.notes)
+    assert any("one value is frequent make likelihoods infinite: 'often' (0 in 200 of 600 rows)" in n for n in source.notes)
+    block = source.read("train", 0, source.counts["train"])
+    noise = block.examples[:, 1] - block.undisturbed[:, 1]
+    assert -0.5 <= noise.min() < -0.45 < 0.45 < noise.max() < 0.5
+    assert abs(noise.mean()) < 0.05
+    back = from_codes(source.columns, block.examples)
+    assert np.array_equal(back[:, 1], block.undisturbed[:, 1])
+    assert np.allclose(back[:, 2], block.undisturbed[:, 2])
+    # The noise belongs to a row of the file, not to the order of reading.
+    assert np.array_equal(source.read("train", 100, 130).examples, block.examples[100:130])
+    assert not np.array_equal(open_row(path, discrete="dequantise", split_seed=1)._noise(0, 9), source._noise(0, 9))
+    report = prepare_shards(
+        source_settings(path, discrete="dequantise", columns=["grade", "size"]), tmp_path / "s", processes=1
+    )
+    assert report.repeated["train"] == source.counts["train"] - 24  # repeated rows are found in spite of the noise
+    # Zeros of a ReLU, rare values and halves of floats.
+    rare = np.array([1.0] + [0.0] * 599)
+    relu, half = np.maximum(RANDOM.standard_normal(600) - 1, 0), RANDOM.standard_normal(600).astype(np.float16)
+    path = write_parquet(tmp_path / "b.parquet", relu=relu, rare=rare)
+    assert [len(column.levels) for column in open_row(path, discrete="dequantise").columns] == [0, 2]
+    np.save(tmp_path / "half.npy", np.tile(half, 4)[:, None])
+    assert open_row(tmp_path / "half.npy", discrete="dequantise").columns[0].plain
+    path = tmp_path / "a.parquet"
+    with pytest.raises(DataError, match=r"values repeat: 'grade' .*, 'size' .*, 'often' .* set discrete: dequantise"):
+        open_row(path, discrete="refuse")
+    assert open_row(path, discrete="refuse", columns=["a"]).dim == 1
 
 
 def test_groups_stay_together(tmp_path: Path) -> None:

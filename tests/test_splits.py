@@ -310,7 +310,8 @@ def test_duplicates_are_counted_in_the_later_split(tmp_path: Path) -> None:
     duplicates.add(0, np.array([[1], [1], [2]]))
     duplicates.add(1, np.array([[1], [3]]))
     duplicates.add(2, np.array([[3], [3], [3]]))
-    counts = duplicates.counts()
+    counts, repeated = duplicates.counts()
+    assert repeated == {"train": 1, "valid": 0, "test": 2}
     assert [counts[pair] for pair in ("train_valid", "train_test", "valid_test")] == [1, 0, 3]
 
 

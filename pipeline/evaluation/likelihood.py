@@ -44,12 +44,19 @@ def score_codes(density: Density, blocks: Iterable[Block]) -> Iterator[np.ndarra
         yield density.log_prob(*arrays).double().cpu().numpy()
 
 
-def log_likelihood(density: Density, blocks: Iterable[Block], ranks: Ranks | None = None) -> Mean:
-    """Mean log-likelihood of codes in nats, with its standard error; each rank scores its share of the blocks."""
+def log_likelihood(density: Density, blocks: Iterable[Block], ranks: Ranks | None = None, log_volume: float = 0.0) -> Mean:
+    """Mean log-likelihood of codes in nats, with its standard error; each rank scores its share of the blocks.
+
+    Arguments:
+        density: The density.
+        blocks: Codes, each block with shape (n, D), with their contexts if there are any.
+        ranks: This process among its peers, if there are any.
+        log_volume: What is added to each, for the units of a table: `CodeIndex.log_volume`.
+    """
     moments = Moments()
     rank_blocks = (b for i, b in enumerate(blocks) if ranks is None or i % ranks.world == ranks.rank)
     for values in score_codes(density, rank_blocks):
-        moments.update(values)
+        moments.update(values + log_volume)
     if ranks is not None and ranks.world > 1:
         merged = Moments()
         for count, mean, squares in ranks.gather((moments.count, moments.mean, moments.squares)):
@@ -96,6 +103,7 @@ def test_log_likelihood(density: Density, codes: CodeReader, by_group: bool, ran
             for start in range(0, len(labels), SCORED_AT_ONCE):
                 part = slice(start, start + SCORED_AT_ONCE)
                 (values,) = score_codes(density, [block["codes"][part]])
+                values = values + codes.index.log_volume
                 rank_moments.update(values, labels[part])
                 kept[before + start : before + start + len(values)] = values[: max(most - before - start, 0)]
                 progress.advance(len(values) * ranks.world)

@@ -100,7 +100,8 @@ def conditional_scores(density: Density, codes: CodeReader, ranks: Ranks) -> dic
         ranks: This process among its peers.
     """
     assert density.context is not None
-    mean, error, count = log_likelihood(density, with_context(density, codes, codes.blocks("test")), ranks)
+    blocks = with_context(density, codes, codes.blocks("test"))
+    mean, error, count = log_likelihood(density, blocks, ranks, codes.index.log_volume)
     scores: dict[str, float] = {"test_conditional_log_likelihood": mean, "test_conditional_log_likelihood_se": error}
     scores["test_conditional_scored"] = float(count)
     if density.context.names != (LABELS,) or not density.context.complete or not ranks.first:

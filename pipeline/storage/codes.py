@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.storage.columns import Column, VectorMoments, log_volume, varying
 from pipeline.storage.parts import Arrays, ContextColumn, Part, PartIndex, PartReader, part_name, part_of
 from pipeline.system.files import atomic_file, sha256_file
 
-__all__ = ["ArrayCodes", "CodeIndex", "CodeReader", "VectorMoments", "write_part"]
+__all__ = ["ArrayCodes", "CodeIndex", "CodeReader", "write_part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class CodeIndex(PartIndex):
         value_range: Range of the decoded pixels; null for vectors.
         label_names: Names of the labels; null if there are none.
         context: Columns that belong to each code; left out of the file if there are none.
+        columns: The columns of the table that the codes are rows of.
         train, valid, test: The files of each split, in order.
     """
 
@@ -46,53 +48,18 @@ class CodeIndex(PartIndex):
     value_range: tuple[float, ...] | None = None
     label_names: tuple[str, ...] | None = None
     context: tuple[ContextColumn, ...] = ()
+    columns: tuple[Column, ...] = ()
     train: tuple[Part, ...] = ()
     valid: tuple[Part, ...] = ()
     test: tuple[Part, ...] = ()
 
+    @property
+    def log_volume(self) -> float:
+        """What turns a log-likelihood of codes, in nats, into one in the units of the table; 0 for other codes."""
+        return log_volume(self.columns)
+
     def _digests(self) -> list[str]:
         return [*super()._digests(), str(self.decoder_sha256)]
-
-
-class VectorMoments:
-    """Mean and variance of a stream of vectors, in float64, by the pairwise update of Chan, Golub and LeVeque (1979).
-
-    Example:
-        >>> moments = VectorMoments(1)
-        >>> moments.update(np.array([[1.0], [3.0]]))
-        >>> moments.mean.tolist(), moments.std.tolist()
-        ([2.0], [1.0])
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.mean = np.zeros(dim)
-        self._squares = np.zeros(dim)
-
-    def update(self, vectors: np.ndarray) -> None:
-        """Adds vectors with shape (n, D)."""
-        if len(vectors) == 0:
-            return
-        wide = vectors.astype(np.float64)
-        added = VectorMoments(len(self.mean))
-        added.count, added.mean = len(vectors), wide.mean(0)
-        added._squares = ((wide - added.mean) ** 2).sum(0)
-        self.merge(added)
-
-    def merge(self, other: VectorMoments) -> None:
-        """Adds the vectors of other moments; the same numbers as `update` with them gives."""
-        if other.count == 0:
-            return
-        delta = other.mean - self.mean
-        total = self.count + other.count
-        self._squares += other._squares + delta**2 * (self.count * other.count / total)
-        self.mean = self.mean + delta * (other.count / total)
-        self.count = total
-
-    @property
-    def std(self) -> np.ndarray:
-        """Population standard deviation (divisor n), with shape (D,)."""
-        return np.sqrt(self._squares / max(self.count, 1))
 
 
 def write_part(
@@ -148,6 +115,8 @@ class CodeReader(PartReader[CodeIndex]):
     def _impossible(self, index: CodeIndex) -> str:
         if index.dim < 1 or not len(index.mean) == len(index.std) == index.dim or min(index.std) < 0:
             return "dim, mean and std don't agree"
+        if index.columns and len(varying(index.columns)) != index.dim:
+            return "dim isn't that of its columns"
         if index.value_range is not None and len(index.value_range) != 2:
             return "value_range isn't a pair"
         return next((f"split {split} has no codes" for split in index.splits if not index.parts(split)), "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build
+from pipeline.storage.columns import Column
 from pipeline.storage.stores import current_store
 from pipeline.system.files import read_json, sha256_bytes, sha256_file, write_json
 
@@ -68,9 +70,12 @@ class PartIndex:
 
     Attributes:
         splits: Names of those fields.
+        columns: The columns of the table that the examples are rows of; empty for images and for vectors that no table gave.
     """
 
     splits: ClassVar[tuple[str, ...]] = SPLITS
+
+    columns: tuple[Column, ...]
 
     def parts(self, split: str) -> tuple[Part, ...]:
         """The files of a split, in order."""
@@ -91,14 +96,16 @@ class PartIndex:
         return sha256_bytes("\n".join(self._digests()).encode())
 
     def _digests(self) -> list[str]:
-        return [f"{part.name} {part.sha256}" for split in self.splits for part in self.parts(split)]
+        columns = [json.dumps(asdict(column), sort_keys=True) for column in self.columns]
+        return [*columns, *(f"{part.name} {part.sha256}" for split in self.splits for part in self.parts(split))]
 
     def as_json(self) -> dict[str, Any]:
         """The index as written to `index.json`."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        columns = values.pop("context", [])
-        values |= {"context": [vars(column) for column in columns]} if columns else {}
-        return values | {split: [vars(part) for part in self.parts(split)] for split in self.splits}
+        columns = {"columns": [asdict(column) for column in self.columns]} if values.pop("columns") else {}
+        context = values.pop("context", [])
+        columns |= {"context": [vars(column) for column in context]} if context else {}
+        return values | columns | {split: [vars(part) for part in self.parts(split)] for split in self.splits}
 
 
 def write_index(folder: str | Path, index: PartIndex) -> None:
@@ -203,6 +210,8 @@ class PartReader(Generic[Index]):
             if isinstance(error, FileNotFoundError) and current_store() is not None:
                 return  # the store is asked when it is read
             raise self._error(f"{path} can't be read ({error.strerror})") from None
+        if not path.is_file():
+            raise self._error(f"{path} isn't a regular file")
         if length != part.bytes:
             raise self._error(f"{path} has {length} bytes instead of {part.bytes}: truncated or changed")
 

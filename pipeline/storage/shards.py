@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, overload
 
 import numpy as np
 
+from pipeline.storage.columns import Column, varying
 from pipeline.storage.parts import SPLITS, Arrays, ContextColumn, Part, PartIndex, PartReader, part_name, part_of
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ class ShardIndex(PartIndex):
     Attributes:
         kind: `images` (uint8, or float32 in 0..1 for decoded samples) or `vectors` (float32).
         shape: Shape of an example: (C, H, W) or (D,).
-        dtype: `uint8` or `float32`.
+        dtype: `uint8`, `float32`, or `float64` for samples in the units of a table.
         value_range: Range that the pixels 0..255 are scaled to, (0, 1) or (-1, 1); null for vectors.
         label_names: Names of the labels; null if there are no labels or no names.
         context: Columns that belong to each example; left out of the file if there are none.
+        columns: The columns of the table that vectors are rows of.
         train, valid, test, samples: The shards of each split, in order.
     """
 
@@ -48,10 +50,11 @@ class ShardIndex(PartIndex):
 
     kind: Literal["images", "vectors"]
     shape: tuple[int, ...]
-    dtype: Literal["uint8", "float32"]
+    dtype: Literal["uint8", "float32", "float64"]
     value_range: tuple[float, ...] | None = None
     label_names: tuple[str, ...] | None = None
     context: tuple[ContextColumn, ...] = ()
+    columns: tuple[Column, ...] = ()
     train: tuple[Part, ...] = ()
     valid: tuple[Part, ...] = ()
     test: tuple[Part, ...] = ()
@@ -171,6 +174,8 @@ class ShardReader(PartReader[ShardIndex]):
         low, high = index.value_range if index.value_range and len(index.value_range) == 2 else (0.0, 0.0)
         if (low >= high) if index.kind == "images" else index.value_range is not None:
             return f"impossible value_range of {index.kind}"
+        if index.columns and index.shape != (len(index.columns if index.samples else varying(index.columns)),):
+            return "the shape isn't that of its columns"
         if not index.samples and not all(index.parts(split) for split in SPLITS):
             return "a split has no shards"
         return ""
@@ -270,7 +275,7 @@ class ShardReader(PartReader[ShardIndex]):
             raise self._error(f"{path}: {name} has type {header_dtype} and shape {header_shape}")
         # A copy: torch warns of read-only arrays.
         array = np.frombuffer(data, header_dtype, offset=stream.tell()).reshape(header_shape).copy()
-        if array.dtype == np.float32 and not np.isfinite(array).all():
+        if array.dtype in (np.float32, np.float64) and not np.isfinite(array).all():
             raise self._error(f"{path}: {name} aren't finite")
         return array
 

@@ -39,6 +39,7 @@ Purpose = Literal[
     "bootstrap of detections",
     "probes of a volume",
     "dry run of given networks",
+    "noise of new rows",
 ]
 
 

@@ -30,17 +30,16 @@ def complete(row: str, path: Path, draws: int | None, seed: int, output: Path | 
         from pipeline.settings import read_params
         from pipeline.storage.codes import CodeReader
         from pipeline.system.ranks import join
-        from stages.arrays import read_run
 
         params = read_params()
         settings = params.density(row)
-        if CodeReader(workspace.codes_folder(settings.codes)).index.decoder_sha256 is not None:
+        codes = CodeReader(workspace.codes_folder(settings.codes)).index
+        if codes.decoder_sha256 is not None:
             raise PipelineError(f"the data set '{settings.dataset}' holds images; only rows of vectors have columns to fill in")
         density = load_density(workspace.density_file(row)).to(join().device)
-        table = Incomplete(path, params.dataset(settings.dataset), density.dim)
+        table = Incomplete(path, params.dataset(settings.dataset), len(codes.columns) or density.dim)
         target = output or Path("data/completed") / f"{row}.csv"
-        means = read_run("prepare", settings.dataset).get("means", ())
-        write_completed(density, table, target, draws or 0, seed, means)
+        write_completed(density, table, target, draws or 0, seed, codes.columns)
         click.echo(
             f"complete {row}: {table.missing.sum()} missing values in {table.incomplete_rows} of {table.count} rows "
             f"{'drawn' if draws else 'became means of draws'}; table: {target}"

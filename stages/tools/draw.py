@@ -65,7 +65,7 @@ def draw(row: str, label: str | None, columns: tuple[str, ...], count: int, seed
                 f"densities.{row} isn't conditioned: leave out --label and --given, or give the row a `context`"
             )
         context = density.context.parse(words) if words and density.context is not None else None
-        drawn = draw_samples(density, decoder, count, seed, context=context)
+        drawn = draw_samples(density, decoder, count, seed, context=context, columns=codes.index.columns)
         if not np.isfinite(drawn.examples).all():
             raise PipelineError("samples aren't finite: the density has diverged; fit it with a lower learning_rate")
         from safetensors.numpy import save_file

@@ -65,6 +65,7 @@ def export(row: str, target: str | None, register: bool) -> None:
         from pipeline.errors import PipelineError
         from pipeline.settings import read_params
         from pipeline.storage.codes import CodeReader
+        from pipeline.storage.columns import save_columns
         from pipeline.system.files import atomic_folder, sha256_file, write_json, write_text
 
         settings = read_params().density(row)
@@ -85,6 +86,8 @@ def export(row: str, target: str | None, register: bool) -> None:
                 encoder = workspace.autoencoder_folder(settings.codes) / "encoder.safetensors"
                 Encoder.load(encoder)
                 shutil.copyfile(encoder, temporary / encoder.name)
+            if codes.index.columns:
+                save_columns(codes.index.columns, temporary / "columns.json")
             digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             write_json(temporary / "generator.json", {"row": row, "codes": codes.index.digest, "sha256": digests})
             write_text(temporary / "README.md", _readme(row, codes.decoder_path is not None))
@@ -93,8 +96,8 @@ def export(row: str, target: str | None, register: bool) -> None:
             from stages.tracking.client import Tracker
 
             tracker = Tracker(f"export {row}", {"stage": "export", "row": row}, {})
-            files = {file.stem: str(file.resolve()) for file in folder.glob("*.safetensors")}
-            files.pop("encoder", None)  # a served model only draws
+            served = ("density.safetensors", "decoder.safetensors", "columns.json")  # a served model only draws
+            files = {Path(name).stem: str((folder / name).resolve()) for name in served if (folder / name).is_file()}
             tracker.model(name=row, **files)
             if tracker.finish() is not None:
                 click.echo(f"registered as {tracker.registered}\n" + _serving(tracker.registered))

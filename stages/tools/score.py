@@ -60,14 +60,12 @@ def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bo
     from pipeline.system.files import atomic_file
     from pipeline.system.progress import Progress
     from pipeline.system.ranks import join
-    from stages.arrays import read_run
 
     params = read_params()
     settings = params.density(row)
     dataset = params.dataset(settings.dataset)
     reader = ShardReader(workspace.shards_folder(settings.dataset))
-    means = read_run("prepare", settings.dataset).get("means", ())
-    examples = open_examples(path, dataset, reader.index.shape, means)
+    examples = open_examples(path, dataset, reader.index.shape, reader.index.columns)
     scorer = load_scorer(
         workspace.density_file(row), workspace.autoencoder_folder(settings.codes), reader, join().device, manifold
     )

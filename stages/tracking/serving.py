@@ -1,4 +1,4 @@
-"""A trained generator as an MLflow model from code: density and decoder as safetensors, no pickle anywhere.
+"""A trained generator as an MLflow model from code: density and decoder as safetensors, columns as JSON, no pickle anywhere.
 
 MLflow copies this file into the model and runs it when the model is loaded. So the file defines the model and, at the end,
 registers it with MLflow. The machine that serves the model needs this project installed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import tempfile
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ VALUES = 4_000_000  # in all samples of one request; as numbers and JSON they ta
 SEEDS = 2**63
 
 
-def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame:
+def generate(density: Any, decoder: Any, requests: pd.DataFrame, columns: Sequence[Any] = ()) -> pd.DataFrame:
     """Samples for each request, one per row.
 
     Arguments:
@@ -29,10 +30,11 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
         decoder: Turns codes into images; None if codes are the data.
         requests: One request per row, with columns `count`, the number of samples, and `seed`. The same seed gives the same
             samples; without the column, or where it is null, they are others each time.
+        columns: Columns of the table that the codes are rows of, if any.
 
     Returns:
         Columns `request`, the number of the request's row; `sample`, the values of the sample as one list (of an image
-        C * H * W pixels in 0..1); and `shape`, the sample's shape.
+        C * H * W pixels in 0..1, of a table all columns in its units); and `shape`, the sample's shape.
 
     Raises:
         MlflowException: When a count or seed isn't a whole number in its range, or the samples have more than 4,000,000 values.
@@ -44,7 +46,7 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
     counts = list(requests["count"])
     given: list[Any] = list(requests["seed"]) if "seed" in requests else [None] * len(counts)
     seeds: list[Any] = [secrets.randbelow(SEEDS) if _is_null(seed) else seed for seed in given]
-    values = density.dim if decoder is None else math.prod(decoder.image_shape)
+    values = (len(columns) or density.dim) if decoder is None else math.prod(decoder.image_shape)
     whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in (*counts, *seeds))
     if not counts or not whole or min(counts) < 1 or min(seeds) < 0 or max(seeds) >= SEEDS:
         raise MlflowException.invalid_parameter_value(
@@ -56,7 +58,7 @@ def generate(density: Any, decoder: Any, requests: pd.DataFrame) -> pd.DataFrame
         )
     rows: list[dict[str, Any]] = []
     for number, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
-        samples = draw(density, decoder, int(count), int(seed)).examples
+        samples = draw(density, decoder, int(count), int(seed), columns=columns).examples
         shape = list(samples.shape[1:])
         rows += [{"request": number, "sample": sample.ravel().tolist(), "shape": shape} for sample in samples]
     return pd.DataFrame(rows)
@@ -67,7 +69,7 @@ def _is_null(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
 
-def log_model(run_id: str, name: str, density: str, decoder: str | None = None) -> str:
+def log_model(run_id: str, name: str, density: str, decoder: str | None = None, columns: str | None = None) -> str:
     """Logs a generator to a run and registers it.
 
     Arguments:
@@ -75,6 +77,7 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
         name: Name of the density's row, under which it is registered.
         density: Path of the density's safetensors file.
         decoder: Path of the decoder's, if any.
+        columns: Path of the file of the table's columns, if any.
 
     Returns:
         The model's address with its version, which `mlflow models serve -m` takes.
@@ -87,7 +90,7 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None) 
     # They are whole numbers. For others MLflow prints a stack trace, `generate` one line.
     inputs = Schema([ColSpec(AnyType(), "count"), ColSpec(AnyType(), "seed", required=False)])
     outputs = Schema([ColSpec("long", "request"), ColSpec(Array("double"), "sample"), ColSpec(Array("long"), "shape")])
-    files = {"density": density} | ({} if decoder is None else {"decoder": decoder})
+    files = {key: path for key, path in (("density", density), ("decoder", decoder), ("columns", columns)) if path is not None}
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="generator",
@@ -128,17 +131,19 @@ def _define() -> None:
         """Images, or codes without a decoder, for a count and a seed."""
 
         def load_context(self, context: Any) -> None:
-            """Reads density and decoder."""
+            """Reads density, decoder and columns."""
             from pipeline.autoencoders.common.network import Decoder
             from pipeline.densities import load_density
+            from pipeline.storage.columns import load_columns
 
-            decoder = context.artifacts.get("decoder")
+            decoder, columns = context.artifacts.get("decoder"), context.artifacts.get("columns")
             self.density = load_density(context.artifacts["density"])
             self.decoder = None if decoder is None else Decoder.load(decoder)
+            self.columns = () if columns is None else load_columns(Path(columns))
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
             """The samples; see `generate`."""
-            return generate(self.density, self.decoder, model_input)
+            return generate(self.density, self.decoder, model_input, self.columns)
 
     mlflow.models.set_model(Generator())
 

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.storage.columns import Column
 from pipeline.storage.parts import SPLITS, ContextColumn
 from pipeline.system.files import sha256_bytes
 
@@ -38,6 +39,7 @@ class Block:
         unreadable: One line per file of the range that can't be read and was skipped: its name and why.
         enlarged: Images that were enlarged from fewer pixels.
         dark: Images that are nearly black everywhere.
+        undisturbed: What `examples` were before noise was added, by which duplicates are found; None if there is no noise.
     """
 
     examples: np.ndarray
@@ -46,6 +48,7 @@ class Block:
     unreadable: tuple[str, ...] = ()
     enlarged: int = 0
     dark: int = 0
+    undisturbed: np.ndarray | None = None
 
 
 class Source(ABC):
@@ -59,7 +62,7 @@ class Source(ABC):
         context: Columns that belong to each example, for densities that are conditioned on them.
         split_origin: Description of where the split comes from; empty if the source's documentation says it.
         notes: Further remarks on how the data were read, one line each.
-        means: What was subtracted from each dimension of the vectors; empty for nothing.
+        columns: The columns of the table that vectors are rows of; empty for images and for vectors that no table gave.
         skipped: Number of files of each ending that isn't an image's, which were skipped.
     """
 
@@ -70,7 +73,7 @@ class Source(ABC):
     context: tuple[ContextColumn, ...] = ()
     split_origin: str = ""
     notes: tuple[str, ...] = ()
-    means: tuple[float, ...] = ()
+    columns: tuple[Column, ...] = ()
     skipped: Mapping[str, int] = types.MappingProxyType({})
 
     @abstractmethod
