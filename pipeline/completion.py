@@ -35,7 +35,7 @@ class Incomplete:
     Attributes:
         count: The number of rows.
         names: Names of the columns.
-        copied: Labels and groups by name, as text with shape (N,) each, where the file has them.
+        copied: Labels, groups and context columns by name, as text with shape (N,) each, where the file has them.
         missing: The number of missing values of each column, with shape (D,).
         incomplete_rows: The number of rows with a missing value.
 
@@ -45,7 +45,9 @@ class Incomplete:
 
     def __init__(self, path: Path, settings: DatasetSettings, dim: int) -> None:
         self.path, self._tensor, self._wanted = path, getattr(settings, "tensor", ""), getattr(settings, "columns", ())
-        extras = tuple(dict.fromkeys(name for key in ("labels", "groups") if (name := getattr(settings, key, ""))))
+        named = (getattr(settings, "labels", ""), getattr(settings, "groups", ""))
+        carried = (*getattr(settings, "categories", ()), *getattr(settings, "numbers", ()))
+        extras = tuple(dict.fromkeys(filter(None, (*named, *carried))))
         try:
             self._extras = extras
             self.copied = {name: self._table().text(name) for name in extras}

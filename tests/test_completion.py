@@ -155,6 +155,19 @@ def test_vectors_with_missing_values_name_the_command(tmp_path: Path) -> None:
         Incomplete(tmp_path / "rows.npy", settings, 3)
 
 
+def test_context_columns_are_no_dimensions(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,kind,b,age,fold\n1,x,,30,f\n,y,2,40,g\n")
+    values = {"source": "vectors", "root": "rows.csv", "categories": ["kind"], "numbers": ["age"], "groups": "fold"}
+    table = Incomplete(tmp_path / "rows.csv", build(vectors.Settings, values, "row"), 2)
+    assert table.names == ("a", "b")
+    assert table.missing.tolist() == [1, 1]
+    assert {name: list(column) for name, column in table.copied.items()} == {
+        "fold": ["f", "g"],
+        "kind": ["x", "y"],
+        "age": ["30", "40"],
+    }
+
+
 def test_whole_rows_cost_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     density = Gaussian(2)
     rows = np.array([[0.1, 0.2], [math.nan, 1.0], [math.nan, math.nan]])
