@@ -13,12 +13,12 @@ from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings
 from pipeline.sources.common.tables import Table, open_table
-from pipeline.storage.columns import Column, from_codes, to_codes, varying
+from pipeline.storage.columns import Column, from_codes, on_levels, to_codes, varying
 from pipeline.system.files import atomic_file
 from pipeline.system.progress import Progress
 from pipeline.system.streams import stream_seed
 
-__all__ = ["Incomplete", "complete_rows", "write_completed"]
+__all__ = ["MEAN_DRAWS", "Incomplete", "complete_rows", "complete_table", "means_of", "write_completed"]
 
 BLOCK_ROWS = 1024
 MEAN_DRAWS = 100  # behind each mean and spread
@@ -111,14 +111,54 @@ def complete_rows(density: Density, rows: np.ndarray, draws: int, seed: int = 0,
     return completed
 
 
+def complete_table(
+    density: Density, rows: np.ndarray, columns: Sequence[Column], draws: int, seed: int = 0, start: int = 0
+) -> np.ndarray:
+    """Rows of a table with their missing values drawn, in the table's units.
+
+    Arguments:
+        density: A density whose `has_given` is true.
+        rows: The rows, with shape (N, C), NaN where a value is missing.
+        columns: The columns of the table that the density was fitted to; empty if codes are the rows.
+        draws: How many times each row is completed, n.
+        seed: Seed of the draws.
+        start: The number of the first row.
+
+    Returns:
+        The completed rows, float64 with shape (n, N, C); observed values are those of `rows`, to the bit.
+    """
+    dims = varying(columns) or list(range(density.dim))
+    dimensions = [columns[number] if columns else Column(name=str(number)) for number in dims]
+    codes = complete_rows(density, to_codes(dimensions, rows[:, dims]), draws, seed, start)  # (n, N, D)
+    drawn = from_codes(columns, codes.reshape(-1, len(dims))).reshape(draws, len(rows), -1)
+    return np.where(np.isnan(rows), drawn, rows)
+
+
+def means_of(completed: np.ndarray, rows: np.ndarray, columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
+    """Means of draws in place of missing values, on the nearest level of columns that have levels, and the draws' spread.
+
+    Arguments:
+        completed: The draws, with shape (n, N, C), as `complete_table` gives them.
+        rows: The rows, with shape (N, C), NaN where a value is missing.
+        columns: The columns of the table; empty if codes are the rows.
+
+    Returns:
+        The rows with means, and the standard deviations of the draws, NaN where a value was there, each with shape (N, C).
+    """
+    missing = np.isnan(rows)
+    means = on_levels(columns, completed.mean(axis=0))
+    return np.where(missing, means, rows), np.where(missing, completed.std(axis=0, ddof=1), np.nan)
+
+
 def write_completed(
     density: Density, table: Incomplete, output: Path, draws: int = 0, seed: int = 0, columns: Sequence[Column] = ()
 ) -> None:
     """Writes a table without missing values, as `.csv`.
 
     With draws, each row is written so many times; the columns `row` and `draw` hold its number and that of the draw. Without,
-    each row is written once, and the means of 100 draws take the place of missing values. Then each column with missing values
-    has another one, `NAME spread`: the standard deviation of these draws, or nothing where a value was there.
+    each row is written once, and the means of 100 draws take the place of missing values, rounded to the nearest level of a
+    dequantised column. Then each column with missing values has another one, `NAME spread`: the standard deviation of these
+    draws, or nothing where a value was there.
 
     Arguments:
         density: The density of the rows.
@@ -131,26 +171,21 @@ def write_completed(
     Raises:
         PipelineError: When the family can't predict some dimensions from others.
     """
-    dims, gaps = varying(columns) or list(range(density.dim)), np.flatnonzero(table.missing)
-    dimensions = [columns[number] if columns else Column(name=table.names[number]) for number in dims]
+    gaps = np.flatnonzero(table.missing)
     spreads = [] if draws else [f"{table.names[column]} spread" for column in gaps]
     with atomic_file(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*(["row", "draw"] if draws else []), *table.copied, *table.names, *spreads])
         with Progress(table.count, f"completing {table.path.name}", unit="rows") as progress:
             for start, rows in table.blocks():
-                missing = np.isnan(rows)
-                incomplete = to_codes(dimensions, rows[:, dims])
-                codes = complete_rows(density, incomplete, draws or MEAN_DRAWS, seed, start)  # (n, N, D)
-                drawn = from_codes(columns, codes.reshape(-1, len(dims))).reshape(*codes.shape[:2], -1)
-                for i, row in enumerate(rows):
+                completed = complete_table(density, rows, columns, draws or MEAN_DRAWS, seed, start)  # (n, N, C)
+                means, deviations = means_of(completed, rows, columns) if not draws else (rows, rows)
+                for i in range(len(rows)):
                     copied = [texts[start + i] for texts in table.copied.values()]
                     if draws:
-                        values = np.where(missing[i], drawn[:, i], row)  # observed ones to the bit
-                        writer.writerows([start + i, number, *copied, *_cells(one)] for number, one in enumerate(values))
-                        continue
-                    spread = np.where(missing[i], drawn[:, i].std(axis=0, ddof=1), np.nan)[gaps]
-                    writer.writerow([*copied, *_cells(np.where(missing[i], drawn[:, i].mean(axis=0), row)), *_cells(spread)])
+                        writer.writerows([start + i, n, *copied, *_cells(values)] for n, values in enumerate(completed[:, i]))
+                    else:
+                        writer.writerow([*copied, *_cells(means[i]), *_cells(deviations[i, gaps])])
                 progress.advance(len(rows))
 
 

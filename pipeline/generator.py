@@ -1,29 +1,37 @@
-"""A trained generator in Python: draws images, encodes and decodes them, and says how likely they are."""
+"""A trained generator in Python: draws images, encodes and decodes them, completes rows, and says how likely examples are."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from pipeline.autoencoders.common.network import Decoder, Encoder
+from pipeline.completion import MEAN_DRAWS, complete_table, means_of
 from pipeline.densities import Density, load_density
+from pipeline.densities.common.context import LABELS
+from pipeline.detection import Scorer, strange
 from pipeline.errors import DataError, PipelineError
-from pipeline.sampling import draw
+from pipeline.evaluation.detection import Calibration
+from pipeline.sampling import Samples, draw
 from pipeline.settings import read_params
 from pipeline.storage.codes import CodeReader
 from pipeline.storage.columns import Column, from_codes, load_columns, log_volume, to_codes, varying
 from pipeline.storage.shards import from_unit, to_unit
+from pipeline.system.streams import stream
 
-__all__ = ["Generator", "Scores"]
+__all__ = ["Generator", "Scores", "Strangeness", "save_calibration"]
 
 COLUMNS = "columns.json"  # of an exported table
+CALIBRATION = "calibration.safetensors"  # of an export: what validation examples score
 AT_ONCE = 250  # images in memory on the way through the networks
 FILES = {"density": "density.safetensors", "decoder": "decoder.safetensors", "encoder": "encoder.safetensors"}
 
@@ -40,6 +48,18 @@ class Scores(NamedTuple):
     squared_error: NDArray[np.float64]
 
 
+class Strangeness(NamedTuple):
+    """How strange examples are compared with validation examples, each with shape (n,).
+
+    Attributes:
+        strangeness: Log-likelihood and reconstruction error, joined, in nats: larger is stranger.
+        p_value: Share of validation examples that are at least as strange; an outlier's is at most the share of false alarms.
+    """
+
+    strangeness: NDArray[np.float64]
+    p_value: NDArray[np.float64]
+
+
 class Generator:
     """A density of codes, with the networks between codes and images.
 
@@ -51,6 +71,7 @@ class Generator:
         decoder: From codes to images; None if codes are the data.
         encoder: From images to codes; None if codes are the data, or if it is only to draw.
         columns: Columns of the table that the codes are rows of; examples are then its rows, in its units.
+        calibration: What validation examples score, which strangeness is compared with; None if it isn't known.
 
     Example:
         >>> from pipeline.densities import LatentDensityEstimator
@@ -66,11 +87,13 @@ class Generator:
         decoder: Decoder | None = None,
         encoder: Encoder | None = None,
         columns: Sequence[Column] = (),
+        calibration: Calibration | None = None,
     ) -> None:
         for network in (decoder, encoder):
             if network is not None and network.latent_dim != density.dim:
                 raise DataError(f"the density is of {density.dim} numbers per code, the autoencoder of {network.latent_dim}")
         self.density, self.decoder, self.encoder, self.columns = density, decoder, encoder, tuple(columns)
+        self.calibration = calibration
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
@@ -85,10 +108,13 @@ class Generator:
         """
         folder = Path(source)
         columns: tuple[Column, ...] = ()
+        calibration: Calibration | None = None
         if (folder / FILES["density"]).is_file():
             paths = {name: folder / file for name, file in FILES.items()}
             if (folder / COLUMNS).is_file():
                 columns = load_columns(folder / COLUMNS)
+            if (folder / CALIBRATION).is_file():
+                calibration = _load_calibration(folder / CALIBRATION)
         elif Path("params.yaml").is_file():
             row = str(source)
             codes = read_params().density(row).codes
@@ -110,17 +136,37 @@ class Generator:
             Decoder.load(paths["decoder"], device) if paths["decoder"].is_file() else None,
             Encoder.load(paths["encoder"], device) if paths["encoder"].is_file() else None,
             columns,
+            calibration,
         )
 
-    def sample(self, n: int, seed: int | None = None) -> NDArray[np.float32]:
+    def sample(
+        self, n: int, seed: int | None = None, label: str | int | None = None, context: Mapping[str, str | float] | None = None
+    ) -> NDArray[np.float32]:
         """Draws examples: images (n, C, H, W) in 0..1, rows of a table (n, columns), in float64 if need be, or codes (n, D).
 
         Arguments:
             n: Number of samples.
             seed: The same seed gives the same samples; None draws others each time.
+            label: Label of all samples, by its name, of a density with `context: labels`. By default labels are drawn at the
+                frequencies of the training codes, as are all contexts.
+            context: Values of other columns of the density's context, by name.
+
+        Raises:
+            DataError: When the density isn't conditioned.
+            SettingsError: When no training code has the label, or a column of the context is missing or unknown.
         """
+        return self.draw(n, seed, label, context).examples
+
+    def draw(
+        self, n: int, seed: int | None = None, label: str | int | None = None, context: Mapping[str, str | float] | None = None
+    ) -> Samples:
+        """Draws examples with their codes and contexts; arguments and errors are those of `sample`."""
         seed = secrets.randbits(62) if seed is None else seed
-        return draw(self.density, self.decoder, n, seed, columns=self.columns)[0]
+        words = {name: str(value) for name, value in (context or {}).items()} | ({} if label is None else {LABELS: str(label)})
+        if words and self.density.context is None:
+            raise DataError("this density isn't conditioned on labels or other columns: leave out label and context")
+        chosen = self.density.context.parse(words) if words and self.density.context is not None else None
+        return draw(self.density, self.decoder, n, seed, context=chosen, columns=self.columns)
 
     @torch.no_grad()
     def encode(self, images: ArrayLike) -> NDArray[np.float32]:
@@ -170,20 +216,75 @@ class Generator:
         scores = self.density.log_prob(torch.from_numpy(codes).to(self.density.shift.device)).detach()
         return Scores(scores.double().cpu().numpy(), errors)
 
+    def strangeness(self, examples: ArrayLike) -> Strangeness:
+        """How strange examples are, as `python -m stages score` says.
+
+        Raises:
+            DataError: When it isn't known what validation examples score: the folder was exported without.
+            PipelineError: When the density has no likelihood.
+        """
+        if self.calibration is None:
+            raise DataError("it isn't known how strange validation examples are: export the row again, and load that folder")
+        given = self._rows(examples, noisy=True) if self.decoder is None else torch.cat(self._images(examples)).cpu().numpy()
+        value_range = (0.0, 1.0) if self.decoder is None else self.decoder.value_range
+        scorer = Scorer(self.density, self.encoder, self.decoder, value_range, log_volume=log_volume(self.columns))
+        parts = [strange(scorer(given[start : start + AT_ONCE])) for start in range(0, len(given), AT_ONCE)]
+        joined = self.calibration.join({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        return Strangeness(joined, self.calibration.p_values(joined))
+
+    def complete(self, rows: ArrayLike, draws: int, seed: int = 0) -> NDArray[np.float64]:
+        """Rows with their missing values drawn, given the others.
+
+        Arguments:
+            rows: Rows of a table in its units, or codes, with shape (n, columns), NaN where a value is missing.
+            draws: How many times each row is completed.
+            seed: Seed of the draws.
+
+        Returns:
+            The completed rows, with shape (draws, n, columns).
+
+        Raises:
+            DataError: When examples are images, or rows have another shape or infinite values.
+            PipelineError: When the family can't predict some dimensions from others.
+        """
+        return complete_table(self.density, self._incomplete(rows), self.columns, draws, seed)
+
+    def complete_by_means(self, rows: ArrayLike, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Rows with the means of 100 draws in place of missing values, and the draws' standard deviations, NaN elsewhere.
+
+        Arguments and errors are those of `complete`; both results have shape (n, columns).
+        """
+        values = self._incomplete(rows)
+        return means_of(complete_table(self.density, values, self.columns, MEAN_DRAWS, seed), values, self.columns)
+
+    def _incomplete(self, rows: ArrayLike) -> NDArray[np.float64]:
+        """Rows of a table with missing values."""
+        if self.decoder is not None:
+            raise DataError("only rows of a table can be completed, not images")
+        values = np.asarray(rows, dtype=np.float64)
+        expected = len(self.columns) or self.density.dim
+        if values.ndim != 2 or values.shape[1] != expected:
+            raise DataError(f"rows have shape {values.shape}, expected (n, {expected})")
+        with np.errstate(over="ignore"):
+            if np.isinf(values.astype(np.float32)).any():
+                raise DataError("a value is infinite in float32")
+        return values
+
     def _codes(self, codes: ArrayLike) -> NDArray[np.float32]:
         values = np.asarray(codes, dtype=np.float32)
         if values.ndim != 2 or values.shape[1] != self.density.dim:
             raise DataError(f"codes have shape {values.shape}, expected (n, {self.density.dim})")
         return values
 
-    def _rows(self, rows: ArrayLike) -> NDArray[np.float32]:
-        """Codes of the rows of a table."""
+    def _rows(self, rows: ArrayLike, noisy: bool = False) -> NDArray[np.float32]:
+        """Codes of the rows of a table; with noise on dequantised columns, as validation rows have it."""
         if not self.columns:
             return self._codes(rows)
         values, chosen = np.asarray(rows, dtype=np.float64), varying(self.columns)
         if values.ndim != 2 or values.shape[1] != len(self.columns):
             raise DataError(f"rows have shape {values.shape}, expected (n, {len(self.columns)})")
-        return to_codes([self.columns[number] for number in chosen], values[:, chosen])
+        noise = stream("noise of new rows", 0).random((len(values), len(chosen))) if noisy else None
+        return to_codes([self.columns[number] for number in chosen], values[:, chosen], noise)
 
     def _images(self, images: ArrayLike) -> tuple[torch.Tensor, ...]:
         """Images in 0..1, some at a time, where the networks are."""
@@ -195,3 +296,16 @@ class Generator:
             raise DataError(f"images have shape {values.shape}, expected (n, {', '.join(map(str, self.decoder.image_shape))})")
         parts: tuple[torch.Tensor, ...] = torch.from_numpy(values).to(self.density.shift.device).split(AT_ONCE)
         return parts
+
+
+def save_calibration(scores: Mapping[str, NDArray[np.float64]], path: Path) -> None:
+    """Writes what validation examples score, by score, each with shape (N,)."""
+    save_file({name: np.ascontiguousarray(values) for name, values in scores.items()}, path)
+
+
+def _load_calibration(path: Path) -> Calibration:
+    try:
+        scores = load_file(path)
+        return Calibration(strange({name: values.astype(np.float64) for name, values in scores.items()}))
+    except (OSError, SafetensorError, ValueError, PipelineError) as error:
+        raise DataError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); export the row again") from None

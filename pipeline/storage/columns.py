@@ -29,7 +29,17 @@ from pipeline.errors import DataError, SettingsError
 from pipeline.settings import build, check_that
 from pipeline.system.files import read_json, write_json
 
-__all__ = ["Column", "VectorMoments", "from_codes", "load_columns", "log_volume", "save_columns", "to_codes", "varying"]
+__all__ = [
+    "Column",
+    "VectorMoments",
+    "from_codes",
+    "load_columns",
+    "log_volume",
+    "on_levels",
+    "save_columns",
+    "to_codes",
+    "varying",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +116,22 @@ def from_codes(columns: Sequence[Column], codes: np.ndarray) -> np.ndarray:
             rows[:, number] = column.constant
             continue
         rows[:, number] = column.shift + column.scale * codes[:, dimension].astype(np.float64)
+        dimension += 1
+    return on_levels(columns, rows)
+
+
+def on_levels(columns: Sequence[Column], rows: np.ndarray) -> np.ndarray:
+    """Rows (n, C) with the values of columns that have levels on the nearest one.
+
+    Example:
+        >>> on_levels([Column(name="die", levels=(1.0, 2.0, 4.0)), Column(name="x")], np.array([[2.9, 0.5]])).tolist()
+        [[2.0, 0.5]]
+    """
+    rows = rows.copy()
+    for number, column in enumerate(columns):
         if column.levels:
             levels = np.array(column.levels)
             rows[:, number] = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, rows[:, number])]
-        dimension += 1
     return rows
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from typing import TYPE_CHECKING
 
 import click
 
 from stages import workspace
 from stages.run import one_line_errors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipeline.settings import DensitySettings
 
 NEXT = """in Python:
     from pipeline.generator import Generator
@@ -16,7 +22,7 @@ NEXT = """in Python:
 PORT = 5001  # the interface of MLflow takes 5000
 
 
-def _readme(row: str, images: bool) -> str:
+def _readme(row: str, images: bool, calibrated: bool) -> str:
     """How to use the exported folder."""
     use = f"""\
 # {row}
@@ -30,9 +36,9 @@ from pipeline.generator import Generator
 generator = Generator.load(".")  # this folder
 samples = generator.sample(16, seed=0)
 scores = generator.score(samples)
-```
-
-"""
+{"strangeness, p_values = generator.strangeness(samples)  # compared with validation examples" if calibrated else ""}
+""".rstrip()
+    use += "\n```\n\n"
     shape = "`samples` has shape (16, C, H, W), in 0..1; `encode` and `decode` give codes and images." if images else ""
     return use + f"{shape} `log_prob` is in nats, of the codes.\n".lstrip()
 
@@ -46,6 +52,25 @@ def _serving(model: str) -> str:
         f"--port {PORT}\n    curl http://127.0.0.1:{PORT}/invocations -H 'Content-Type: application/json' "
         """-d '{"dataframe_records": [{"count": 4}]}'"""
     )
+
+
+def _calibrate(row: str, settings: DensitySettings, folder: Path) -> bool:
+    """Puts the scores of validation examples into the folder, so that others can be compared with them; whether it could."""
+    from pipeline.densities import load_density
+    from pipeline.detection import calibrated, load_scorer
+    from pipeline.generator import CALIBRATION, save_calibration
+    from pipeline.storage.shards import ShardReader
+
+    shards = workspace.shards_folder(settings.dataset)
+    if not load_density(workspace.density_file(row)).has_marginal:
+        return False  # it can't score
+    if not (shards / "index.json").is_file():
+        click.echo(f"without {shards} scores come without p-values; `dvc repro prepare@{settings.dataset}` makes it", err=True)
+        return False
+    reader = ShardReader(shards)
+    scorer = load_scorer(workspace.density_file(row), workspace.autoencoder_folder(settings.codes), reader)
+    save_calibration(calibrated(scorer, reader)[1], folder / CALIBRATION)
+    return True
 
 
 @click.command("export")
@@ -88,16 +113,15 @@ def export(row: str, target: str | None, register: bool) -> None:
                 shutil.copyfile(encoder, temporary / encoder.name)
             if codes.index.columns:
                 save_columns(codes.index.columns, temporary / "columns.json")
+            calibrated = _calibrate(row, settings, temporary)
             digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             write_json(temporary / "generator.json", {"row": row, "codes": codes.index.digest, "sha256": digests})
-            write_text(temporary / "README.md", _readme(row, codes.decoder_path is not None))
+            write_text(temporary / "README.md", _readme(row, codes.decoder_path is not None, calibrated))
         click.echo(f"exported to {folder}\n" + NEXT.format(folder=folder))
         if register:
             from stages.tracking.client import Tracker
 
             tracker = Tracker(f"export {row}", {"stage": "export", "row": row}, {})
-            served = ("density.safetensors", "decoder.safetensors", "columns.json")  # a served model only draws
-            files = {Path(name).stem: str((folder / name).resolve()) for name in served if (folder / name).is_file()}
-            tracker.model(name=row, **files)
+            tracker.model(name=row, folder=str(folder.resolve()))
             if tracker.finish() is not None:
                 click.echo(f"registered as {tracker.registered}\n" + _serving(tracker.registered))

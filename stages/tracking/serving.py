@@ -1,4 +1,4 @@
-"""A trained generator as an MLflow model from code: density and decoder as safetensors, columns as JSON, no pickle anywhere.
+"""A trained generator as an MLflow model from code: density and networks as safetensors, columns as JSON, no pickle anywhere.
 
 MLflow copies this file into the model and runs it when the model is loaded. So the file defines the model and, at the end,
 registers it with MLflow. The machine that serves the model needs this project installed.
@@ -6,78 +6,68 @@ registers it with MLflow. The machine that serves the model needs this project i
 
 from __future__ import annotations
 
-import math
-import secrets
 import tempfile
-from collections.abc import Sequence
-from numbers import Integral
+import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-__all__ = ["generate", "log_model"]
-
-VALUES = 4_000_000  # in all samples of one request; as numbers and JSON they take about 300 MB
-SEEDS = 2**63
+__all__ = ["log_model", "predicted"]
 
 
-def generate(density: Any, decoder: Any, requests: pd.DataFrame, columns: Sequence[Any] = ()) -> pd.DataFrame:
-    """Samples for each request, one per row.
+def predicted(generator: Any, requests: pd.DataFrame, limits: Any = None) -> pd.DataFrame:
+    """What a generator answers to a table of requests; see `pipeline.serving.answer`.
 
     Arguments:
-        density: The density of the codes.
-        decoder: Turns codes into images; None if codes are the data.
-        requests: One request per row, with columns `count`, the number of samples, and `seed`. The same seed gives the same
-            samples; without the column, or where it is null, they are others each time.
-        columns: Columns of the table that the codes are rows of, if any.
-
-    Returns:
-        Columns `request`, the number of the request's row; `sample`, the values of the sample as one list (of an image
-        C * H * W pixels in 0..1, of a table all columns in its units); and `shape`, the sample's shape.
+        generator: The generator.
+        requests: One request per row, one key per column.
+        limits: What they may ask for, at most.
 
     Raises:
-        MlflowException: When a count or seed isn't a whole number in its range, or the samples have more than 4,000,000 values.
+        MlflowException: When a request can't be answered, with the status 400 and one line; for any other error 500.
     """
+    from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+
+    from pipeline.errors import PipelineError
+    from pipeline.serving import answer
+
+    try:
+        return pd.DataFrame(answer(generator, _records(requests), limits))
+    except PipelineError as error:
+        raise _refusal(str(error), INVALID_PARAMETER_VALUE) from None
+    except Exception:
+        traceback.print_exc()
+        raise _refusal("the server failed; its log says why", INTERNAL_ERROR) from None
+
+
+def _records(requests: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as mappings. In a column with empty cells pandas holds whole numbers as floats."""
+    columns: dict[str, list[Any]] = {str(name): list(requests[name]) for name in requests}
+    for name, column in requests.items():
+        if column.dtype.kind == "f" and column.isna().any():
+            columns[str(name)] = [int(value) if value.is_integer() else value for value in map(float, column)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _refusal(line: str, code: int) -> Exception:
+    """An exception whose message stays this line: MLflow's server would put the whole request before it."""
     from mlflow.exceptions import MlflowException
 
-    from pipeline.sampling import draw
+    class Refusal(MlflowException):
+        message = property(lambda self: line, lambda self, value: None)
 
-    counts = list(requests["count"])
-    given: list[Any] = list(requests["seed"]) if "seed" in requests else [None] * len(counts)
-    seeds: list[Any] = [secrets.randbelow(SEEDS) if _is_null(seed) else seed for seed in given]
-    values = (len(columns) or density.dim) if decoder is None else math.prod(decoder.image_shape)
-    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in (*counts, *seeds))
-    if not counts or not whole or min(counts) < 1 or min(seeds) < 0 or max(seeds) >= SEEDS:
-        raise MlflowException.invalid_parameter_value(
-            "count must be a whole number, at least 1, and seed a whole number in 0..2^63 - 1, null or left out"
-        )
-    if sum(map(int, counts)) * values > VALUES:
-        raise MlflowException.invalid_parameter_value(
-            f"count must be at most {VALUES // values} in all, of {values} values each"
-        )
-    rows: list[dict[str, Any]] = []
-    for number, (count, seed) in enumerate(zip(counts, seeds, strict=True)):
-        samples = draw(density, decoder, int(count), int(seed), columns=columns).examples
-        shape = list(samples.shape[1:])
-        rows += [{"request": number, "sample": sample.ravel().tolist(), "shape": shape} for sample in samples]
-    return pd.DataFrame(rows)
+    return Refusal(line, error_code=code)
 
 
-def _is_null(value: Any) -> bool:
-    """Whether a cell of a request is empty; a column with empty cells may hold floats."""
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
-
-
-def log_model(run_id: str, name: str, density: str, decoder: str | None = None, columns: str | None = None) -> str:
+def log_model(run_id: str, name: str, folder: str) -> str:
     """Logs a generator to a run and registers it.
 
     Arguments:
         run_id: The run that it's logged to.
         name: Name of the density's row, under which it is registered.
-        density: Path of the density's safetensors file.
-        decoder: Path of the decoder's, if any.
-        columns: Path of the file of the table's columns, if any.
+        folder: What `python -m stages export` wrote.
 
     Returns:
         The model's address with its version, which `mlflow models serve -m` takes.
@@ -87,23 +77,27 @@ def log_model(run_id: str, name: str, density: str, decoder: str | None = None, 
     from mlflow.types import ColSpec, Schema
     from mlflow.types.schema import AnyType, Array
 
-    # They are whole numbers. For others MLflow prints a stack trace, `generate` one line.
-    inputs = Schema([ColSpec(AnyType(), "count"), ColSpec(AnyType(), "seed", required=False)])
-    outputs = Schema([ColSpec("long", "request"), ColSpec(Array("double"), "sample"), ColSpec(Array("long"), "shape")])
-    files = {key: path for key, path in (("density", density), ("decoder", decoder), ("columns", columns)) if path is not None}
+    from pipeline.serving import KEYS, Limits
+
+    # Of any type, and none required: what is wrong is said by `answer` in one line, and by MLflow with a stack trace.
+    keys = dict.fromkeys(("query", *(key for keys in KEYS.values() for key in keys)))
+    inputs = Schema([ColSpec(AnyType(), key, required=False) for key in keys])
+    outputs: list[Any] = [ColSpec("long", "request"), ColSpec(Array("double"), "sample", required=False)]
+    outputs += [ColSpec("double", key, required=False) for key in ("log_likelihood", "reconstruction_error", "strangeness")]
     with mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name="generator",
             python_model=str(Path(__file__).resolve()),
-            artifacts={key: Path(path).resolve().as_uri() for key, path in files.items()},
-            signature=ModelSignature(inputs, outputs),
+            artifacts={"generator": Path(folder).resolve().as_uri()},
+            signature=ModelSignature(inputs, Schema(outputs)),
             input_example=pd.DataFrame({"count": [2], "seed": [0]}),
             registered_model_name=name,
             pip_requirements=[],
+            model_config=asdict(Limits()),
             metadata={"row": name},
         )
     _forget_paths(info)
-    about = f"Samples of the row `{name}`: a request of `count` and `seed` gives one row per sample, with its shape."
+    about = f"Generator of the row `{name}`: draws samples, scores examples, and completes rows; docs/running.md has requests."
     mlflow.MlflowClient().update_model_version(name, str(info.registered_model_version), description=about)
     return f"models:/{name}/{info.registered_model_version}"
 
@@ -127,25 +121,23 @@ def _define() -> None:
     """Registers the model with MLflow."""
     import mlflow
 
-    class Generator(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
-        """Images, or codes without a decoder, for a count and a seed."""
+    class Served(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+        """Answers requests; its configuration holds their limits."""
 
         def load_context(self, context: Any) -> None:
-            """Reads density, decoder and columns."""
-            from pipeline.autoencoders.common.network import Decoder
-            from pipeline.densities import load_density
-            from pipeline.storage.columns import load_columns
+            """Reads the generator and the limits."""
+            from pipeline.generator import Generator
+            from pipeline.serving import Limits
+            from pipeline.settings import build
 
-            decoder, columns = context.artifacts.get("decoder"), context.artifacts.get("columns")
-            self.density = load_density(context.artifacts["density"])
-            self.decoder = None if decoder is None else Decoder.load(decoder)
-            self.columns = () if columns is None else load_columns(Path(columns))
+            self.generator = Generator.load(context.artifacts["generator"])
+            self.limits = build(Limits, context.model_config or {}, "model_config")
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-            """The samples; see `generate`."""
-            return generate(self.density, self.decoder, model_input, self.columns)
+            """See `predicted`."""
+            return predicted(self.generator, model_input, self.limits)
 
-    mlflow.models.set_model(Generator())
+    mlflow.models.set_model(Served())
 
 
 if __name__ not in ("stages.tracking.serving", "__main__"):  # MLflow runs this file under another name
