@@ -142,6 +142,7 @@ INSTEAD = {
     "python -m stages complete my-codes-gmm holes.csv --draws 10": "python -m stages complete --help",
     "python -m stages draw digits-iae-lde-labels --label 7 --count 64 --seed 1 --output data/exports/sevens":
         "python -m stages draw digits-iae-lde --count 4 --seed 1 --output data/exports/sevens",
+    "python -m stages export digits-iae-lde --format onnx": "python -m stages export --help",  # tests/test_portable.py runs it
     "dvc remote add -d store s3://bucket/path": "dvc remote add -d store ../store",
     # tests/test_ranks.py trains with it.
     "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29500 -m stages train digits-iae":

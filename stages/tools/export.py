@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,8 +13,7 @@ from stages import workspace
 from stages.run import one_line_errors
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from pipeline.generator import Generator
     from pipeline.settings import DensitySettings
 
 NEXT = """in Python:
@@ -73,47 +73,127 @@ def _calibrate(row: str, settings: DensitySettings, folder: Path) -> bool:
     return True
 
 
+def _copy(row: str, settings: DensitySettings, folder: Path) -> bool:
+    """Puts the files of a generator into a folder; whether it knows what validation examples score."""
+    from pipeline.autoencoders.common.network import Decoder, Encoder
+    from pipeline.errors import PipelineError
+    from pipeline.storage.codes import CodeReader
+    from pipeline.storage.columns import save_columns
+
+    codes = CodeReader(workspace.codes_folder(settings.codes))
+    shutil.copyfile(workspace.density_file(row), folder / "density.safetensors")
+    if codes.decoder_path is not None:
+        if codes.decoder_path.suffix == ".onnx":
+            raise PipelineError("its decoder is an ONNX file, which is portable as it is; export is for decoders trained here")
+        Decoder.load(codes.decoder_path)
+        shutil.copyfile(codes.decoder_path, folder / "decoder.safetensors")
+        encoder = workspace.autoencoder_folder(settings.codes) / "encoder.safetensors"
+        Encoder.load(encoder)
+        shutil.copyfile(encoder, folder / encoder.name)
+    if codes.index.columns:
+        save_columns(codes.index.columns, folder / "columns.json")
+    return _calibrate(row, settings, folder)
+
+
+def _write_onnx(row: str, settings: DensitySettings, folder: Path) -> None:
+    """Writes ONNX files and how to use them."""
+    from tempfile import TemporaryDirectory
+
+    from pipeline.densities import load_density
+    from pipeline.generator import COLUMNS, Generator
+    from pipeline.portable import context_titles, score_network, write_onnx
+    from pipeline.system.files import write_json, write_text
+
+    score_network(load_density(workspace.density_file(row)))  # refuses before anything is computed
+    with TemporaryDirectory() as scratch:
+        _copy(row, settings, Path(scratch))
+        generator = Generator.load(scratch)
+        differences = write_onnx(generator, folder)
+        if (Path(scratch) / COLUMNS).is_file():
+            shutil.copyfile(Path(scratch) / COLUMNS, folder / COLUMNS)
+    titles = context_titles(generator.density)
+    about = {"row": row, "largest_difference": differences} | ({"log_joint": titles} if titles else {})
+    write_json(folder / "generator.json", about)
+    write_text(folder / "README.md", _onnx_readme(row, generator))
+
+
+def _onnx_readme(row: str, generator: Generator) -> str:
+    """How to use a folder of ONNX files."""
+    plain = all(column.plain for column in generator.columns)
+    taken = (
+        ("codes", f"({generator.density.dim},)", "float32") if plain else ("rows", f"({len(generator.columns)},)", "float64")
+    )
+    lines = [
+        f"# {row}",
+        "",
+        "ONNX files, for any runtime; the batch may have any length. Images are float32 in 0..1, with shape (N, C, H, W).",
+        "",
+        "| file | from | to |",
+        "|---|---|---|",
+        f"| `log_prob.onnx` | `{taken[0]}`, {taken[2]} with shape (N, {taken[1][1:-2]}) | `log_prob` (N,), in nats |",
+    ]
+    if generator.density.context is not None:
+        lines[-1] = lines[-1][:-2] + ", and `log_joint` (N, M), joint with each context of `generator.json` |"
+    if generator.decoder is not None:
+        lines += ["| `encoder.onnx` | `images` | `codes` |", "| `decoder.onnx` | `codes` | `images` |"]
+    return (
+        "\n".join(lines)
+        + f"""
+
+With `pip install onnxruntime`:
+
+```python
+import numpy as np
+import onnxruntime
+
+score = onnxruntime.InferenceSession("log_prob.onnx")
+{taken[0]} = np.ones((5, *{taken[1]}), np.{taken[2]})
+log_prob = score.run(["log_prob"], {{"{taken[0]}": {taken[0]}}})[0]
+```
+"""
+    )
+
+
 @click.command("export")
 @click.argument("row", metavar="NAME")
 @click.option("--to", "target", default=None, help="Folder for the generator.  [default: data/exports/NAME]")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["safetensors", "onnx"]),
+    default="safetensors",
+    show_default=True,
+    help="`onnx` writes encoder, decoder and the log-likelihood for other runtimes, in data/exports/NAME-onnx.",
+)
 @click.option("--register/--no-register", default=True, help="Whether to log the generator to MLflow and register it there.")
-def export(row: str, target: str | None, register: bool) -> None:
+def export(row: str, target: str | None, form: str, register: bool) -> None:
     """Copy a trained generator (density, decoder, encoder) into one folder, and register it as a model with MLflow.
 
     NAME is a row of `densities`. `pipeline.generator.Generator.load` reads the folder. The last lines say how to use both.
+    With --format onnx, each file is compared with the library's numbers, and nothing is registered.
     """
     with one_line_errors(f"export {row}"):
-        from pathlib import Path
-
-        from pipeline.autoencoders.common.network import Decoder, Encoder
         from pipeline.densities import load_density
         from pipeline.errors import PipelineError
         from pipeline.settings import read_params
         from pipeline.storage.codes import CodeReader
-        from pipeline.storage.columns import save_columns
-        from pipeline.system.files import atomic_folder, sha256_file, write_json, write_text
+        from pipeline.system.files import atomic_folder, read_json, sha256_file, write_json, write_text
 
         settings = read_params().density(row)
-        density, codes = workspace.density_file(row), CodeReader(workspace.codes_folder(settings.codes))
-        load_density(density)
-        folder = Path(target) if target else Path("data/exports") / row
+        load_density(workspace.density_file(row))
+        codes = CodeReader(workspace.codes_folder(settings.codes))
+        folder = Path(target) if target else Path("data/exports") / (row if form == "safetensors" else f"{row}-onnx")
         if folder.exists() and not (folder / "generator.json").is_file():
             raise PipelineError(f"{folder} exists and is no exported generator; name another folder")
+        if form == "onnx":
+            with atomic_folder(folder) as temporary:
+                _write_onnx(row, settings, temporary)
+            differences = read_json(folder / "generator.json")["largest_difference"]
+            shown = ", ".join(f"{name} {value:.1g}" for name, value in differences.items())
+            click.echo(f"exported to {folder}; largest differences from the library: {shown}")
+            return
         with atomic_folder(folder) as temporary:
-            shutil.copyfile(density, temporary / "density.safetensors")
-            if codes.decoder_path is not None:
-                if codes.decoder_path.suffix == ".onnx":
-                    raise PipelineError(
-                        "its decoder is an ONNX file, which is portable as it is; export is for decoders trained here"
-                    )
-                Decoder.load(codes.decoder_path)
-                shutil.copyfile(codes.decoder_path, temporary / "decoder.safetensors")
-                encoder = workspace.autoencoder_folder(settings.codes) / "encoder.safetensors"
-                Encoder.load(encoder)
-                shutil.copyfile(encoder, temporary / encoder.name)
-            if codes.index.columns:
-                save_columns(codes.index.columns, temporary / "columns.json")
-            calibrated = _calibrate(row, settings, temporary)
+            calibrated = _copy(row, settings, temporary)
             digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             write_json(temporary / "generator.json", {"row": row, "codes": codes.index.digest, "sha256": digests})
             write_text(temporary / "README.md", _readme(row, codes.decoder_path is not None, calibrated))

@@ -83,7 +83,8 @@ _prefers_mkl = torch.backends.mkl.is_available() and _is_intel()
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return _onednn is not None and not _prefers_mkl and x.dtype == torch.float32 and x.device.type == "cpu"
+    wanted = _onednn is not None and not _prefers_mkl and not torch.compiler.is_exporting()
+    return wanted and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None) -> Tensor:

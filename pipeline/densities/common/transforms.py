@@ -136,9 +136,10 @@ class Asinh(_Scaled):
 
     def log_slopes(self, z: Tensor) -> Tensor:
         """See `Transform`."""
-        # log sqrt(1 + u^2) by hypot, which doesn't overflow.
-        u = (z - self.centre) / self.width
-        return -(torch.hypot(torch.ones_like(u), u).log() + self.width.log())
+        # log sqrt(1 + u^2) = log a + log(1 + (b / a)^2) / 2, with the larger a and the smaller b of 1 and |u|: no overflow.
+        size = ((z - self.centre) / self.width).abs()
+        larger, smaller = size.clamp_min(1), size.clamp_max(1)
+        return -(larger.log() + 0.5 * (smaller / larger).square().log1p() + self.width.log())
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Transform`."""
@@ -258,7 +259,7 @@ class Quantile(Transform):
 
     def _bin(self, values: Tensor, knots: Tensor) -> tuple[Tensor, ...]:
         """Of values (B, D): starts and lengths of the bins in inputs and outputs, and the slopes at both ends."""
-        number = torch.searchsorted(knots.contiguous(), values.T.contiguous()).T - 1
+        number = (values[..., None] > knots).sum(dim=-1) - 1  # few knots, and ONNX knows no search
         number = number.clamp(0, knots.shape[1] - 2)
         tables = (self.inputs, self.outputs, self.slopes)
         (x, x_end), (y, y_end), (slope, slope_end) = (
