@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +33,13 @@ class Examples:
         total: Number of examples; an upper bound if files may be unreadable.
         dimensions: Names of the dimensions of vectors; empty for images.
         unreadable: Files that were skipped, each with the reason; known once they are read.
+        deviating: Columns that hold one value in the data set, so that none is scored, and another one in so many rows.
     """
 
     total: int
     dimensions: tuple[str, ...] = ()
     unreadable: list[str] = field(default_factory=list)
+    deviating: Counter[str] = field(default_factory=Counter)
 
     def blocks(self) -> Iterator[tuple[list[str], NDArray[np.generic]]]:
         """Names of examples, and the examples: pixels 0..255, uint8 with shape (n, C, H, W), or vectors (n, D), float32."""
@@ -127,24 +131,33 @@ class _Vectors(Examples):
         carried = [getattr(settings, key, "") for key in ("labels", "groups")]
         carried += [name for key in ("categories", "numbers") for name in getattr(settings, key, ())]
         extras = tuple(dict.fromkeys(name for name in carried if name))  # columns that are no dimensions
-        self._table = _table(path, tensor, named, extras)
+        dropped = {column.name: column.constant for column in columns if column.constant is not None}
+        self._table = _table(path, tensor, named, extras, tuple(name for name in named if name not in dropped))
         wanted = named or tuple(name for name in self._table.names if name not in extras)
-        absent = [name for name in wanted if name not in self._table.names]
+        absent = [name for name in wanted if name not in self._table.names and name not in dropped]
         number = len(columns) or dim
+        if dropped and not named and len(wanted) == dim:  # a table without the columns that hold one value
+            wanted = tuple(column.name for column in columns)
+            absent = [column.name for column in columns if column.constant is None and column.name not in self._table.names]
         if absent or len(wanted) != number:
             problem = f"no column '{absent[0]}'" if absent else f"{len(wanted)} columns of numbers"
             remedy = "; name those of the data set by its setting 'columns'" if hasattr(settings, "columns") else ""
             raise DataError(f"{path} has {problem}, and the row takes vectors of {number} numbers{remedy}")
         dims = varying(columns) or list(range(dim))
         names = tuple(wanted[i] for i in dims)
-        self._numbers = [self._table.names.index(name) for name in names]
+        places = {name: place for place, name in enumerate(self._table.names)}
+        self._numbers = [places[name] for name in names]
         self._columns = [columns[i] for i in dims] if columns else [Column(name=name) for name in names]
+        constants = [(name, column.constant) for name, column in zip(wanted, columns, strict=False)]
+        self._constants = [(name, places[name], value) for name, value in constants if value is not None and name in places]
         super().__init__(self._table.count, names)
 
     def blocks(self) -> Iterator[tuple[list[str], NDArray[np.generic]]]:
         """See `Examples`."""
         for start in range(0, self.total, AT_ONCE):
-            rows = self._table.rows(start, min(start + AT_ONCE, self.total))[:, self._numbers]
+            whole = self._table.rows(start, min(start + AT_ONCE, self.total))
+            self.deviating.update({name: int((whole[:, place] != value).sum()) for name, place, value in self._constants})
+            rows = whole[:, self._numbers]
             # As in preparation: values without noise would be unlike those of the validation examples.
             vectors = to_codes(self._columns, rows, stream("noise of new rows", start).random(rows.shape))
             if not np.isfinite(vectors).all():
@@ -156,10 +169,9 @@ class _Vectors(Examples):
             yield [str(start + i) for i in range(len(vectors))], vectors
 
 
-def _table(path: Path, tensor: str, columns: tuple[str, ...], extras: tuple[str, ...]) -> Table:
-    try:
-        return open_table(path, tensor, columns, extras)
-    except DataError:
-        if not extras:
-            raise
-        return open_table(path, tensor, columns)  # new rows needn't have labels
+def _table(path: Path, tensor: str, columns: tuple[str, ...], extras: tuple[str, ...], needed: tuple[str, ...]) -> Table:
+    """The table with all its columns, or with fewer: new rows need neither labels nor columns that hold one value."""
+    for named, carried in dict.fromkeys([(columns, extras), (columns, ()), (needed, ())]):
+        with contextlib.suppress(DataError):
+            return open_table(path, tensor, named, carried)
+    return open_table(path, tensor, needed)  # says what is wrong

@@ -143,6 +143,23 @@ def test_new_rows_become_codes_as_those_of_the_data_set(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("named", [(), ("x", "one", "y")])
+def test_a_column_that_was_left_out_is_watched(tmp_path: Path, named: tuple[str, ...]) -> None:
+    columns = [Column(name="x"), Column(name="one", constant=1.0), Column(name="y")]
+    row = {"source": "vectors", "root": "table.csv", "drop_constant": True, "columns": list(named)}
+    settings = build(implementation("pipeline.sources", "vectors", "source").Settings, row, "table")
+    (tmp_path / "new.csv").write_text("x,one,y\n1,1,2\n3,5,4\n5,,6\n")
+    (tmp_path / "without.csv").write_text("x,y\n1,2\n3,4\n5,6\n")
+    (tmp_path / "other.csv").write_text("x,z\n1,2\n")
+    for name, deviating in (("new", {"one": 2}), ("without", {})):
+        examples = open_examples(tmp_path / f"{name}.csv", settings, (2,), columns)
+        assert examples.dimensions == ("x", "y")
+        assert np.concatenate([block for _, block in examples.blocks()]).tolist() == [[1, 2], [3, 4], [5, 6]]
+        assert dict(+examples.deviating) == deviating
+    with pytest.raises(DataError, match="no column 'y'"):
+        open_examples(tmp_path / "other.csv", settings, (2,), columns)
+
+
 def test_rows_of_another_table_are_compared_in_ones_own_units() -> None:
     own = [
         Column(name="when", shift=100.0, scale=10.0),

@@ -103,6 +103,13 @@ def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bo
         click.echo(
             f"{len(examples.unreadable)} files can't be read and have no line; the first: {examples.unreadable[0]}", err=True
         )
+    for name, count in (+examples.deviating).items():
+        click.echo(
+            printable(
+                f"column '{name}' holds one value in the data set and isn't scored; in {count} rows it holds another one"
+            ),
+            err=True,
+        )
     click.echo(f"table: {output}")
     if (sheet := _contact_sheet(extremes, dataset, output.with_suffix(".png"))) is not None:
         click.echo(f"picture: {sheet}")
