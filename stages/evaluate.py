@@ -238,6 +238,8 @@ def _interpolation(run: Run, settings: InterpolationSettings, density: Density, 
             fall = {"fall": curve.fall.mean, "fall_se": curve.fall.standard_error, "pairs": curve.pairs}
             run.metrics({f"interpolation_{kind}_{key}": value for key, value in fall.items()})
             arrays |= {f"{kind}_{edge}": getattr(curve, edge) for edge in ("mean", "lower", "upper")}
+            percents = [round(100 * weight) for weight in CURVE_WEIGHTS]
+            run.tracked_curve(f"interpolation_{kind}_log_likelihood", percents, curve.mean)
     if codes.decoder_path is not None:
         decoder = load_decoder(codes.decoder_path, density.shift.device)
 

@@ -77,6 +77,7 @@ def fit(run: Run, settings: DensitySettings) -> None:
         device=str(ranks.device),
         processes=ranks.world,
         resumed_at=training.resumed_at,
+        seconds_before=round(training.seconds_before, 3),
     )
     if ranks.first:
         run.when_finished(checkpoint.remove)

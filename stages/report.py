@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -114,7 +114,35 @@ def _track(tracker: Tracker, params: Params, board: pd.DataFrame, states: list[S
     for state in states:
         metrics = {k: v for k, v in read_metrics(state.stage, state.row).items() if isinstance(v, (int, float))}
         children.append({"stage": state.stage, "row": state.row, "run_id": state.run_id, "metrics": metrics})
+    tracker.rows(_rows(params, board))
     tracker.pipeline(children)
+
+
+def _rows(params: Params, board: pd.DataFrame) -> list[dict[str, Any]]:
+    """Each model's run of `evaluate`, with its headline scores and settings under names short enough for a heading."""
+    from stages.arrays import read_run
+    from stages.reporting.metrics import NETWORKS
+    from stages.reporting.scoreboard import PARZEN, is_missing
+
+    rows = []
+    for line in board[board["kind"] == "model"].to_dict("records"):
+        density = params.density(line["row"])
+        autoencoder = params.autoencoder(density.codes)
+        scores = {"parzen" if line["score"] == PARZEN else "log_likelihood": line["value"]}
+        for network in NETWORKS:
+            scores |= {f"{score}_{network}": line[f"{network}_{score}"] for score in ("kid", "recall")}
+        scores["mse"] = line["test_mse"]
+        settings: dict[str, Any] = {"data": density.dataset, "autoencoder": density.codes, "objective": autoencoder.objective}
+        settings |= {"latent_dim": getattr(autoencoder, "latent_dim", None), "family": density.family}
+        settings |= {"components": getattr(density, "components", None)}
+        rows.append(
+            {
+                "run_id": read_run("evaluate", line["row"]).get("run_id"),
+                "scores": {name: float(value) for name, value in scores.items() if not is_missing(value)},
+                "settings": {name: value for name, value in settings.items() if value is not None},
+            }
+        )
+    return rows
 
 
 def _show() -> None:

@@ -30,7 +30,7 @@ from stages.tracking.client import Tracker
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Run", "one_line_errors", "stage"]
+__all__ = ["Run", "one_line_errors", "shown_scores", "stage"]
 
 Settings = TypeVar("Settings")
 
@@ -61,6 +61,8 @@ class Run:
         self.flags, self.summary = flags or set(), summary
         self.stage, self.row, self.params, self.settings = stage, row, params, settings
         self.first = os.environ.get("RANK", "0") == "0"
+        if self.first and os.environ.get("DVC_STAGE") and (place := _place(params, stage, row)):
+            print(f"{stage} {row}: {place}", flush=True)
         self.scores: dict[str, float] = {}
         self._details: dict[str, Any] = {}
         self._outputs: list[Path] = []  # small files that `report` reads, with their digests
@@ -99,6 +101,10 @@ class Run:
         self._outputs.append(path)
         self.tracker.curve(rows)
 
+    def tracked_curve(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
+        """Tracks numbers as a curve over whole steps; the numbers themselves belong to `arrays`."""
+        self.tracker.curve({"step": step, name: float(value)} for step, value in zip(steps, values, strict=True))
+
     def arrays(self, name: str, values: Mapping[str, NDArray[Any]], names: Sequence[str] = ()) -> None:
         """Writes small arrays to `reports/arrays`. Pictures are drawn from them, here for MLflow and in `report` for the page.
 
@@ -131,7 +137,8 @@ class Run:
         self.tracker.metrics({k: v for k, v in self.scores.items() if isinstance(v, (int, float))})
         self.tracker.artifact(path, "metrics")
         self._details |= {
-            "seconds": round(time.monotonic() - self._started, 3),
+            # Those of the processes that a resumed run had before count too.
+            "seconds": round(time.monotonic() - self._started + self._details.pop("seconds_before", 0.0), 3),
             "peak_memory_mib": round(_peak_memory_mib(), 1),
         }
         self._details |= {"cores": _cores(), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -145,7 +152,8 @@ class Run:
         write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, "outputs": digests, **self._details})
         for action in self._when_finished:
             action()
-        print(f"{self.stage} {self.row}: {self._details['seconds']:.1f} s" + _headline(self.scores), flush=True)
+        texts = [f"{self._details['seconds']:.1f} s", ", ".join(shown_scores(self.scores).values())]
+        print(f"{self.stage} {self.row}: " + ": ".join(filter(None, texts)), flush=True)
 
     def _finish_tracking(self) -> str | None:
         """Draws pictures for the run's page in MLflow, describes the run, and returns its id."""
@@ -171,22 +179,32 @@ class Run:
         self.tracker.finish("FAILED")
 
 
+def _place(params: Params, stage: str, row: str) -> str:
+    """Which of all stages this one is, by dvc.lock; empty for a stage that is done and runs again, as after an edit of code."""
+    from stages.reporting.states import DONE, states
+
+    state_of = states(params)
+    if state_of.get((stage, row)) == DONE:
+        return ""
+    return f"stage {sum(state == DONE for state in state_of.values()) + 1} of {len(state_of)}"
+
+
 def _cell(value: float | int | None) -> str:
     return "" if value is None else repr(value)
 
 
-def _headline(scores: Mapping[str, Any]) -> str:
-    """The scores that the scoreboard is about, with their errors."""
+def shown_scores(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The scores that the scoreboard is about: key -> title, score and its error."""
     from stages.reporting.metrics import METRICS, NETWORKS
     from stages.reporting.scoreboard import plus_minus
 
-    shown = []
+    shown = {}
     for metric in map(METRICS.__getitem__, SHOWN_SCORES):
         for network in NETWORKS if metric.in_features else ("",):
-            value, error = (scores.get(key.replace("NETWORK", network)) for key in (metric.key, metric.error))
-            if value is not None:
-                shown.append(f"{metric.title} {plus_minus(value, error)}")
-    return ": " + ", ".join(shown) if shown else ""
+            key, error_key = (key.replace("NETWORK", network) for key in (metric.key, metric.error))
+            if (value := scores.get(key)) is not None:
+                shown[key] = f"{metric.title} {plus_minus(value, scores.get(error_key))}"
+    return shown
 
 
 def _gpu() -> str:

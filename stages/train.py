@@ -119,6 +119,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         device=str(ranks.device),
         processes=ranks.world,
         resumed_at=training.resumed_at,
+        seconds_before=round(training.seconds_before, 3),
         ended_by=training.ended_by,
     )
     ranks.barrier()
@@ -215,6 +216,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     if not ranks.first:
         return
     run.arrays("open-dimensions", {"ks": np.array(ks), "mse": by_dimensions.mse})
+    run.tracked_curve("test_mse_first_k", ks, by_dimensions.mse)
     run.arrays(PER_EXAMPLE, {"test_mse": squared_errors.astype(np.float32)})
     assert pictured is not None
     arrays = {"inputs": as_bytes(pictured[0]), "reconstructions": as_bytes(pictured[1])}

@@ -25,7 +25,8 @@ from ruamel.yaml import YAML
 
 from pipeline.settings import read_params
 from stages.__main__ import STAGES, TOOLS, cli
-from stages.tools.overview import states
+from stages.reporting.states import states
+from stages.run import _place
 from stages.workspace import TABLE_OF_STAGE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -420,6 +421,18 @@ def test_without_a_command_stages_rows_and_states(project):
     assert "grid-lde fit: done; sample: settings changed; evaluate: input changed" in lines
     assert lines[-1].endswith("`dvc repro` runs the rest")
     assert all(len(line) <= 128 for line in out.splitlines())
+
+
+def test_under_dvc_a_stage_says_which_of_all_it_is(project, monkeypatch):
+    params = read_params()
+    number = len(states(params))
+    assert _place(params, "fit", "grid-lde") == f"stage 1 of {number}"
+    lock = lock_of(project)
+    write_lock(project, lock)
+    assert _place(params, "fit", "grid-lde") == ""  # done: it runs again for another reason
+    del lock["report"], lock["evaluate@grid-lde"]
+    write_lock(project, lock)
+    assert _place(params, "evaluate", "grid-lde") == f"stage {number - 1} of {number}"
 
 
 def test_the_overview_of_broken_params(project):

@@ -259,16 +259,36 @@ def test_continuous_integration_is_the_script_of_the_repository() -> None:
     assert [step["run"] for step in workflow["jobs"]["check"]["steps"] if "run" in step] == [".ci/run"]
 
 
+def example(name: str, folder: Path) -> str:
+    """What a script of `examples/` prints in a copy of the project."""
+    for part in ("pipeline", "stages", "examples"):
+        shutil.copytree(PROJECT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "output"))
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, f"examples/{name}.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_example_of_tables_runs(tmp_path: Path) -> None:
+    (difference,) = re.findall(r"^difference (-?[\d.]+) ± [\d.]+$", example("own_tables", tmp_path), flags=re.MULTILINE)
+    assert float(difference) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_example_of_processes_runs(tmp_path: Path) -> None:
+    (difference,) = re.findall(r"^relative difference: ([\d.e+-]+), ", example("cluster", tmp_path), flags=re.MULTILINE)
+    assert float(difference) < 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_quickstart_runs(tmp_path: Path) -> None:
-    for name in ("pipeline", "examples"):
-        shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "output"))
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "examples/quickstart.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"^(.+): log-density .*?(-?[\d.]+) nats, squared error ([\d.]+)$", done.stdout, flags=re.MULTILINE)
+    output = example("quickstart", tmp_path)
+    found = re.findall(r"^(.+): log-density .*?(-?[\d.]+) nats, squared error ([\d.]+)$", output, flags=re.MULTILINE)
     likelihoods, errors = ({name: float(line[i]) for name, *line in found} for i in (0, 1))
     assert likelihoods["test images"] > likelihoods["upside down"]
     assert errors["noise"] > 3 * errors["test images"]

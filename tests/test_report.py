@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import shutil
 import socket
@@ -32,7 +33,7 @@ from stages.reporting.explore import explorations
 from stages.reporting.graph import Graph, stage_states
 from stages.reporting.page import description, render
 from stages.reporting.published import BENCHMARKS, PUBLISHED, benchmark_of, best_published, paper_value
-from stages.reporting.scoreboard import COLUMNS, QUALITY, as_text, build_scoreboard, headline
+from stages.reporting.scoreboard import COLUMNS, QUALITY, as_text, build_scoreboard, headline, plus_minus
 
 HOSTILE = "<script>alert('x')</script>|`\"><img src=http://evil.example/x.png>"
 
@@ -171,6 +172,20 @@ def test_against_control_takes_errors_into_account(tmp_path, monkeypatch):
     scores = json.loads(Path("reports/metrics/evaluate/digits-more.json").read_text())
     write("reports/metrics/evaluate/digits-more.json", scores | {"parzen_test_log_likelihood": 200.0})
     assert build_scoreboard(read_params()).set_index("row").loc["digits-more", "against_control"] == "worse"
+
+
+def test_a_change_since_the_last_commit_has_an_error(workspace, monkeypatch):
+    files = {path: path.read_bytes() for path in Path("reports").rglob("*.json")}
+    headline = {"parzen_test_log_likelihood": 255.0}  # as committed
+    monkeypatch.setattr("stages.workspace.committed", lambda path: json.dumps(headline) if "iae" in path.name else None)
+    monkeypatch.setattr("stages.reporting.history.files_at", lambda revision: files.get)
+    board = build_scoreboard(read_params()).set_index("row")
+    line = board.loc["digits-iae-lde"]
+    assert line["since_commit"] == 264.0 - 255.0
+    assert line["since_commit_error"] == pytest.approx(math.sqrt(2) * line["error"])  # without scores of single points
+    assert pd.isna(board.loc["digits-ae-lde", "since_commit_error"])
+    assert command().exit_code == 0
+    assert f">+{plus_minus(9.0, line['since_commit_error'])}</td>" in Path("reports/index.html").read_text()
 
 
 def test_detections_have_a_section_pictures_and_headlines(workspace):
@@ -694,6 +709,10 @@ def test_pipeline_run_names_every_stage(workspace, monkeypatch):
     assert len(children) == 2 + 2 + 1 + 2 * 3 + 3 * 3
     assert {"stage": "extract", "row": "grid", "run_id": "id-extract-grid", "metrics": {"dimensions": 2}} in children
     assert all(isinstance(v, (int, float)) for child in children for v in child["metrics"].values())
+    (row,) = [row for row in calls["rows"][1] if row["run_id"] == "id-evaluate-digits-iae-lde"]
+    assert (row["scores"]["parzen"], row["scores"]["mse"]) == (264.0, calls["metrics"][1]["digits-iae-lde.test_mse"])
+    assert {"data": "digits", "objective": "ae", "latent_dim": 8, "family": "lde"}.items() <= row["settings"].items()
+    assert len(calls["rows"][1]) == 3
     assert run.calls[-1] == ("finish",)
 
 

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -268,13 +269,31 @@ def test_what_the_server_says_is_one_line(generator: Generator, capsys: pytest.C
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+class Recorder:
+    """Keeps what it is sent, and registers nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda *_, **values: self.calls.append((method, values))
+
+
 def test_export_makes_a_folder_that_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.write_raw(tmp_path)
     monkeypatch.chdir(tmp_path)
     for stage in small.STAGES:
         if stage[1].startswith("points") and stage[0] not in ("sample", "evaluate"):
             assert small.run(*stage).exit_code == 0
+    recorder = Recorder()
+    monkeypatch.setattr("stages.tracking.client.Tracker", lambda *_: recorder)
     result = small.run("export", "points-lde")
+    model = dict(recorder.calls)["model"]
+    assert model["name"] == "points-lde"
+    assert model["about"].startswith("Generator of the row `points-lde`")
+    assert "\n- test log-likelihood -" in model["about"]
+    assert model["about"].endswith('A request:\n\n    {"dataframe_records": [{"count": 4}]}')
+    assert float(model["tags"]["test_log_likelihood"]) < 0
     folder = Path("data/exports/points-lde")
     assert (result.exit_code, result.stdout.splitlines()[0]) == (0, f"exported to {folder}")
     expected = ["README.md", "calibration.safetensors", "columns.json", "density.safetensors", "generator.json"]

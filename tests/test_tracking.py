@@ -77,6 +77,28 @@ writer.start("run", {}, {}, os.getpid())
 writer.artifact(note, "notes")
 writer.finish("FINISHED")
 """
+# Twice, as by two reports of the same results.
+ROWS = """
+writer = _Writer()
+writer.start("evaluate a-lde", {"stage": "evaluate"}, {}, os.getpid())
+row = {"run_id": writer.run_id, "scores": {"parzen": 250.5}, "settings": {"latent_dim": 8}}
+unknown = {"run_id": "0" * 32, "scores": {"kid": 0.5}, "settings": {"family": "lde"}}
+for _ in range(2):
+    writer.rows([row, unknown, unknown | {"run_id": None}])
+"""
+MODEL = """
+import stages.tracking.serving
+stages.tracking.serving.log_model = lambda run_id, name: f"models:/{name}/1"
+writer = _Writer()
+writer.start("export a-lde", {}, {}, os.getpid())
+writer.client.create_registered_model("a-lde")
+writer.client.create_model_version("a-lde", "file:///nowhere", writer.run_id)
+writer.model("[samples](ARTIFACTS/samples.png) of [a run](RUNS/1)", {"kid": "0.5"}, name="a-lde")
+version = writer.client.get_model_version("a-lde", "1")
+assert version.tags == {"kid": "0.5"}
+runs = f"#/experiments/{writer.experiment()}/runs"
+assert version.description == f"[samples]({runs}/{writer.run_id}/artifacts/samples.png) of [a run]({runs}/1)"
+"""
 # What a stage sends before it is killed, or ends as it says.
 SENT = """
 import io
@@ -151,6 +173,27 @@ def test_a_run_stays_in_a_folder_of_any_name(name: str, fork: Fork, database: Pa
         assert connection.execute("select status from runs where name = 'run'").fetchall() == [("FINISHED",)]
     assert len(list(folder.glob("mlartifacts/*/artifacts/notes/note.txt"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_view_of_rows_has_one_line_per_row_under_short_headings(fork: Fork, database: Path) -> None:
+    assert fork(database.parent, ROWS) == 0
+    with sqlite3.connect(database) as connection:
+        (run,) = connection.execute("select run_uuid from tags where key = 'view' and value = 'rows'").fetchone()
+        metrics = connection.execute("select key, value from metrics where run_uuid = ?", (run,)).fetchall()
+        tags = dict(connection.execute("select key, value from tags where run_uuid = ?", (run,)))
+        ((view,),) = connection.execute(
+            "select value from experiment_tags where key = 'mlflow.sharedViewState.rows'"
+        ).fetchall()
+    assert metrics == [("parzen", 250.5)]
+    assert (tags["latent_dim"], tags["stage"]) == ("8", "evaluate")
+    assert json.loads(view) == {
+        "searchFilter": "tags.view = 'rows'",
+        "selectedColumns": ["metrics.`parzen`", "metrics.`kid`", "tags.`latent_dim`", "tags.`family`"],
+    }
+
+
+def test_a_registered_model_carries_scores_pictures_and_its_run(fork: Fork, database: Path) -> None:
+    assert fork(database.parent, MODEL) == 0
 
 
 @pytest.mark.parametrize(

@@ -224,13 +224,30 @@ def test_curve_rows_are_means_over_all_steps(monkeypatch: pytest.MonkeyPatch) ->
 def test_interrupted_and_resumed_ends_with_the_same_bits(tmp_path: Path, at: int, number: signal.Signals) -> None:
     whole = run()
     checkpoint = Checkpoint(tmp_path, {"a": 1})
-    with pytest.raises(PipelineError, match=rf"{number.name} at step {at}; the checkpoint is written: run the same"):
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    with pytest.raises(PipelineError, match=rf"stopped by {name} at step {at}; the checkpoint is written: run the same"):
         run(checkpoint, prepare=Interrupt(at, number))
     assert checkpoint.path.exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     resumed = run(checkpoint)
     assert resumed[1].resumed_at == at
+    assert 0 < resumed[1].seconds_before < resumed[1].seconds
+    assert whole[1].seconds_before == 0
     same(whole, resumed)
+
+
+@pytest.mark.parametrize(("max_minutes", "epoch"), [(0.0, "2 of 4"), (60.0, "2")])
+def test_progress_shows_epoch_loss_and_validation(monkeypatch: pytest.MonkeyPatch, max_minutes: float, epoch: str) -> None:
+    shown: list[dict[str, float | str]] = []
+    monkeypatch.setattr(training.Progress, "advance", lambda self, count, **values: shown.append(values))
+    train(
+        *(Toy(), batches(), SETTINGS, ALONE),
+        prepare=lambda arrays: {"x": torch.from_numpy(arrays["x"])},
+        validate=lambda: {"minus_error": -0.5},
+        max_minutes=max_minutes,
+    )
+    assert set(shown[0]) == {"epoch", "loss"}  # five steps per epoch
+    assert (shown[5]["epoch"], shown[9]["epoch"], shown[9]["error"]) == (epoch, epoch, 0.5)
 
 
 @pytest.mark.parametrize("change", [{"ema_decay": 0.0}, {"schedule": "steps", "milestones": (1, 2)}, {"precision": "bfloat16"}])

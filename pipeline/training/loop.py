@@ -293,7 +293,7 @@ class _Run:
         if self.averages is not None:
             self.averages.values = {name: value.to(self.ranks.device) for name, value in state["averaged"].items()}
         self.best_weights = state["best_weights"]
-        self.record = Training(**state["record"], resumed_at=self.index)
+        self.record = Training(**state["record"], resumed_at=self.index, seconds_before=float(state["record"]["seconds"]))
         self.sums, self.summed = state["sums"], int(state["summed"])
 
     def resume(self) -> None:
@@ -346,7 +346,7 @@ class _Run:
             self._save()
         if self.signal:
             raise PipelineError(
-                f"{self.label}: stopped by {signal.Signals(self.signal).name} at step {self.index}; {self._what_is_kept()}"
+                f"{self.label}: stopped by {_signal_name(self.signal)} at step {self.index}; {self._what_is_kept()}"
             )
 
     def _save(self) -> None:
@@ -460,12 +460,16 @@ class _Run:
                     self.record.best = row
                     self.best_weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         self.model.train()
-        self.progress.note(**values)
+        self.progress.note(**_without_minus(values))
 
-    def shown(self) -> dict[str, float]:
-        """The loss at the last look, and the scores of the last validation."""
+    def shown(self) -> dict[str, float | str]:
+        """The epoch, the loss at the last look, and the scores of the last validation."""
         row = self.record.validations[-1] if self.record.validations else {}
-        return {"loss": self.loss} | {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        scores = _without_minus({name: value for name, value in row.items() if name not in ("step", "epoch")})
+        epoch = f"{(self.index - 1) // self.steps_per_epoch + 1}"
+        # With a time limit, the number of epochs is only a bound.
+        of = "" if self.limit < math.inf else f" of {self.settings.epochs}"
+        return {"epoch": epoch + of, "loss": self.loss, **scores}
 
     def finish(self) -> Training:
         """Puts the best, or averaged, weights into the model of every rank, and returns the record."""
@@ -482,6 +486,15 @@ class _Run:
         self.record.examples = self.index * self.batches.batch_size
         self._note_time()
         return self.record
+
+
+def _signal_name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def _without_minus(values: Mapping[str, float]) -> dict[str, float]:
+    """Numbers for people: `minus_valid_mse`, by which an epoch is chosen, as `valid_mse`."""
+    return {name.removeprefix("minus_"): -value if name.startswith("minus_") else value for name, value in values.items()}
 
 
 def _optimizers(model: Trainable, phase: str, settings: TrainingSettings) -> list[torch.optim.Optimizer]:

@@ -75,6 +75,7 @@ class Training:
         best: Step and value of the best validation, if a key was given.
         steps: Steps taken in all.
         seconds: Time spent in the loop, over all pieces of a resumed run.
+        seconds_before: Those of them that passed in earlier processes.
         examples: Examples seen.
         resumed_at: Step of the checkpoint that this process resumed from; None for a fresh start.
         ended_by: `epochs`, `max_minutes` or `patience`.
@@ -87,6 +88,7 @@ class Training:
     best: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
+    seconds_before: float = 0.0
     examples: int = 0
     resumed_at: int | None = None
     ended_by: str = "epochs"

@@ -74,6 +74,7 @@ COLUMNS: Mapping[str, str] = {
     "group_error": "its standard error over the images that test patches come from",
     "against_control": "`better`, `worse`, or `level`: within 2 standard errors of the best control of as many samples",
     "since_commit": "the score less that of the last commit",
+    "since_commit_error": "its standard error, over differences of the same test points where both scored the same",
     "best_control": "that control",
     "control_difference": "the score less that control's",
     "paper": "the paper's value for this method, if the protocol is the same",
@@ -173,6 +174,7 @@ def build_scoreboard(params: Params) -> pd.DataFrame:
         _compare(line, [other for other in lines if other["kind"] == "control"])
         if line["kind"] == "model":
             line["since_commit"] = _since_commit(line)
+    _add_errors_of_changes(lines)
     board = pd.DataFrame([{column: line.get(column) for column in COLUMNS} for line in lines], columns=list(COLUMNS))
     order = {name: i for i, name in enumerate(params.rows("datasets"))}
     board["_dataset"] = board["dataset"].map(order)
@@ -317,9 +319,41 @@ def _since_commit(line: Mapping[str, Any]) -> float | None:
         before = json.loads(text) if text else {}
     except ValueError:
         return None
-    key = "parzen_test_log_likelihood" if line["score"] == PARZEN else "test_log_likelihood"
-    old = before.get(key) if isinstance(before, dict) else None
+    old = before.get(_scored_key(line)) if isinstance(before, dict) else None
     return float(line["value"]) - old if isinstance(old, (int, float)) and not is_missing(line["value"]) else None
+
+
+def _add_errors_of_changes(lines: Iterable[dict[str, Any]]) -> None:
+    """Adds the errors of changed scores, where DVC's cache has the scores of single test points at the last commit."""
+    changed = [line for line in lines if line.get("since_commit")]
+    if not changed:
+        return
+    from safetensors.numpy import load
+
+    from stages.arrays import PER_EXAMPLE, load_arrays
+    from stages.reporting.differences import difference
+    from stages.reporting.history import files_at
+
+    try:
+        read = files_at("HEAD")
+    except PipelineError:
+        return
+    for line in changed:
+        metrics = read(workspace.metrics_file("evaluate", line["row"]))
+        points = read(workspace.arrays_folder("evaluate", line["row"]) / f"{PER_EXAMPLE}.safetensors")
+        now, key = load_arrays("evaluate", line["row"], PER_EXAMPLE), _scored_key(line)
+        before = json.loads(metrics) if metrics else {}
+        if before.get(key) is not None:
+            scored = read_metrics("evaluate", line["row"])
+            error = difference(key, before, scored, load(points) if points else {}, now.values if now is not None else {}).error
+            line["since_commit_error"] = error if math.isfinite(error) else None
+
+
+def _scored_key(line: Mapping[Any, Any]) -> str:
+    """The metric that a line's value is."""
+    if line["score"] == PARZEN:
+        return "parzen_test_log_likelihood"
+    return "test_conditional_log_likelihood" if line["score"].endswith(GIVEN_CONTEXT) else "test_log_likelihood"
 
 
 def _compare(line: dict[str, Any], controls: list[dict[str, Any]]) -> None:
@@ -372,10 +406,7 @@ def headline(board: pd.DataFrame) -> dict[str, dict[str, float]]:
     """One to three numbers per model, named as in `reports/metrics`: its line in `dvc metrics show`."""
     numbers: dict[str, dict[str, float]] = {}
     for line in board[board["kind"] == "model"].to_dict("records"):
-        given = line["score"].endswith(GIVEN_CONTEXT)
-        name = "test_conditional_log_likelihood" if given else "test_log_likelihood"
-        name = "parzen_test_log_likelihood" if line["score"] == PARZEN else name
-        chosen = {name: line["value"], "test_mse": line["test_mse"], "gap_to_truth": line["gap_to_truth"]}
+        chosen = {_scored_key(line): line["value"], "test_mse": line["test_mse"], "gap_to_truth": line["gap_to_truth"]}
         chosen |= {f"{network}_kid": line[f"{network}_kid"] for network in NETWORKS}
         if is_missing(line["value"]):
             chosen |= {key: line[key] for key in ("samples_in_dropped_box", "mmd_squared")}

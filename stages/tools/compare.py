@@ -15,8 +15,8 @@ from pipeline.errors import PipelineError
 from pipeline.settings import Params, flatten, read_params
 from stages import workspace
 from stages.reporting.metrics import METRICS, NETWORKS, Metric
+from stages.reporting.states import DONE, states
 from stages.run import one_line_errors
-from stages.tools.overview import DONE, states
 from stages.tools.rows import parse, plain
 from stages.tools.settings import as_yaml
 
@@ -84,25 +84,14 @@ def _at(revision: str) -> State:
     Raises:
         PipelineError: When there is no such revision, or it has no params.yaml.
     """
-    from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException
-    from dvc.scm import RevError
+    from stages.reporting.history import files_at
 
-    try:
-        files = DVCFileSystem(rev=revision)
-        settings = files.read_text("params.yaml", encoding="utf-8")
-    except (RevError, DvcException) as error:
-        raise PipelineError(f"{revision}: {' '.join(str(error).split())}") from None
-    except FileNotFoundError:
-        raise PipelineError(f"{revision} has no params.yaml") from None
-
-    def read(path: Path) -> bytes | None:
-        try:
-            return bytes(files.read_bytes(path.as_posix()))
-        except (FileNotFoundError, IsADirectoryError, DvcException):
-            return None
-
-    return State(revision, Params(plain(parse(settings, f"params.yaml of {revision}")) or {}), read)
+    read = files_at(revision)
+    settings = read(Path("params.yaml"))
+    if settings is None:
+        raise PipelineError(f"{revision} has no params.yaml")
+    text = settings.decode(errors="replace")
+    return State(revision, Params(plain(parse(text, f"params.yaml of {revision}")) or {}), read)
 
 
 @click.command("compare")

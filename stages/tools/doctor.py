@@ -22,9 +22,9 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
+from stages.reporting.states import recorded_outs
 from stages.run import one_line_errors
 from stages.tools.check import missing_data, row_count
-from stages.tools.overview import recorded_outs
 from stages.tools.preset import preset_datasets, preset_names
 from stages.tracking.client import experiment_name, prepare_environment, shown_uri, tracking_uri
 from stages.tracking.database import check_database, check_experiment, database_file, experiment_state
@@ -154,7 +154,9 @@ def _device() -> Finding:
 
 def _asks_for_bfloat16() -> bool:
     try:
-        return any(row.get("scoring_precision") == "bfloat16" for row in read_params().tables.get("densities", {}).values())
+        tables = read_params().tables
+        rows = [row for table in ("autoencoders", "densities") for row in tables.get(table, {}).values()]
+        return any("bfloat16" in (row.get("precision"), row.get("scoring_precision")) for row in rows)
     except (PipelineError, AttributeError):
         return False  # reported below
 
@@ -167,9 +169,8 @@ def _bfloat16() -> Finding:
     device = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu" else "cpu")
     if has_bfloat16(device):
         return Finding("bfloat16", "ok", f"computed by the {device.type}")
-    return Finding(
-        "bfloat16", "warn", f"the {device.type} can't compute in it: rows with scoring_precision bfloat16 use float32"
-    )
+    consequence = "rows with precision: bfloat16 train slowly, and scoring uses float32"
+    return Finding("bfloat16", "warn", f"the {device.type} only imitates it: {consequence}")
 
 
 def _workspace() -> Iterator[Finding]:

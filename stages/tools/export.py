@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,11 +16,12 @@ from stages.run import one_line_errors
 
 if TYPE_CHECKING:
     from pipeline.generator import Generator
-    from pipeline.settings import DensitySettings
+    from pipeline.settings import DensitySettings, Params
 
 NEXT = """in Python:
     from pipeline.generator import Generator
     samples = Generator.load("{folder}").sample(16, seed=0)"""
+REQUEST = '{"dataframe_records": [{"count": 4}]}'
 PORT = 5001  # the interface of MLflow takes 5000
 
 
@@ -50,8 +53,50 @@ def _serving(model: str) -> str:
     return (
         f"over HTTP:\n    MLFLOW_TRACKING_URI={shlex.quote(shown_uri())} mlflow models serve -m {model} --env-manager local "
         f"--port {PORT}\n    curl http://127.0.0.1:{PORT}/invocations -H 'Content-Type: application/json' "
-        """-d '{"dataframe_records": [{"count": 4}]}'"""
+        f"-d '{REQUEST}'"
     )
+
+
+def _about(row: str, scores: Iterable[str], pictures: Sequence[str], run_id: str | None) -> str:
+    """The description of a registered model, in Markdown."""
+    links = ", ".join(f"[{name}](ARTIFACTS/figures/{name}.png)" for name in pictures)
+    parts = [
+        f"Generator of the row `{row}`: draws samples, scores examples, and completes rows; docs/running.md has requests.",
+        "".join(f"\n- {score}" for score in scores),
+        f"Pictures: {links}." if links else "",
+        f"Made by [this run](RUNS/{run_id})." if run_id else "",
+        f"A request:\n\n    {REQUEST}",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _register(row: str, params: Params, folder: Path) -> str | None:
+    """Registers an exported folder with MLflow, with its scores, a picture of samples and the run that made it.
+
+    Returns:
+        The model's address; None if nothing was recorded.
+    """
+    from stages.arrays import read_run
+    from stages.reporting.pictures import draw_row
+    from stages.reporting.scoreboard import read_metrics
+    from stages.run import shown_scores
+    from stages.tracking.client import Tracker
+
+    tracker = Tracker(f"export {row}", {"stage": "export", "row": row}, {})
+    scores: dict[str, Any] = {}
+    for stage, name in (("train", params.density(row).codes), ("fit", row), ("evaluate", row)):
+        if workspace.metrics_file(stage, name).exists():
+            scores |= read_metrics(stage, name)
+    tracker.metrics(scores)
+    shown = shown_scores(scores)
+    with tempfile.TemporaryDirectory() as drawn:
+        pictures = draw_row(params, "sample", row, Path(drawn))
+        for picture in pictures:
+            tracker.artifact(picture, "figures")
+        about = _about(row, shown.values(), [picture.stem for picture in pictures], read_run("evaluate", row).get("run_id"))
+        tags = {key: f"{scores[key]:.6g}" for key in shown}
+        tracker.model(about=about, tags=tags, name=row, folder=str(folder.resolve()))
+        return tracker.registered if tracker.finish() is not None else None  # waits until everything is logged
 
 
 def _calibrate(row: str, settings: DensitySettings, folder: Path) -> bool:
@@ -179,7 +224,8 @@ def export(row: str, target: str | None, form: str, register: bool) -> None:
         from pipeline.storage.codes import CodeReader
         from pipeline.system.files import atomic_folder, read_json, sha256_file, write_json, write_text
 
-        settings = read_params().density(row)
+        params = read_params()
+        settings = params.density(row)
         load_density(workspace.density_file(row))
         codes = CodeReader(workspace.codes_folder(settings.codes))
         folder = Path(target) if target else Path("data/exports") / (row if form == "safetensors" else f"{row}-onnx")
@@ -198,10 +244,5 @@ def export(row: str, target: str | None, form: str, register: bool) -> None:
             write_json(temporary / "generator.json", {"row": row, "codes": codes.index.digest, "sha256": digests})
             write_text(temporary / "README.md", _readme(row, codes.decoder_path is not None, calibrated))
         click.echo(f"exported to {folder}\n" + NEXT.format(folder=folder))
-        if register:
-            from stages.tracking.client import Tracker
-
-            tracker = Tracker(f"export {row}", {"stage": "export", "row": row}, {})
-            tracker.model(name=row, folder=str(folder.resolve()))
-            if tracker.finish() is not None:
-                click.echo(f"registered as {tracker.registered}\n" + _serving(tracker.registered))
+        if register and (address := _register(row, params, folder)) is not None:
+            click.echo(f"registered as {address}\n" + _serving(address))

@@ -13,8 +13,8 @@ from pipeline.errors import PipelineError, SettingsError
 from pipeline.settings import Params
 from pipeline.settings.params import ROW_NAME
 from pipeline.system.files import write_text
+from stages.reporting.states import DONE, states
 from stages.run import one_line_errors
-from stages.tools.overview import DONE, states
 from stages.tools.rows import edit_row, parse, plain, read_text, with_line_ends_of
 from stages.tools.settings import as_yaml, settings_class
 

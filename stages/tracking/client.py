@@ -133,6 +133,10 @@ class Tracker:
         """Makes metrics the columns of the run list's view `scores`; see `_Writer.view`."""
         self._send(view={"metrics": list(metrics)})
 
+    def rows(self, rows: list[dict[str, Any]]) -> None:
+        """Makes the run list's view `rows`, with one line per row; see `_Writer.rows`."""
+        self._send(rows={"rows": rows})
+
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Makes this run the parent of the stages' runs; see `_Writer.pipeline`."""
         self._send(pipeline=children)

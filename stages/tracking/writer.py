@@ -25,6 +25,7 @@ child runs are its stages, named by stage and row. Search `tags.stage = 'report'
 trials share their columns. Seconds, memory and the like are tags below `run.`.
 """
 VIEW = "scores"  # name of the run list's view with the headline scores as columns
+ROW_VIEW = "rows"  # name of the view with one line per row
 VIEW_COLUMNS = 16
 SYSTEM_METRICS_SECONDS = 2.0
 LATE_SECONDS = 5.0  # a server that takes longer to open a run is slow
@@ -125,17 +126,46 @@ class _Writer:
 
     def describe(self, markdown: str) -> None:
         """Sets the description; `ARTIFACTS` in it becomes the address of the run's files."""
-        address = f"#/experiments/{self.client.get_run(self.run_id).info.experiment_id}/runs/{self.run_id}/artifacts"
-        self.client.set_tag(self.run_id, "mlflow.note.content", markdown.replace("ARTIFACTS", address))
+        self.client.set_tag(self.run_id, "mlflow.note.content", self._with_addresses(markdown))
+
+    def _with_addresses(self, markdown: str) -> str:
+        runs = f"#/experiments/{self.client.get_run(self.run_id).info.experiment_id}/runs"
+        return markdown.replace("ARTIFACTS", f"{runs}/{self.run_id}/artifacts").replace("RUNS", runs)
 
     def view(self, metrics: list[str]) -> None:
         """Sets the view that `runs?viewStateShareKey=scores` shows: pipeline runs, with these metrics as columns.
 
         The UI stores shared views in such tags, and reads from them the keys that it knows.
         """
-        columns = [f"metrics.`{name}`" for name in metrics[:VIEW_COLUMNS]]
-        state = {"searchFilter": "tags.stage = 'report'", "selectedColumns": columns}
-        self.client.set_experiment_tag(self.experiment(), f"mlflow.sharedViewState.{VIEW}", json.dumps(state))
+        self._share(VIEW, "tags.stage = 'report'", [f"metrics.`{name}`" for name in metrics[:VIEW_COLUMNS]])
+
+    def _share(self, name: str, search: str, columns: list[str]) -> None:
+        state = {"searchFilter": search, "selectedColumns": columns}
+        self.client.set_experiment_tag(self.experiment(), f"mlflow.sharedViewState.{name}", json.dumps(state))
+
+    def rows(self, rows: list[dict[str, Any]]) -> None:
+        """Adds headline scores and settings to each row's last run, and sets the view `rows` that shows these runs only.
+
+        Arguments:
+            rows: For each row the id of its run of `evaluate`, its scores and its settings, each under a short name.
+        """
+        from mlflow.entities import Metric, RunTag
+        from mlflow.exceptions import MlflowException
+
+        for row in rows:
+            try:
+                known = self.client.get_run(row["run_id"]) if row["run_id"] else None
+            except MlflowException:
+                known = None  # made by a run that this server doesn't know
+            if known is None or known.data.tags.get("view") == ROW_VIEW:
+                continue
+            now = int(time.time() * 1000)
+            metrics = [Metric(name, float(value), now, 0) for name, value in row["scores"].items()]
+            tags = [RunTag(name, str(value)) for name, value in {**row["settings"], "view": ROW_VIEW}.items()]
+            self.client.log_batch(row["run_id"], metrics=metrics, tags=tags)
+        kinds = {"metrics": "scores", "tags": "settings"}
+        columns = {f"{kind}.`{name}`": None for kind, key in kinds.items() for row in rows for name in row[key]}
+        self._share(ROW_VIEW, f"tags.view = '{ROW_VIEW}'", list(columns))
 
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Makes the runs of the stages children of this run.
@@ -163,11 +193,18 @@ class _Writer:
             self.client.log_batch(light.info.run_id, metrics=[Metric(k, float(v), now, 0) for k, v in child["metrics"].items()])
             self.client.set_terminated(light.info.run_id)
 
-    def model(self, **values: Any) -> None:
-        """Logs and registers a model from code."""
+    def model(self, about: str, tags: dict[str, str], **values: Any) -> None:
+        """Logs and registers a model from code, with a description in Markdown and tags for its version.
+
+        `ARTIFACTS` and `RUNS` in the description become the addresses of this run's files and of the experiment's runs.
+        """
         from stages.tracking.serving import log_model
 
         self.registered = log_model(self.run_id, **values)
+        name, version = self.registered.split("/")[-2:]
+        self.client.update_model_version(name, version, description=self._with_addresses(about))
+        for key, value in tags.items():
+            self.client.set_model_version_tag(name, version, key, value)
 
     def finish(self, status: str) -> None:
         """Closes the run."""
@@ -225,7 +262,7 @@ def main() -> None:
                     points = []
                 if message.get("end"):
                     break
-                for name in ("start", "dataset", "artifact", "set_tags", "describe", "view", "model"):
+                for name in ("start", "dataset", "artifact", "set_tags", "describe", "view", "rows", "model"):
                     if name in message:
                         if name == "start":
                             writer = _Writer()
