@@ -161,7 +161,7 @@ def start(folder: Path, *stage: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    _, err = process.communicate(timeout=250)
+    _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-4000:]
     return err
 
@@ -179,10 +179,13 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster() -> Iterator[str]:
     """Two nodes of Ray on this machine."""
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray isn't installed: pip install '.[ray]'")
-    started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    started.add_node(num_cpus=1)
-    yield started.address
-    started.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # 15 by default, which gets no turn on a busy machine
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        started = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        started.add_node(num_cpus=1)
+        yield started.address
+        started.shutdown()
 
 
 def compare(local: Path, folder: Path) -> None:

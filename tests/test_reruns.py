@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import ROOT, Project
 
 PARAMS = """\
 datasets:
@@ -112,3 +113,57 @@ def test_an_edit_reruns_what_it_decides(committed: Committed, edited: str, liste
 def test_the_content_of_a_named_file_decides_its_rows(committed: Committed) -> None:
     (committed.folder / "params.yaml").write_text(PARAMS.replace("0123456789ab", "ba9876543210"))
     assert committed.changed() == {"features@photos", "train@photos", "extract@photos", "report"}
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+WRITER = """\
+from pathlib import Path
+from pipeline.system.files import atomic_folder, write_json
+
+number = int(Path("number").read_text())
+with atomic_folder("out/shards") as folder:
+    for i in range(3):
+        (folder / f"{i}.tar").write_bytes(bytes([number, i]) * 500_000)
+write_json("out/metrics.json", {"number": number})
+"""
+
+
+def test_with_hard_links_the_parts_of_a_folder_lie_on_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dvc.repo import Repo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("write.py").write_text(WRITER)
+    Path("dvc.yaml").write_text(
+        f"stages: {{write: {{cmd: {sys.executable} write.py, deps: [number], outs: [out/shards, out/metrics.json]}}}}"
+    )
+    Path("number").write_text("1")
+
+    def ran() -> bool:
+        return bool(repo.reproduce())
+
+    def bytes_of_parts() -> int:
+        """On disk, in the folder and in the cache."""
+        sizes = {status.st_ino: status.st_size for status in map(Path.stat, filter(Path.is_file, Path().rglob("*")))}
+        return sum(size for size in sizes.values() if size == 10**6)
+
+    with Repo.init(no_scm=True) as repo:
+        with repo.config.edit() as config:
+            config["cache"]["type"] = "hardlink,copy"  # as docs/cluster.md has it
+        repo.config.load()
+    with Repo() as repo:
+        assert ran()
+        assert bytes_of_parts() == 3 * 10**6
+        first = {str(path): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+        assert {path.stat().st_nlink for path in Path("out/shards").iterdir()} == {2}
+        assert not ran()
+        Path("number").write_text("2")
+        assert ran()
+        assert bytes_of_parts() == 6 * 10**6  # and the first version in the cache
+        assert Path("out/metrics.json").read_bytes() != first["out/metrics.json"]
+        Path("number").write_text("1")  # the undone edit comes from the cache: nothing was written through a link into it
+        ran()
+        assert {str(path): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == first
+        assert {path.stat().st_nlink for path in Path("out/shards").iterdir()} == {2}
+        assert not repo.status()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import http.server
 import importlib.util
 import json
 import os
@@ -9,7 +12,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,7 @@ import pytest
 import small
 from fsspec.implementations.local import LocalFileSystem
 
+from benchmarks.stores import server
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.storage import stores
 from pipeline.storage.codes import CodeReader
@@ -130,6 +136,34 @@ def test_a_write_is_whole_or_not_at_all(store: Store, tmp_path: Path, monkeypatc
     assert not list((tmp_path / "store/ab").rglob("*"))
 
 
+def test_a_long_part_is_read_in_pieces_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "PIECE_BYTES", 100)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.0)
+    with server(tmp_path / "served", latency=0.0, rate=1e9) as url:
+        (tmp_path / "served" / SHA[:2]).mkdir(parents=True)
+        part = tmp_path / "served" / SHA[:2] / SHA
+        part.write_bytes(DATA)
+        over_http = Store(url, tmp_path / "cache", 2500)
+        asked: list[tuple[int, int]] = []
+        cat_ranges = over_http.files.cat_ranges
+        monkeypatch.setattr(
+            over_http.files,
+            "cat_ranges",
+            lambda paths, starts, stops, **options: (
+                asked.extend(zip(starts, stops, strict=True)) or cat_ranges(paths, starts, stops, **options)
+            ),
+        )
+        assert get(over_http) == get(over_http) == DATA
+        assert asked == [(start, min(start + 100, 1024)) for start in range(0, 1024, 100)]
+        shutil.rmtree(tmp_path / "cache")
+        part.write_bytes(DATA[:-1] + b"x")
+        with pytest.raises(DataError, match="1024 bytes of another content"):
+            get(over_http)
+        part.unlink()
+        with pytest.raises(DataError, match="it isn't there"):
+            get(over_http)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -190,7 +224,7 @@ def test_a_chain_with_a_store_gives_the_scores_of_one_without(tmp_path: Path, mo
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def s3() -> Iterator[str]:
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("s3fs") is None:
         pytest.skip("moto and s3fs aren't installed: pip install 'moto[server]' '.[s3]'")
     with socket.socket() as free:
@@ -211,18 +245,113 @@ def server() -> Iterator[str]:
         process.kill()
 
 
-@pytest.mark.slow
-def test_a_chain_with_an_s3_server(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def connect(url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     import s3fs
 
     variables = {
-        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": server,
-        "FSSPEC_S3_ENDPOINT_URL": server, "STORE": "s3://bucket/prefix", "TRACKING": "off",
+        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": url,
+        "FSSPEC_S3_ENDPOINT_URL": url, "STORE": "s3://bucket/prefix", "TRACKING": "off",
     }  # fmt: skip
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    files = s3fs.S3FileSystem(endpoint_url=server)
-    files.mkdir("bucket")
+    s3fs.S3FileSystem.clear_instance_cache()
+    stores._store.cache_clear()
+    files = s3fs.S3FileSystem(endpoint_url=url)
+    files.makedirs("bucket", exist_ok=True)
+    return files
+
+
+@contextlib.contextmanager
+def faulty(url: str, faults: list[str]) -> Iterator[str]:
+    """A proxy of the server. A fault is taken for each object that is read: `500`, `slow`, `cut off` or `slow down`."""
+    host = url.removeprefix("http://")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fault = faults.pop(0) if self.command == "GET" and "/prefix/" in self.path and faults else ""
+            connection = http.client.HTTPConnection(host)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            data, status = answer.read(), answer.status
+            connection.close()
+            if fault in ("500", "slow down"):
+                code = "SlowDown" if fault == "slow down" else "InternalError"
+                data, status = (
+                    f"<Error><Code>{code}</Code><Message>it is</Message></Error>".encode(),
+                    503 if code == "SlowDown" else 500,
+                )
+            time.sleep(1.0 if fault == "slow" else 0.0)
+            self.send_response(status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
+                    self.send_header(name, value)
+            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+            self.send_header("Content-Length", length or "0")
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2] if fault == "cut off" else data)
+            self.close_connection = fault == "cut off"
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def authorise(url: str, actions: str) -> None:
+    """From now on, so many actions need no rights."""
+    plain = {"Content-Type": "text/plain"}
+    urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset-auth", actions.encode(), plain)).close()
+
+
+@pytest.mark.slow
+def test_faults_of_an_s3_server(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[str] = []
+    with faulty(s3, faults) as url:
+        files = connect(url, monkeypatch)
+        (tmp_path / "part").write_bytes(DATA)
+        store = Store("s3://bucket/prefix", tmp_path / "cache", 0)
+        store.put(tmp_path / "part", SHA)
+        for each in (["500", "500"], ["slow"], ["cut off", "cut off"], ["slow down", "slow down"]):
+            faults[:] = each
+            assert get(store) == DATA, each
+            assert not faults
+        monkeypatch.setattr(stores, "PIECE_BYTES", 100)
+        faults[:] = ["500", "cut off", "slow"]
+        assert get(store) == DATA
+        monkeypatch.setattr(stores, "FIRST_WAIT", 0.0)
+        monkeypatch.setattr(stores, "TRIES", 2)
+        faults[:] = ["500"] * 1000
+        with pytest.raises(PipelineError, match=r"can't be read from s3://bucket/prefix after 2 tries \(OSError: .*it is\)"):
+            get(store)
+        faults.clear()
+        files.rm_file(f"bucket/prefix/{SHA[:2]}/{SHA}")
+        with pytest.raises(DataError, match="can't be read from s3://bucket/prefix: it isn't there"):
+            get(store)
+        with pytest.raises(DataError, match="part can't be written to s3://nobody/prefix: it isn't there"):
+            Store("s3://nobody/prefix", tmp_path / "cache", 0).put(tmp_path / "part", SHA)
+        store.put(tmp_path / "part", SHA)
+        authorise(s3, "0")
+        try:  # from now on, nobody has any rights
+            for action in (lambda: get(store), lambda: store.put(tmp_path / "part", "ab12")):
+                with pytest.raises(PipelineError, match=r"s3://bucket/prefix: no permission \(PermissionError: .*\)") as caught:
+                    action()
+                assert "\n" not in str(caught.value)
+        finally:
+            authorise(s3, "inf")
+
+
+@pytest.mark.slow
+def test_a_chain_with_an_s3_server(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = connect(s3, monkeypatch)
     chain(tmp_path / "stored", monkeypatch, POINTS)
     assert len(files.find("bucket/prefix")) >= 8
     shutil.rmtree(".cache")

@@ -22,8 +22,10 @@ PASSED_ON = (
     "TRACKING",
     "OMP_NUM_THREADS",
     "STORE",
+    "STORE_CACHE",
     "STORE_CACHE_GIB",
 )
+ALL_OF = ("MLFLOW_", "FSSPEC_", "AWS_", "GOOGLE_")  # starts of names: where the tracking server and the store are
 PATIENCE_SECONDS = 24 * 3600
 
 
@@ -54,7 +56,7 @@ def launch(processes: int) -> None:
     settings = {
         "command": stage_command(),
         "folder": os.getcwd(),
-        "environment": {name: os.environ[name] for name in os.environ if name in PASSED_ON or name.startswith("MLFLOW_")},
+        "environment": {name: os.environ[name] for name in os.environ if name in PASSED_ON or name.startswith(ALL_OF)},
     }
     gpu = os.environ.get("DEVICE") != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
     try:
