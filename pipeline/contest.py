@@ -1,11 +1,12 @@
 """The contest of families on the same codes, cheapest first, that the family `auto` runs.
 
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
-2. Mixtures of K Gaussians behind each map: full, tied or diagonal covariances. K grows, and the ridge follows, until held-out
+2. Kernel density estimates behind each map, of kernels with the shape of the covariance and without.
+3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, and the ridge follows, until held-out
    codes become less likely for several K. The lane with the best score so far continues first.
-3. All other mixtures, the smallest first: where codes are few, many different fits together beat the best one. Mixtures get
-   half of the time.
-4. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
+4. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
+   of the time at most.
+5. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
    dimensions there are two larger ones, with and without the map.
 
 Up to 2,500 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
@@ -51,11 +52,20 @@ HELD_OUT = 10_000  # validation codes of larger sets that contestants are scored
 MIXTURE_CODES = 30_000  # training codes of larger sets that mixtures of Gaussians are fitted to, at most
 TRANSFORMS = ("none", "power", "quantile", "asinh")
 SAME = 0.02  # nats by which the Gaussians of two maps differ for a code, where the maps count as one
-COVARIANCES = ("full", "tied", "diagonal")
 FULL_DIM = 256  # dimensions up to which mixtures with full covariances take part: all contestants are in memory
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320)
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 0.4)
+POOLED_CODES = (3, 10, 30, 100, 300)
+# Kinds of covariances, each with its settings from the least regularised on.
+COVARIANCES: dict[str, list[dict[str, Any]]] = {
+    "full": [{"ridge": [ridge]} for ridge in RIDGES],
+    "pooled": [{"pooled_codes": codes, "ridge": [1e-3]} for codes in POOLED_CODES],
+    "pooled, with a ridge": [{"pooled_codes": codes, "ridge": [5e-2]} for codes in POOLED_CODES],
+    "tied": [{"covariance": "tied", "ridge": [ridge]} for ridge in RIDGES],
+    "diagonal": [{"covariance": "diagonal", "ridge": [ridge]} for ridge in RIDGES],
+}
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
+KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
 MIXTURE_SHARE_ALONE = 0.9  # where no networks follow
 NETWORK_CODES = 100  # training codes from which networks are tried
@@ -108,10 +118,10 @@ class _Lane:
     covariance: str
     best: Contestant
     components: int = 1  # index of the next in COMPONENTS: one Gaussian is the start
-    ridge: int = 0  # index of the best so far in RIDGES
+    strength: int = 0  # index of the best so far in COVARIANCES[covariance]
     fruitless: int = 0
     seconds: float = 0.0  # of the last fit
-    tried: set[tuple[int, int]] = field(default_factory=set)  # indices in COMPONENTS and RIDGES
+    tried: set[tuple[int, int]] = field(default_factory=set)  # indices in COMPONENTS and of the strength
 
     @property
     def score(self) -> float:
@@ -247,16 +257,32 @@ class _Judge:
             if gaussian is None or any(np.abs(gaussian.held_out - other.held_out).mean() < SAME for other in kept):
                 continue
             kept.append(gaussian)
-            covariances = COVARIANCES if self.dim <= FULL_DIM else COVARIANCES[1:]
-            lanes += [_Lane(transform, covariance, gaussian) for covariance in covariances]
+            kinds = COVARIANCES if self.dim <= FULL_DIM else ("tied", "diagonal")
+            lanes += [_Lane(transform, kind, gaussian) for kind in kinds]
         return lanes
 
+    def _kernels(self, lanes: list[_Lane]) -> None:
+        """Fits kernel density estimates behind the maps of the lanes."""
+        if "kde" not in self.settings.families:
+            return
+        minutes = KERNEL_SHARE * self.limit / 60 / len(self.folds)
+        for transform in dict.fromkeys(lane.transform for lane in lanes):
+            for standardise in ("dimension", "cholesky") if self.dim > 1 else ("dimension",):
+                self._enter(
+                    f"{transform}, kernels, {'correlated' if standardise == 'cholesky' else 'round'}",
+                    "kde",
+                    transform=transform,
+                    standardise=standardise,
+                    shrinkage=standardise == "cholesky",
+                    max_minutes=minutes,
+                )
+
     def _mixtures(self, lanes: list[_Lane]) -> None:
-        """Goes on in the lane with the best score, while any gains; then tries all that is left, smallest first."""
-        running = list(lanes)
+        """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""
+        running = list(lanes) if self.mixtures else []
         while running and self._spent() < self.mixture_share:
             lane = max(running, key=lambda lane: (lane.fruitless == 0, lane.score))
-            best = self._of_best_ridge(lane)
+            best = self._of_best_strength(lane)
             gain = mean_and_error(best.held_out - lane.best.held_out) if best is not None else Mean(-math.inf, 0.0, 0)
             if best is not None and gain.mean > 0:
                 lane.best, lane.fruitless = best, 0
@@ -266,39 +292,38 @@ class _Judge:
             if lane.fruitless >= FRUITLESS or lane.components == len(COMPONENTS) or not self._affordable(lane):
                 running.remove(lane)
         lanes.sort(key=lambda lane: -lane.score)
-        for components in range(len(COMPONENTS)):
+        for components in range(len(COMPONENTS)) if len(self.folds) > 1 else ():
             for lane in lanes:
-                for ridge in range(len(RIDGES)):
-                    if (components, ridge) not in lane.tried and self._supported(components):
+                for strength in range(len(COVARIANCES[lane.covariance])):
+                    if (components, strength) not in lane.tried and self._supported(components):
                         if self._spent() >= self.mixture_share:
                             return
-                        self._enter_mixture(lane, components, ridge)
+                        self._enter_mixture(lane, components, strength)
 
-    def _of_best_ridge(self, lane: _Lane) -> Contestant | None:
-        """The next number of Gaussians, at the ridge that suited the last one and at its neighbours, as far as these gain."""
-        best, start = self._enter_mixture(lane, lane.components, lane.ridge), lane.ridge
+    def _of_best_strength(self, lane: _Lane) -> Contestant | None:
+        """The next number of Gaussians, as regularised as suited the last one, and more or less, as far as that gains."""
+        best, start = self._enter_mixture(lane, lane.components, lane.strength), lane.strength
         for step in (-1, 1):
             number = start + step
-            while 0 <= number < len(RIDGES) and self._spent() < self.mixture_share:
+            while 0 <= number < len(COVARIANCES[lane.covariance]) and self._spent() < self.mixture_share:
                 contestant = self._enter_mixture(lane, lane.components, number)
                 if contestant is None or (best is not None and contestant.score.mean <= best.score.mean):
                     break
-                best, lane.ridge = contestant, number
+                best, lane.strength = contestant, number
                 number += step
-            if lane.ridge != start:
+            if lane.strength != start:
                 break
         return best
 
-    def _enter_mixture(self, lane: _Lane, components: int, ridge: int) -> Contestant | None:
+    def _enter_mixture(self, lane: _Lane, components: int, strength: int) -> Contestant | None:
         count, started = COMPONENTS[components], time.monotonic()
-        lane.tried.add((components, ridge))
+        lane.tried.add((components, strength))
+        values = COVARIANCES[lane.covariance][strength]
+        name = f"{lane.transform}, {count} Gaussian{'s' * (count > 1)}, {values.get('covariance', 'full')}"
+        if "pooled_codes" in values:
+            name += f", {values['pooled_codes']} pooled codes"
         contestant = self._enter(
-            f"{lane.transform}, {count} Gaussian{'s' * (count > 1)}, {lane.covariance}, ridge {RIDGES[ridge]:g}",
-            "gmm",
-            transform=lane.transform,
-            covariance=lane.covariance,
-            components=[count],
-            ridge=[RIDGES[ridge]],
+            f"{name}, ridge {values['ridge'][0]:g}", "gmm", transform=lane.transform, components=[count], **values
         )
         lane.seconds = time.monotonic() - started
         return contestant
@@ -342,7 +367,9 @@ class _Judge:
 
     def result(self) -> tuple[Mixture, Contest]:
         """Runs the rounds and chooses the result."""
-        self._mixtures(self._gaussians())
+        lanes = self._gaussians()
+        self._kernels(lanes)
+        self._mixtures(lanes)
         self._networks()
         contestants = self.contest.contestants
         if not contestants:

@@ -33,8 +33,7 @@ def held(codes: np.ndarray, **settings: object) -> tuple[Density, Training]:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A contest of few contestants."""
     monkeypatch.setattr(contest, "COMPONENTS", (1, 2, 3))
-    monkeypatch.setattr(contest, "RIDGES", (1e-6,))
-    monkeypatch.setattr(contest, "COVARIANCES", ("full",))
+    monkeypatch.setattr(contest, "COVARIANCES", {"full": [{"ridge": [1e-6]}]})
 
 
 def mixture() -> Mixture:
@@ -104,8 +103,7 @@ def test_a_ridge_that_was_raised_is_lowered_again(monkeypatch: pytest.MonkeyPatc
     # Two Gaussians count as the better the larger their ridge; three need the smallest.
     for name, values in {
         "COMPONENTS": (1, 2, 3),
-        "RIDGES": (1e-6, 1e-3, 0.4),
-        "COVARIANCES": ("full",),
+        "COVARIANCES": {"full": [{"ridge": [ridge]} for ridge in (1e-6, 1e-3, 0.4)]},
         "TRANSFORMS": ("none",),
     }.items():
         monkeypatch.setattr(contest, name, values)
@@ -128,6 +126,17 @@ def test_a_ridge_that_was_raised_is_lowered_again(monkeypatch: pytest.MonkeyPatc
     assert "3 Gaussians, full, ridge 1e-06" in str(training.contest[0]["family"])
 
 
+def test_kernels_take_part_in_the_shape_of_the_codes_and_without(few: None) -> None:
+    generator = np.random.default_rng(0)
+    angle = generator.uniform(0, 2 * np.pi, 600)
+    ring = np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.05 * generator.normal(size=(600, 2))
+    density, training = held(ring @ [[3.0, 0.0], [2.9, 0.3]], families=["kde"])
+    assert str(training.contest[0]["family"]).endswith("kernels, correlated")
+    scores = {str(row["family"]): float(row["valid_log_likelihood"]) for row in training.contest}
+    assert scores["none, kernels, correlated"] > scores["none, kernels, round"] > scores["none, Gaussian"]
+    assert "kde" in {member.family for member in density.members}
+
+
 def test_each_code_is_scored_by_a_fit_that_has_not_seen_it() -> None:
     pool = np.arange(41.0)[:, None]
     folds = contest._folds(ArrayCodes(pool[10:], pool[:10]), 4, seed=0)
@@ -138,11 +147,11 @@ def test_each_code_is_scored_by_a_fit_that_has_not_seen_it() -> None:
 
 
 def test_what_no_lane_has_reached_is_tried_while_there_is_time(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contest, "RIDGES", (1e-6, 1e-2))
+    monkeypatch.setattr(contest, "COVARIANCES", {"full": [{"ridge": [1e-6]}, {"pooled_codes": 10, "ridge": [1e-6]}]})
     monkeypatch.setattr(contest, "TRANSFORMS", ("none", "asinh"))
     _, training = held(np.random.default_rng(0).normal(size=(80, 2)), max_minutes=5)
     names = [row["family"] for row in training.contest]
-    assert len(set(names)) == len(names) == 2 + 2 * 3 * 2  # two Gaussians; and for each map three numbers with two ridges
+    assert len(set(names)) == len(names) == 2 + 2 * 3 * 2  # two Gaussians; and for each map three numbers, pooled or not
     assert training.ended_by == "epochs"
 
 

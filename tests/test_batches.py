@@ -62,7 +62,9 @@ def test_a_batch_is_the_same_in_the_same_order_on_any_number_of_processes(
     assert [x for rank in ranks for x in rank.places] == list(range(ranks[0].batch_size))
 
 
-@pytest.mark.parametrize("counts", [[10] * 23, [10, 10, 3, 10, 25, 10, 1, 10, 40], [7, 9]])
+@pytest.mark.parametrize(  # in the second, the lanes that have any left aren't the first ones
+    "counts", [[10] * 23, [10, 10, 3] + [10] * 20, [10, 10, 3, 10, 25, 10, 1, 10, 40], [7, 9]]
+)
 @pytest.mark.parametrize("batch_size", [8, 12])
 def test_the_order_is_that_of_a_naive_deal(counts: list[int], batch_size: int) -> None:
     """Parts go to lanes in turn, windows of each are shuffled, and lanes that have any left give an example each in turn."""

@@ -20,6 +20,7 @@ from pipeline.densities.common.density import standard_normal, uniform
 from pipeline.densities.common.transforms import build_transform
 from pipeline.densities.gaussian import Gaussian
 from pipeline.densities.gmm import GaussianMixture
+from pipeline.densities.kde import KernelDensity
 from pipeline.errors import DataError, PipelineError, SettingsError
 
 
@@ -48,6 +49,8 @@ CLOSED: dict[str, Callable[[], Density]] = {
     "full behind a matrix": lambda: fitted(GaussianMixture(2, components=[3]), cholesky=True),
     "tied": lambda: fitted(GaussianMixture(2, components=[3], covariance="tied")),
     "diagonal": lambda: fitted(GaussianMixture(2, components=[3], covariance="diagonal")),
+    "kernels": lambda: fitted(KernelDensity(2, bandwidths=[0.3], sensitivity=[0.5])),
+    "kernels behind a matrix": lambda: fitted(KernelDensity(2, bandwidths=[0.3], sensitivity=[0.0]), cholesky=True),
     "behind a map": lambda: fitted(GaussianMixture(2, components=[3]), transform="power"),
     "auto": mixture,
 }

@@ -521,6 +521,7 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
             "components": [3],
             "covariance": "diagonal",
             "ridge": [0.5],
+            "pooled_codes": Change(10.0, components=[5]),
             "starts": Change(5, components=[5]),
             "iterations": Change(1, components=[5]),
             "tolerance": Change(1.0, components=[5]),
@@ -534,6 +535,7 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
         {"noise_dim": 3, "hidden": [9], "bandwidths": [0.3], "output": Change("sigmoid", standardise="none")},
         set(),
     ),
+    "kde": ({}, {"bandwidths": [0.9], "sensitivity": [1.0], "max_examples": 20}, STEPS),
     "made_mog": ({"hidden": [8, 8], "components": 2}, {"hidden": [8, 9], "components": 3, "residual": True}, set()),
     "maf": ({"transforms": 1, "hidden": [8, 8]}, {"transforms": 2, "hidden": [8, 9], "residual": True}, set()),
     "naf": (

@@ -31,6 +31,8 @@ class Options(Checked):
         covariance: `full`: a matrix for each Gaussian; `tied`: one for all; `diagonal`: a variance for each dimension.
         ridge: Numbers to try, in ascending order, added to each variance in standardised units. Each number of Gaussians starts
             at the ridge that suited the one before, and tries larger ones until the validation likelihood falls.
+        pooled_codes: Only `full`: how many codes the mean covariance of all Gaussians counts for in that of each, between 0 for
+            `full` alone and many for `tied`.
         starts: Initial assignments by k-means; the one that ends at the highest training likelihood is kept.
         iterations: Steps of expectation maximisation at most.
         tolerance: Gain in mean log-likelihood, in nats, below which they end.
@@ -44,6 +46,7 @@ class Options(Checked):
     components: tuple[int, ...] = (10, 20, 50, 100, 200)
     covariance: Literal["full", "tied", "diagonal"] = "full"
     ridge: tuple[float, ...] = (1e-6,)
+    pooled_codes: float = 0.0
     starts: int = 1
     iterations: int = 100
     tolerance: float = 1e-3
@@ -58,6 +61,10 @@ class Options(Checked):
             check_that(values == sorted(set(values)), key, "must ascend")
         check_that(self.components[0] >= 1, "components", "must be at least 1")
         check_that(self.ridge[0] >= 0, "ridge", "must be 0 or more")
+        check_that(self.pooled_codes >= 0, "pooled_codes", "must be 0 or more")
+        check_that(
+            self.pooled_codes == 0 or self.covariance == "full", "pooled_codes", "is for `covariance: full` only: leave it out"
+        )
         check_that(self.starts >= 1, "starts", "must be at least 1")
         check_that(self.iterations >= 1, "iterations", "must be at least 1")
         check_that(self.tolerance >= 0, "tolerance", "must be 0 or more")
@@ -215,15 +222,21 @@ class GaussianMixture(Density):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture as Estimator
 
-        estimator = Estimator(
-            count,
-            covariance_type={"diagonal": "diag"}.get(self.options.covariance, self.options.covariance),
-            tol=self.options.tolerance,
-            reg_covar=ridge,
-            max_iter=self.options.iterations,
-            n_init=self.options.starts,
-            random_state=stream_seed("mixture components", seed, bits=32),
-        )
+        options = {
+            "tol": self.options.tolerance,
+            "reg_covar": ridge,
+            "max_iter": self.options.iterations,
+            "n_init": self.options.starts,
+            "random_state": stream_seed("mixture components", seed, bits=32),
+        }
+        if self.options.pooled_codes:
+            from pipeline.densities.common.pooled import PooledMixture
+
+            estimator = PooledMixture(count, **options)
+            estimator.pooled_codes = self.options.pooled_codes
+        else:
+            kind = {"diagonal": "diag"}.get(self.options.covariance, self.options.covariance)
+            estimator = Estimator(count, covariance_type=kind, **options)
         with warnings.catch_warnings():
             # The number of iterations is a setting, and repeated codes may leave k-means with fewer clusters.
             warnings.simplefilter("ignore", ConvergenceWarning)

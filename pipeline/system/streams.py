@@ -22,6 +22,7 @@ Purpose = Literal[
     "validation samples",
     "subset for a transform",
     "subset for a mixture",
+    "subset for kernels",
     "subset of contexts",
     "mixture components",
     "averaged orders",
