@@ -22,6 +22,7 @@ from pipeline.densities.common.flows import NormalisingFlow
 from pipeline.densities.common.orders import reordered
 from pipeline.densities.gaussian import Gaussian
 from pipeline.densities.gmm import GaussianMixture
+from pipeline.densities.kde import KernelDensity
 from pipeline.errors import PipelineError
 from pipeline.generator import Generator
 from pipeline.storage.columns import Column, log_volume, varying
@@ -83,7 +84,7 @@ def _networks(density: Density) -> list[Network]:
             return torch.logsumexp(each, dim=0)
 
         return [mixed]
-    if isinstance(density, Gaussian | GaussianMixture):
+    if isinstance(density, Gaussian | GaussianMixture | KernelDensity):
         classes = [None] if density.context is None else list(range(density.category_contexts))
         return [_mixture(density, c)._log_prob for c in classes]
     if density.context is None:
@@ -101,9 +102,13 @@ def _in_context(density: Density, row: Tensor) -> Network:
     return log_prob
 
 
-def _mixture(density: Gaussian | GaussianMixture, c: int | None) -> GaussianMixture:
+def _mixture(density: Gaussian | GaussianMixture | KernelDensity, c: int | None) -> GaussianMixture:
     """A mixture of Gaussians, or that of a class, with a whitening matrix for each; ONNX solves no triangular systems."""
-    if isinstance(density, GaussianMixture):
+    if isinstance(density, KernelDensity):
+        precisions = torch.exp(-density.log_widths)
+        weights = torch.full_like(precisions, -math.log(len(precisions)))
+        parts, covariance = (weights, density.points, precisions[:, None].expand_as(density.points)), "diagonal"
+    elif isinstance(density, GaussianMixture):
         parts = (density.log_weights, density.means, density.whitening) if c is None else density._mixture(c)
         covariance = density.options.covariance
     else:

@@ -170,7 +170,7 @@ def test_words_for_wrong_input() -> None:
 def test_families_that_can_t_say_so(family: str) -> None:
     density = build(family).eval()
     assert not density.has_given
-    said = f"'{family}' can't predict some dimensions from others: fit a gaussian, a gmm, or an lde with"
+    said = f"'{family}' can't predict some dimensions from others: fit a gaussian, a gmm, a kde, or an lde with"
     for ask in (
         lambda: density.log_prob(torch.zeros(1, 2), given=torch.tensor([True, False])),
         lambda: density.sample(1, given=torch.zeros(1, 2)),

@@ -52,9 +52,16 @@ def behind(kind: str) -> Density:
     return found.float()
 
 
+def kernels() -> Density:
+    found, codes = density("kde", sensitivity=[0.5]), torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    found.estimate(lambda: [codes], codes)
+    return found
+
+
 WRITTEN: dict[str, Callable[[], Density]] = {
     "gaussian of each label": lambda: density("gaussian", context=labelled()),
     "gmm of each label": lambda: density("gmm", components=[3], covariance="diagonal", context=labelled()),
+    "kde": kernels,
     "gmm behind a map": lambda: behind("quantile"),
     "lde": lambda: density("lde", components=3, context=labelled()),
     "separate": lambda: density("lde", blocks="separate", width=8, components=3),

@@ -224,7 +224,8 @@ def _squared_distances(z: Tensor, points: Tensor) -> Tensor:
     """Squares of the distances (B, N)."""
     if torch.is_grad_enabled():  # derivatives of distances of 0, and second ones, exist for squares only
         return (z[:, None] - points).square().sum(dim=2)
-    return torch.cdist(z, points).square()
+    # By differences: in products, float32 loses what narrow kernels need.
+    return torch.cdist(z, points, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 Model = KernelDensity
