@@ -700,3 +700,14 @@ def test_damaged_reports(workspace: Path, stage: str, path: Path, damage: str) -
     assert str(path) in done.output
     assert f"dvc repro -f -s {stage}" in done.output
     assert not Path("reports/index.html").exists()
+
+
+@pytest.mark.parametrize(("stage", "path"), REPORTED, ids=lambda value: str(value).rpartition("/")[2])
+def test_pipes_in_place_of_reports(workspace: Path, stage: str, path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)  # whose reader would wait for ever
+    done = small.run("report")
+    assert done.exit_code == 1, done.output
+    assert done.output.count("\n") == 1
+    assert str(path) in done.output
+    assert f"dvc repro -f -s {stage}" in done.output

@@ -154,6 +154,21 @@ def test_a_database_survives_kills_a_full_disk_and_many_at_once(database: Path) 
     assert sorted(path.name for path in database.parent.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
+UI = """
+import runpy
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+runpy.run_module("stages.tracking.database", run_name="__main__")
+"""
+
+
+def test_the_ui_finds_all_tables_and_no_others(fork: Fork, tmp_path: Path) -> None:
+    assert fork(tmp_path, UI) == 0
+    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+        assert connection.execute("select count(*) from runs").fetchone() == (0,)
+        connection.execute("drop table metrics")
+    assert fork(tmp_path, UI) == 1
+
+
 NAMES = ("my%20clone", "feature%2Fx?", string.punctuation.replace("/", "") + " é\n日本")
 
 

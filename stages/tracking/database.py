@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sqlite3
+import sys
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
@@ -158,3 +159,10 @@ def check_experiment(name: str, identity: str, state: str, uri: str) -> None:
     if state == "deleted":
         restore = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore --experiment-id {identity}"
         raise PipelineError(f"the experiment '{name}' was deleted: `{restore}`, or name another in MLFLOW_EXPERIMENT_NAME")
+
+
+if __name__ == "__main__":  # `make ui`, before MLflow would create the tables in place
+    try:
+        open_database(os.environ.get("MLFLOW_TRACKING_URI") or database_uri(Path("mlflow.db")))
+    except PipelineError as error:
+        sys.exit(f"Error: {error}")
