@@ -1,17 +1,19 @@
 """The contest of families on the same codes, cheapest first, that the family `auto` runs.
 
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
-2. Kernel density estimates behind each map, of kernels with the shape of the covariance and without.
-3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, and the ridge follows, until held-out
-   codes become less likely for several K. The lane with the best score so far continues first.
+2. Kernel density estimates behind none and behind the best map, of kernels with the shape of the covariance and without.
+3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains;
+   then the ridge or the pooled codes follow, until held-out codes become less likely for several K. The lane with the best
+   score so far continues first.
 4. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
-   of the time at most.
+   of the time, or more while they clearly gain.
 5. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
    dimensions there are two larger ones, with and without the map.
 
 Up to 2,500 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
-these fits. Its score is the mean log-likelihood of all codes, each under the fit that hasn't seen it. Of more codes validation
-codes are held out, and there is one fit: of networks to all training codes, of Gaussians and mixtures to 30,000 of them.
+these fits, unless the first of them fall far behind. Its score is the mean log-likelihood of all codes, each under the fit that
+hasn't seen it. Of more codes validation codes are held out, and there is one fit: of networks to all training codes, of
+Gaussians and mixtures to 30,000 of them.
 
 The result is the mixture of contestants that makes held-out codes most likely (stacking), if it beats the best single one by
 more than a standard error of paired differences; else the contestant with the fewest parameters within one such error of the
@@ -64,6 +66,8 @@ COVARIANCES: dict[str, list[dict[str, Any]]] = {
     "tied": [{"covariance": "tied", "ridge": [ridge]} for ridge in RIDGES],
     "diagonal": [{"covariance": "diagonal", "ridge": [ridge]} for ridge in RIDGES],
 }
+FAR = 4  # standard errors of paired differences by which a contestant is far behind
+CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussians are passed over
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
@@ -72,7 +76,7 @@ NETWORK_CODES = 100  # training codes from which networks are tried
 NETWORK_SHARE = 0.85  # of a network's time, for its training
 NETWORKS = ((32, 10), (128, 30))  # width, Gaussians of a conditional
 NETWORK_STEPS = 1_000  # that a network must have time for, where a larger one is to follow
-LEAST_STEPS = 300  # that the smallest network must have time for, next to mixtures
+LEAST_STEPS = 400  # that the smallest network must have time for, next to mixtures
 OPERATIONS = 1e10  # of floating point in a second of training, about
 NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
 PLANE_DIM = 3  # dimensions up to which codes are shapes: one larger network without a map, since maps bend edges, and one with
@@ -213,8 +217,10 @@ class _Judge:
             self.mapped[kind] = [_mapped(kind, fold) for fold in self.folds]
         return self.mapped[kind]
 
-    def _enter(self, name: str, family: str, transform: str, **values: Any) -> Contestant | None:
-        """Fits a contestant to all folds; None if that fails."""
+    def _enter(
+        self, name: str, family: str, transform: str, rival: Contestant | None = None, **values: Any
+    ) -> Contestant | None:
+        """Fits a contestant to all folds; None if that fails, or if after some folds it is far behind a rival."""
         started = time.monotonic()
         row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
         module = implementation("pipeline.densities", family, "family")
@@ -236,6 +242,11 @@ class _Judge:
             with torch.no_grad():
                 each = density.log_prob(torch.from_numpy(codes).to(density.shift.device)).double().cpu().numpy()
                 scores.append(each + self.log_volume)
+            if rival is not None and number + 1 < len(self.folds):
+                so_far = np.concatenate(scores)
+                ahead = mean_and_error(so_far - rival.held_out[: len(so_far)])
+                if not ahead.mean > -FAR * ahead.standard_error:
+                    return None
         contestant = Contestant(name, densities, np.concatenate(scores), time.monotonic() - started)
         score = contestant.score.mean
         if not math.isfinite(score):
@@ -262,34 +273,42 @@ class _Judge:
         return lanes
 
     def _kernels(self, lanes: list[_Lane]) -> None:
-        """Fits kernel density estimates behind the maps of the lanes."""
+        """Fits kernel density estimates behind no map and behind the best one."""
         if "kde" not in self.settings.families:
             return
         minutes = KERNEL_SHARE * self.limit / 60 / len(self.folds)
-        for transform in dict.fromkeys(lane.transform for lane in lanes):
+        gaussians = {lane.transform: lane.best for lane in lanes}
+        best = max(gaussians, key=lambda transform: gaussians[transform].score.mean)
+        for transform in dict.fromkeys((TRANSFORMS[0], best)):
+            gaussian = gaussians[transform]
             for standardise in ("dimension", "cholesky") if self.dim > 1 else ("dimension",):
-                self._enter(
+                kernels = self._enter(
                     f"{transform}, kernels, {'correlated' if standardise == 'cholesky' else 'round'}",
                     "kde",
                     transform=transform,
+                    rival=gaussian,
                     standardise=standardise,
                     shrinkage=standardise == "cholesky",
                     max_minutes=minutes,
                 )
+            gain = _gain(kernels, gaussian)
+            if gain.mean < -FAR * gain.standard_error:
+                return  # too many dimensions for so few codes
 
     def _mixtures(self, lanes: list[_Lane]) -> None:
         """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""
-        running = list(lanes) if self.mixtures else []
-        while running and self._spent() < self.mixture_share:
+        running, climbing = list(lanes) if self.mixtures else [], False
+        while running and self._spent() < (MIXTURE_SHARE_ALONE if climbing else self.mixture_share):
             lane = max(running, key=lambda lane: (lane.fruitless == 0, lane.score))
-            best = self._of_best_strength(lane)
-            gain = mean_and_error(best.held_out - lane.best.held_out) if best is not None else Mean(-math.inf, 0.0, 0)
+            before, best = lane.best, self._of_best_strength(lane)
+            gain = _gain(best, before)
+            climbing = gain.mean > CLEAR * gain.standard_error
             if best is not None and gain.mean > 0:
                 lane.best, lane.fruitless = best, 0
             else:
                 lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
-            lane.components += 1
-            if lane.fruitless >= FRUITLESS or lane.components == len(COMPONENTS) or not self._affordable(lane):
+            lane.components += 2 if climbing else 1
+            if lane.fruitless >= FRUITLESS or not self._affordable(lane, climbing):
                 running.remove(lane)
         lanes.sort(key=lambda lane: -lane.score)
         for components in range(len(COMPONENTS)) if len(self.folds) > 1 else ():
@@ -298,15 +317,22 @@ class _Judge:
                     if (components, strength) not in lane.tried and self._supported(components):
                         if self._spent() >= self.mixture_share:
                             return
-                        self._enter_mixture(lane, components, strength)
+                        self._enter_mixture(lane, components, strength, self._leader())
+
+    def _leader(self) -> Contestant:
+        """The contestant with the best score."""
+        return max(self.contest.contestants, key=lambda contestant: contestant.score.mean)
 
     def _of_best_strength(self, lane: _Lane) -> Contestant | None:
-        """The next number of Gaussians, as regularised as suited the last one, and more or less, as far as that gains."""
-        best, start = self._enter_mixture(lane, lane.components, lane.strength), lane.strength
+        """The next number of Gaussians, as regularised as the last one; where that doesn't clearly gain, more or less."""
+        best, start = self._enter_mixture(lane, lane.components, lane.strength, lane.best), lane.strength
+        gain = _gain(best, lane.best)
+        if gain.mean > CLEAR * gain.standard_error:
+            return best
         for step in (-1, 1):
             number = start + step
             while 0 <= number < len(COVARIANCES[lane.covariance]) and self._spent() < self.mixture_share:
-                contestant = self._enter_mixture(lane, lane.components, number)
+                contestant = self._enter_mixture(lane, lane.components, number, best)
                 if contestant is None or (best is not None and contestant.score.mean <= best.score.mean):
                     break
                 best, lane.strength = contestant, number
@@ -315,7 +341,7 @@ class _Judge:
                 break
         return best
 
-    def _enter_mixture(self, lane: _Lane, components: int, strength: int) -> Contestant | None:
+    def _enter_mixture(self, lane: _Lane, components: int, strength: int, rival: Contestant | None) -> Contestant | None:
         count, started = COMPONENTS[components], time.monotonic()
         lane.tried.add((components, strength))
         values = COVARIANCES[lane.covariance][strength]
@@ -323,7 +349,7 @@ class _Judge:
         if "pooled_codes" in values:
             name += f", {values['pooled_codes']} pooled codes"
         contestant = self._enter(
-            f"{name}, ridge {values['ridge'][0]:g}", "gmm", transform=lane.transform, components=[count], **values
+            f"{name}, ridge {values['ridge'][0]:g}", "gmm", transform=lane.transform, rival=rival, components=[count], **values
         )
         lane.seconds = time.monotonic() - started
         return contestant
@@ -332,10 +358,13 @@ class _Judge:
         """Whether there are two codes for each Gaussian."""
         return COMPONENTS[components] * 2 <= min(fold.index.count("train") for fold in self.folds)
 
-    def _affordable(self, lane: _Lane) -> bool:
+    def _affordable(self, lane: _Lane, climbing: bool) -> bool:
         """Whether there are codes and time for the next number of Gaussians of a lane."""
+        if lane.components >= len(COMPONENTS) or not self._supported(lane.components):
+            return False
         growth = COMPONENTS[lane.components] / COMPONENTS[lane.components - 1]
-        return self._supported(lane.components) and lane.seconds * growth < (self.mixture_share - self._spent()) * self.limit
+        share = MIXTURE_SHARE_ALONE if climbing else self.mixture_share
+        return lane.seconds * growth < (share - self._spent()) * self.limit
 
     def _networks(self) -> None:
         count = self.network_folds[0].index.count("train")
@@ -452,6 +481,11 @@ def _mapped(kind: str, codes: CodeReader) -> _Mapped:
     transform = build_transform(kind, train.shape[1])
     transform.fit(train.double())
     return transform, ArrayCodes(transform(train).numpy(), transform(valid).numpy())
+
+
+def _gain(contestant: Contestant | None, before: Contestant) -> Mean:
+    """Mean difference of log-likelihoods for held-out codes, with its standard error; minus infinity without a contestant."""
+    return Mean(-math.inf, 0.0, 0) if contestant is None else mean_and_error(contestant.held_out - before.held_out)
 
 
 def _log_mixture(each: np.ndarray, weights: np.ndarray) -> np.ndarray:
