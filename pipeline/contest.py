@@ -268,9 +268,14 @@ class _Judge:
             if gaussian is None or any(np.abs(gaussian.held_out - other.held_out).mean() < SAME for other in kept):
                 continue
             kept.append(gaussian)
-            kinds = COVARIANCES if self.dim <= FULL_DIM else ("tied", "diagonal")
-            lanes += [_Lane(transform, kind, gaussian) for kind in kinds]
+            lanes += [_Lane(transform, kind, gaussian) for kind in self._kinds()]
         return lanes
+
+    def _kinds(self) -> list[str]:
+        """The kinds of covariances: no large matrices, and none pooled where the codes of a Gaussian tell its few numbers."""
+        if self.dim > FULL_DIM:
+            return [kind for kind in COVARIANCES if kind in ("tied", "diagonal")]
+        return [kind for kind in COVARIANCES if "pooled" not in kind or len(self.folds) > 1 or self.dim > PLANE_DIM]
 
     def _kernels(self, lanes: list[_Lane]) -> None:
         """Fits kernel density estimates behind no map and behind the best one."""
@@ -297,18 +302,19 @@ class _Judge:
 
     def _mixtures(self, lanes: list[_Lane]) -> None:
         """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""
-        running, climbing = list(lanes) if self.mixtures else [], False
-        while running and self._spent() < (MIXTURE_SHARE_ALONE if climbing else self.mixture_share):
+        running, share = list(lanes) if self.mixtures else [], self.mixture_share
+        while running and self._spent() < share:
             lane = max(running, key=lambda lane: (lane.fruitless == 0, lane.score))
             before, best = lane.best, self._of_best_strength(lane)
             gain = _gain(best, before)
             climbing = gain.mean > CLEAR * gain.standard_error
+            share = MIXTURE_SHARE_ALONE if climbing and best is self._leader() else self.mixture_share
             if best is not None and gain.mean > 0:
                 lane.best, lane.fruitless = best, 0
             else:
                 lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
             lane.components += 2 if climbing else 1
-            if lane.fruitless >= FRUITLESS or not self._affordable(lane, climbing):
+            if lane.fruitless >= FRUITLESS or not self._affordable(lane, share):
                 running.remove(lane)
         lanes.sort(key=lambda lane: -lane.score)
         for components in range(len(COMPONENTS)) if len(self.folds) > 1 else ():
@@ -358,12 +364,11 @@ class _Judge:
         """Whether there are two codes for each Gaussian."""
         return COMPONENTS[components] * 2 <= min(fold.index.count("train") for fold in self.folds)
 
-    def _affordable(self, lane: _Lane, climbing: bool) -> bool:
-        """Whether there are codes and time for the next number of Gaussians of a lane."""
+    def _affordable(self, lane: _Lane, share: float) -> bool:
+        """Whether there are codes, and within a share of the time, for the next number of Gaussians of a lane."""
         if lane.components >= len(COMPONENTS) or not self._supported(lane.components):
             return False
         growth = COMPONENTS[lane.components] / COMPONENTS[lane.components - 1]
-        share = MIXTURE_SHARE_ALONE if climbing else self.mixture_share
         return lane.seconds * growth < (share - self._spent()) * self.limit
 
     def _networks(self) -> None:
