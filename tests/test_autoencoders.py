@@ -222,6 +222,12 @@ def test_save_and_load(tmp_path, channels_last):
         torch.testing.assert_close(read, ours, rtol=0, atol=0)
 
 
+def test_as_many_blocks_as_fit():
+    network = Autoencoder(ConvolutionOptions(latent_dim=3, base_channels=2), (1, 32, 32))
+    assert (network.encoder.options.blocks, network.encoder.filter_side) == (2, 4)
+    build(ae.Settings, {"dataset": "d", "objective": "ae", "latent_dim": 3}, "a").check_shape((3, 48, 48))
+
+
 def test_equal_weights_give_equal_bytes(tmp_path):
     digests = set()
     for name in "abcdefgh":

@@ -314,3 +314,20 @@ def test_a_density_row_names_the_prior_that_its_codes_are_held_to(objective, hel
     other = {"normal": "two_normals", "two_normals": "normal"}[held]
     with pytest.raises(SettingsError, match=f"^densities.p.prior: '{other}', but the codes of autoencoders.a are held to"):
         density(other)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_it_learns_by_the_absolute_error(name, digits):
+    model = objective(name, pixel_loss="absolute")
+    before = error(model.eval(), digits)
+    assert error(train(model, digits), digits) < 0.6 * before
+
+
+@pytest.mark.parametrize("pixel_loss", ["squared", "absolute"])
+def test_the_pixel_loss_is_what_it_says(pixel_loss, digits):
+    model = objective("ae", pixel_loss=pixel_loss)
+    difference = model.decoder(model.encoder(digits)) - digits
+    expected = difference.square() if pixel_loss == "squared" else difference.abs()
+    losses = objective("ae", pixel_loss=pixel_loss)("model", {"images": digits}, step())
+    torch.testing.assert_close(losses["loss"], expected.mean())
+    torch.testing.assert_close(losses["mse"], difference.square().mean())

@@ -355,6 +355,7 @@ NETWORK = {
     "incremental.steps": Change(2, incremental={"mode": "stepwise", "warm_up_epochs": 2.0, "steps": 1}),
     "incremental.cut_off": Change("uniform", incremental={"mode": "nested_dropout"}),
     "incremental.geometric_rate": Change(0.9, incremental={"mode": "nested_dropout"}),
+    "pixel_loss": "absolute",
     "mirror": True,
     "max_minutes": 1e-9,
     "patience": Change(1, epochs=12, learning_rate=0.1),

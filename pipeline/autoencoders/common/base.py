@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.autoencoders.common.incremental import IncrementalSettings, mask
-from pipeline.autoencoders.common.network import ONE_VALUE, Autoencoder, Decoder, Encoder, filter_side, image_side
+from pipeline.autoencoders.common.network import (
+    ONE_VALUE,
+    Autoencoder,
+    Decoder,
+    Encoder,
+    filter_side,
+    fitting_blocks,
+    image_side,
+)
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, checked_path, file_setting
@@ -29,16 +38,19 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
         perceptual_weight: Weight of the perceptual loss in (5); 0.1 in the paper, 0 leaves it out.
         perceptual_weights: Where VGG19's weights come from: a file (safetensors or state dict) with its digest,
             `PATH@sha256:HEX`, or `imagenet` for torchvision's official ones, downloaded once.
+        pixel_loss: `squared`: the mean squared error of the paper; `absolute`: the mean absolute error, which blurs edges less.
         mirror: Whether each image is mirrored left to right in half of the steps: for photographs, not for letters or digits.
     """
 
     incremental: IncrementalSettings | None = None
     perceptual_weight: float = 0.0
     perceptual_weights: str | None = file_setting()
+    pixel_loss: Literal["squared", "absolute"] = "squared"
     mirror: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_that(self.pixel_loss in ("squared", "absolute"), "pixel_loss", "must be squared or absolute")
         check_that(self.perceptual_weight >= 0, "perceptual_weight", "must be 0 or more")
         check_that(
             self.perceptual_weight == 0 or self.perceptual_weights is not None,
@@ -62,24 +74,25 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
         )
         channels, height, width = shape
         check_that(channels >= 1 and height == width, "dataset", f"images must be square, and these are {height}x{width}")
+        blocks = fitting_blocks(height) if self.blocks is None else self.blocks
         if self.filter_side is None:
-            unit = image_side(self.blocks, 1)
+            unit = image_side(blocks, 1)
             check_that(
-                filter_side(self.blocks, height) is not None,
+                filter_side(blocks, height) is not None,
                 "blocks",
-                f"with {self.blocks} blocks the side must be a multiple of 2^{self.blocks + 1} = {unit} pixels, and the "
+                f"with {blocks} blocks the side must be a multiple of 2^{blocks + 1} = {unit} pixels, and the "
                 f"images of '{self.dataset}' are {height}x{width}",
             )
         else:
-            side = image_side(self.blocks, self.filter_side)
+            side = image_side(blocks, self.filter_side)
             check_that(
                 side == height,
                 "filter_side",
                 f"the side must be filter_side * 2^(blocks + 1) = {side} pixels, and the images of '{self.dataset}' are "
                 f"{height}x{width}",
             )
-        normalised = self.blocks > 0 or self.input_normalisation
-        check_that(self.batch_size > 1 or not normalised or filter_side(self.blocks, height) != 1, "batch_size", ONE_VALUE)
+        normalised = blocks > 0 or self.input_normalisation
+        check_that(self.batch_size > 1 or not normalised or filter_side(blocks, height) != 1, "batch_size", ONE_VALUE)
 
 
 class Objective(Trainable):
@@ -193,6 +206,8 @@ class ImageObjective(Objective):
     def reconstruction(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
         r"""The reconstruction loss (5), MSE + perceptual_weight * perceptual, and its parts, each a mean over the batch.
 
+        With the pixel loss `absolute`, the mean absolute error takes the place of the MSE.
+
         Arguments:
             images: Images with shape (B, C, H, W).
             reconstructions: Their reconstructions, with the same shape.
@@ -200,9 +215,11 @@ class ImageObjective(Objective):
         Returns:
             `reconstruction`; `mse`, the squared error per pixel and channel; and `perceptual`, if it has a weight.
         """
-        mse = nn.functional.mse_loss(reconstructions.float(), images.float())
-        losses = {"reconstruction": mse, "mse": mse}
+        reconstructions, images = reconstructions.float(), images.float()
+        mse = nn.functional.mse_loss(reconstructions, images)
+        by_pixel = mse if self.settings.pixel_loss == "squared" else nn.functional.l1_loss(reconstructions, images)
+        losses = {"reconstruction": by_pixel, "mse": mse}
         for loss in self._perceptual:
             losses["perceptual"] = loss(images, reconstructions)
-            losses["reconstruction"] = mse + self.settings.perceptual_weight * losses["perceptual"]
+            losses["reconstruction"] = by_pixel + self.settings.perceptual_weight * losses["perceptual"]
         return losses

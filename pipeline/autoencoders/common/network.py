@@ -17,7 +17,7 @@ from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.settings import build
 from pipeline.system.files import atomic_file, check_regular
 
-__all__ = ["Autoencoder", "Decoder", "Encoder", "filter_side", "image_side"]
+__all__ = ["Autoencoder", "Decoder", "Encoder", "filter_side", "fitting_blocks", "image_side"]
 
 OUTPUTS = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0)}  # the decoder's last activation -> range of the pixels
 ONE_VALUE = (
@@ -53,6 +53,17 @@ def filter_side(blocks: int, image_side: int) -> int | None:
     return side if side >= 1 and rest == 0 else None
 
 
+def fitting_blocks(image_side: int) -> int:
+    """The most blocks for which the filter side is at least 4 pixels; 0 for images that are too small for that.
+
+    Example:
+        >>> [fitting_blocks(side) for side in (28, 32, 48, 64, 128, 6)]
+        [1, 2, 2, 3, 4, 0]
+    """
+    fitting = (blocks for blocks in range(11) if (filter_side(blocks, image_side) or 0) >= 4)
+    return max(fitting, default=0)
+
+
 class _Half(nn.Module):
     """Base of both halves: options, memory format, initial weights, and their file.
 
@@ -61,6 +72,7 @@ class _Half(nn.Module):
         shape: Shape (C, H, W) of an image.
 
     Attributes:
+        blocks: Convolution blocks N.
         filter_side: Filter side S, in pixels.
         extras: Keys that a file's metadata hold for this half, in addition to the options.
         ignored: Options that concern only the other half.
@@ -75,10 +87,12 @@ class _Half(nn.Module):
     def __init__(self, options: ConvolutionOptions, shape: tuple[int, ...]) -> None:
         super().__init__()
         channels, height, width = shape
-        side = filter_side(options.blocks, height)
+        self.blocks = fitting_blocks(height) if options.blocks is None else options.blocks
+        side = filter_side(self.blocks, height)
         if height != width or side is None or options.filter_side not in (None, side):
-            raise SettingsError(f"blocks: images of {height}x{width} pixels don't fit {options.blocks} blocks")
-        self.options, self.filter_side, self.image_shape = options, side, (channels, height, width)
+            raise SettingsError(f"blocks: images of {height}x{width} pixels don't fit {self.blocks} blocks")
+        self.options = dataclasses.replace(options, blocks=self.blocks)
+        self.filter_side, self.image_shape = side, (channels, height, width)
 
     def _start(self, generator: torch.Generator | None) -> None:
         for module in self.modules():
@@ -113,7 +127,7 @@ class _Half(nn.Module):
         extras = {name: metadata.pop(name) for name in cls.extras}
         channels = metadata.pop("channels")
         options = build(ConvolutionOptions, metadata, cls.__name__)
-        side = image_side(options.blocks, metadata["filter_side"])
+        side = image_side(options.blocks or 0, metadata["filter_side"])
         return cls(options, (channels, side, side), **extras)
 
     def save(self, path: str | Path) -> None:
@@ -202,7 +216,7 @@ class Encoder(_Half):
         self.variational = variational
         width = options.base_channels
         layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
-        for _ in range(options.blocks):
+        for _ in range(self.blocks):
             layers += [nn.Conv2d(width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2, inplace=True)]
             width *= 2
         self.layers = nn.Sequential(*layers)
@@ -283,11 +297,11 @@ class Decoder(_Half):
     ) -> None:
         super().__init__(options, shape)
         self.output, self.value_range = output, OUTPUTS[output]
-        width = options.base_channels * 2**options.blocks
+        width = options.base_channels * 2**self.blocks
         layers: list[nn.Module] = [nn.ConvTranspose2d(options.latent_dim, width, self.filter_side)]
         if options.input_normalisation:
             layers += [nn.BatchNorm2d(width), nn.LeakyReLU(0.2, inplace=True)]
-        for _ in range(options.blocks):
+        for _ in range(self.blocks):
             layers += [
                 nn.ConvTranspose2d(width, width // 2, 4, 2, 1),
                 nn.BatchNorm2d(width // 2),

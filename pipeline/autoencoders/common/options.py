@@ -16,7 +16,7 @@ class ConvolutionOptions(Checked):
 
     Attributes:
         latent_dim: Length D of the code.
-        blocks: Convolution blocks N. Images are S * 2^(N+1) pixels wide and high.
+        blocks: Convolution blocks N. Images are S * 2^(N+1) pixels wide and high; when null, as many as leave S >= 4.
         filter_side: Filter side S of the encoder's last convolution, in pixels; follows from the images when null.
         base_channels: Filters of the outermost convolutions.
         batch_norm_gain: Initial gains: `paper`: normal with mean 0 and standard deviation 0.02; `ones`.
@@ -25,7 +25,7 @@ class ConvolutionOptions(Checked):
     """
 
     latent_dim: int
-    blocks: int
+    blocks: int | None = None
     filter_side: int | None = None
     base_channels: int = 64
     batch_norm_gain: Literal["paper", "ones"] = "paper"
@@ -35,6 +35,6 @@ class ConvolutionOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_that(self.latent_dim >= 1, "latent_dim", "must be at least 1")
-        check_that(0 <= self.blocks <= 10, "blocks", "must lie in 0..10")
+        check_that(self.blocks is None or 0 <= self.blocks <= 10, "blocks", "must lie in 0..10")
         check_that(self.filter_side is None or self.filter_side >= 1, "filter_side", "must be at least 1")
         check_that(self.base_channels >= 1, "base_channels", "must be at least 1")
