@@ -45,6 +45,8 @@ class Scorer:
         value_range: Range of the pixels that the encoder takes.
         on_manifold: Whether to score decoded images on the decoder's manifold too, which takes D times as long.
         log_volume: What is added to log-likelihoods, for the units of a table.
+        relative_error: Whether reconstruction errors are relative to the image, |decoded - x|^2 / (1 + |x|^2). A dark image, of
+            which little must be reconstructed, has a small error however badly that is done.
     """
 
     density: Density
@@ -53,6 +55,7 @@ class Scorer:
     value_range: tuple[float, ...] = (0.0, 1.0)
     on_manifold: bool = False
     log_volume: float = 0.0
+    relative_error: bool = False
 
     def __post_init__(self) -> None:
         if not self.density.has_marginal:
@@ -78,7 +81,8 @@ class Scorer:
 
         Returns:
             `log_likelihood` of the code, or in the units of a table, in nats; with a decoder `reconstruction_error`, the
-            squared error summed over pixels in 0..1; and if wished `manifold_log_likelihood`, in nats.
+            squared error summed over pixels in 0..1, or relative to the image; and if wished `manifold_log_likelihood`, in
+            nats.
         """
         codes = self.codes(examples)
         scores = {"log_likelihood": self._log_likelihood(codes)}
@@ -86,7 +90,8 @@ class Scorer:
             with torch.no_grad():
                 decoded = to_unit(self.decoder(codes), self.decoder.value_range)
                 given = to_unit(self._images(examples).to(codes.device), self.value_range)
-                scores["reconstruction_error"] = (decoded - given).double().square().flatten(1).sum(1).cpu().numpy()
+                errors, energy = ((x.double().square().flatten(1).sum(1)) for x in (decoded - given, given))
+                scores["reconstruction_error"] = (errors / (1 + energy) if self.relative_error else errors).cpu().numpy()
             if self.on_manifold and isinstance(self.decoder, Decoder):
                 values, _ = manifold_log_likelihood(self.density, self.decoder, codes)
                 scores["manifold_log_likelihood"] = values.cpu().numpy()
@@ -98,7 +103,12 @@ class Scorer:
 
 
 def load_scorer(
-    density: Path, autoencoder: Path, reader: ShardReader, device: torch.device | str = "cpu", on_manifold: bool = False
+    density: Path,
+    autoencoder: Path,
+    reader: ShardReader,
+    device: torch.device | str = "cpu",
+    on_manifold: bool = False,
+    relative_error: bool = False,
 ) -> Scorer:
     """The scorer of a row.
 
@@ -108,6 +118,7 @@ def load_scorer(
         reader: Shards of the data set that it was trained on.
         device: Where to compute.
         on_manifold: Whether to score decoded images on the decoder's manifold too.
+        relative_error: Whether reconstruction errors are relative to the image.
 
     Raises:
         DataError: When a file is missing, damaged or of another row.
@@ -123,8 +134,8 @@ def load_scorer(
             f"{density} is of codes with {model.dim} numbers, and {autoencoder} makes {encoder.latent_dim}; fit it again"
         )
     assert reader.index.value_range is not None
-    # Others can't be differentiated.
-    return Scorer(model, encoder, decoder, reader.index.value_range, on_manifold and isinstance(decoder, Decoder))
+    on_manifold = on_manifold and isinstance(decoder, Decoder)  # others can't be differentiated
+    return Scorer(model, encoder, decoder, reader.index.value_range, on_manifold, relative_error=relative_error)
 
 
 def strange(scores: Scores) -> Scores:

@@ -61,7 +61,7 @@ def detect(run: Run, settings: Settings) -> None:
     run.read(chosen.dataset, own.index.digest, own.folder, "inliers")
     run.read(chosen.outliers, other.index.digest, other.folder, "outliers")
     files = workspace.density_file(chosen.density), workspace.autoencoder_folder(chosen.codes)
-    scorer = load_scorer(*files, own, join().device)
+    scorer = load_scorer(*files, own, join().device, relative_error=chosen.error == "relative")
     calibration, _ = calibrated(scorer, own)
     threshold = calibration.threshold(chosen.false_alarms)
 

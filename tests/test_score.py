@@ -92,6 +92,20 @@ def test_the_calibration_is_that_of_validation_examples() -> None:
     assert calibration.joined == pytest.approx(np.sort(calibration.join({k: v[1::2] for k, v in strange(scores).items()})))
 
 
+def test_errors_relative_to_the_image() -> None:
+    reader = ShardReader("data/shards/blobs")
+    files = Path("data/densities/blobs-lde/density.safetensors"), Path("data/autoencoders/blobs-ae")
+    pixels = reader.first("test", 10)["examples"]
+    absolute, relative = (load_scorer(*files, reader, relative_error=chosen)(pixels) for chosen in (False, True))
+    energy = np.square(pixels / 255).sum((1, 2, 3))
+    assert relative["reconstruction_error"] == pytest.approx(absolute["reconstruction_error"] / (1 + energy), rel=1e-5)
+    assert np.array_equal(relative["log_likelihood"], absolute["log_likelihood"])
+    _, lines = score("blobs-lde", "raw/blobs", "--relative-error", "--false-alarms", "0.05")
+    by_name = {line["example"]: float(line["reconstruction_error"]) for line in lines}
+    alone = load_scorer(*files, reader, relative_error=True)(np.asarray(Image.open("raw/blobs/000007.png"))[None, None])
+    assert by_name["000007.png"] == pytest.approx(alone["reconstruction_error"][0], rel=1e-4)
+
+
 @pytest.mark.parametrize("ending", [".npy", ".csv"])
 def test_vectors_come_with_the_dimensions_that_count(ending: str) -> None:
     points = np.array([[0.0, 0.0], [0.0, 9.0], [-8.0, 0.1]], np.float32)

@@ -708,7 +708,7 @@ def test_detections(marks: None) -> None:
             raise PipelineError(result.output)
         return json.loads(Path("reports/metrics/detect/row.json").read_text())
 
-    changes = {"outliers": "more", "outlier_classes": [1], "false_alarms": 0.3, "seed": 1}
+    changes = {"outliers": "more", "outlier_classes": [1], "error": "relative", "false_alarms": 0.3, "seed": 1}
     named = {"density", "family", "codes", "dataset"}  # that they must agree is a test of the settings
     check(DetectionSettings, base | {"false_alarms": 0.2}, changes, named, look)
 

@@ -381,6 +381,8 @@ class DetectionSettings(Checked):
         dataset: See `family`; its test examples are the inliers.
         outliers: Row of `datasets` whose test examples are the outliers. Images are resized to those of `dataset`, patches too.
         outlier_classes: Numbers of the labels whose examples are outliers, counted from 0; by default all.
+        error: How reconstruction errors are measured: `absolute`, the sum over pixels, or `relative` to the image, for images
+            of which some hold much less than others.
         false_alarms: Share of the inliers that may be taken for outliers, by which the threshold is set on validation examples.
         seed: Seed of the bootstrap that gives standard errors.
     """
@@ -391,6 +393,7 @@ class DetectionSettings(Checked):
     dataset: str
     outliers: str
     outlier_classes: tuple[int, ...] = ()
+    error: Literal["absolute", "relative"] = "absolute"
     false_alarms: float = 0.01
     seed: int = 0
 

@@ -36,8 +36,9 @@ DIMENSIONS = 3  # of a vector that are named
     show_default=True,
     help="Share of examples that belong which may be taken for outliers.",
 )
+@click.option("--relative-error", is_flag=True, help="Measure reconstruction errors relative to the image.")
 @click.option("--manifold", is_flag=True, help="Also score decoded images on the decoder's manifold, which takes long.")
-def score(row: str, path: Path, output: Path | None, false_alarms: float, manifold: bool) -> None:
+def score(row: str, path: Path, output: Path | None, false_alarms: float, relative_error: bool, manifold: bool) -> None:
     """Score new examples, and tell which of them don't belong to what a row was fitted on.
 
     NAME is a row of `densities`. PATH is what it was fitted on, any number of them: a folder, zip or file of images, or a
@@ -46,10 +47,10 @@ def score(row: str, path: Path, output: Path | None, false_alarms: float, manifo
     as strange with a probability of at most --false-alarms. A picture next to the table shows the strangest examples.
     """
     with one_line_errors(f"score {row}"):
-        _score(row, path, output or Path("data/scores") / f"{row}.csv", false_alarms, manifold)
+        _score(row, path, output or Path("data/scores") / f"{row}.csv", false_alarms, manifold, relative_error)
 
 
-def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bool) -> None:
+def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bool, relative_error: bool) -> None:
     import csv
 
     from pipeline.detection import Extremes, calibrated, load_scorer, strange
@@ -66,9 +67,8 @@ def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bo
     dataset = params.dataset(settings.dataset)
     reader = ShardReader(workspace.shards_folder(settings.dataset))
     examples = open_examples(path, dataset, reader.index.shape, reader.index.columns)
-    scorer = load_scorer(
-        workspace.density_file(row), workspace.autoencoder_folder(settings.codes), reader, join().device, manifold
-    )
+    files = workspace.density_file(row), workspace.autoencoder_folder(settings.codes)
+    scorer = load_scorer(*files, reader, join().device, manifold, relative_error)
     calibration, _ = calibrated(scorer, reader)
     threshold = calibration.threshold(false_alarms)
     usual = _usual_terms(scorer, reader) if examples.dimensions and scorer.density.has_terms else None
