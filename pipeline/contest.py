@@ -66,6 +66,7 @@ COVARIANCES: dict[str, list[dict[str, Any]]] = {
     "tied": [{"covariance": "tied", "ridge": [ridge]} for ridge in RIDGES],
     "diagonal": [{"covariance": "diagonal", "ridge": [ridge]} for ridge in RIDGES],
 }
+RACED = 20  # held-out codes from which a contestant can be told to be far behind
 FAR = 4  # standard errors of paired differences by which a contestant is far behind
 CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussians are passed over
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
@@ -242,8 +243,8 @@ class _Judge:
             with torch.no_grad():
                 each = density.log_prob(torch.from_numpy(codes).to(density.shift.device)).double().cpu().numpy()
                 scores.append(each + self.log_volume)
-            if rival is not None and number + 1 < len(self.folds):
-                so_far = np.concatenate(scores)
+            so_far = np.concatenate(scores)
+            if rival is not None and number + 1 < len(self.folds) and len(so_far) >= RACED:
                 ahead = mean_and_error(so_far - rival.held_out[: len(so_far)])
                 if not ahead.mean > -FAR * ahead.standard_error:
                     return None
@@ -278,13 +279,13 @@ class _Judge:
         return [kind for kind in COVARIANCES if "pooled" not in kind or len(self.folds) > 1 or self.dim > PLANE_DIM]
 
     def _kernels(self, lanes: list[_Lane]) -> None:
-        """Fits kernel density estimates behind no map and behind the best one."""
-        if "kde" not in self.settings.families:
+        """Fits kernel density estimates behind the first map, which is none, and behind the best one."""
+        if "kde" not in self.settings.families or not lanes:
             return
         minutes = KERNEL_SHARE * self.limit / 60 / len(self.folds)
         gaussians = {lane.transform: lane.best for lane in lanes}
         best = max(gaussians, key=lambda transform: gaussians[transform].score.mean)
-        for transform in dict.fromkeys((TRANSFORMS[0], best)):
+        for transform in dict.fromkeys((next(iter(gaussians)), best)):
             gaussian = gaussians[transform]
             for standardise in ("dimension", "cholesky") if self.dim > 1 else ("dimension",):
                 kernels = self._enter(

@@ -199,9 +199,10 @@ def test_two_fits_with_a_seed_are_one(few: None) -> None:
 @pytest.mark.parametrize("codes", [np.ones((30, 2)), np.zeros((4, 1))])
 def test_constant_codes_are_refused(codes: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"no family can be fitted to these codes: .*don't vary"):
-        held(codes)
+        held(codes, families=["kde", "gmm", "lde"])
 
 
 def test_few_codes_of_many_dimensions(few: None) -> None:
-    density, _ = held(np.random.default_rng(0).normal(size=(12, 20)))
+    density, training = held(np.random.default_rng(0).normal(size=(12, 20)), folds=5, families=["kde", "gmm", "lde"])
+    assert any("2 Gaussians" in str(row["family"]) for row in training.contest)
     assert np.isfinite(density.log_prob(torch.zeros(1, 20)).item())
