@@ -197,8 +197,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         "# Missing values of small tables",
         "",
         "Half of the values of test rows, drawn at random, are missing. Means ± standard errors over splits; the best of a set",
-        "is bold; seconds are the most CPU seconds of a fit of ours. Written by `python -m benchmarks.imputation`, which says",
-        "what is compared and how.",
+        "is bold; seconds are the most CPU seconds of a fit of ours. Log-likelihoods of bsds300 are in the units of its",
+        "patches. Written by `python -m benchmarks.imputation`, which says what is compared and how.",
     ]
     for key, title, best in (
         ("log_likelihood", "Log-likelihood of missing values, nats per row of standardised columns (higher is better)", max),
