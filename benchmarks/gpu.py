@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import lde
-from benchmarks.scaling import flops, vgg_weights
+from benchmarks.units import flops, vgg_weights
 from pipeline.autoencoders import ae
 from pipeline.autoencoders.common.network import image_side
 from pipeline.densities import LatentDensityEstimator

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from project import Project
 
 from pipeline.errors import PipelineError
 from pipeline.settings import read_params
+from stages.launching import ray as ray_launcher
 from stages.launching.common.choice import launched
 from stages.launching.common.processes import Outcome, conclude, run_rank
 from stages.tools.repro import tasks
@@ -54,6 +56,16 @@ def test_a_launcher_that_isnt_there_is_told_in_a_line(
         monkeypatch.setenv(name, value)
     with pytest.raises(PipelineError, match=message):
         launched()
+
+
+def test_an_address_that_nobody_listens_at_is_noticed_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto"):
+            ray_launcher._connect(address)
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(OSError):
+            ray_launcher._connect(address)
 
 
 def test_one_local_process_and_a_rank_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +247,12 @@ def _is_rank(process: psutil.Process, folder: Path, rank: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not installed("ray"), reason="Ray isn't installed: pip install '.[ray]'")
-def test_a_cluster_that_isnt_there_is_told_in_a_line(local: Path) -> None:
-    process = start(local, "extract", "blobs-ae", LAUNCHER="ray", RAY_ADDRESS="127.0.0.1:1")
+def test_a_cluster_that_isnt_there_is_told_in_a_line(tmp_path: Path) -> None:
+    small.write_raw(tmp_path)
+    process = start(tmp_path, "prepare", "blobs", LAUNCHER="ray", RAY_ADDRESS="127.0.0.1:1")
     _, err = process.communicate(timeout=250)
     assert process.returncode == 1
-    assert err.splitlines()[-1].startswith("error: extract blobs-ae: no Ray cluster answers at '127.0.0.1:1'")
+    assert err.splitlines()[-1].startswith("error: prepare blobs: no Ray cluster answers at '127.0.0.1:1'")
 
 
 @pytest.mark.slow

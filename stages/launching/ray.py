@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from dataclasses import astuple
 from pathlib import Path
@@ -26,6 +27,7 @@ PASSED_ON = (
     "STORE_CACHE_GIB",
 )
 ALL_OF = ("MLFLOW_", "FSSPEC_", "AWS_", "GOOGLE_")  # starts of names: where the tracking server and the store are
+CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 24 * 3600
 
 
@@ -45,10 +47,11 @@ def launch(processes: int) -> None:
         raise PipelineError("LAUNCHER=ray needs Ray: pip install 'latent-density-pipeline[ray]'") from None
     address = os.environ.get("RAY_ADDRESS") or "auto"
     try:
+        _connect(address)
         # Workers import this module, wherever they are.
         path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
         ray.init(address, logging_level="error", log_to_driver=True, runtime_env={"env_vars": {"PYTHONPATH": path}})
-    except (ConnectionError, RuntimeError, ValueError):
+    except (OSError, RuntimeError, ValueError):
         raise PipelineError(
             f"no Ray cluster answers at {address!r}: start one by `ray start --head`, or set RAY_ADDRESS"
         ) from None
@@ -75,6 +78,13 @@ def launch(processes: int) -> None:
         ray.shutdown()
         shutil.rmtree(records, ignore_errors=True)
     conclude([Outcome(*outcome) for outcome in result.return_value])
+
+
+def _connect(address: str) -> None:
+    """Raises OSError if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _work(settings: dict[str, Any]) -> list[tuple[int, str]]:
