@@ -38,7 +38,7 @@ START, END = "<!-- played by benchmarks/simulate.py -->", "<!-- end -->"
 IMAGES = 100_000_000
 EPOCHS = 3  # over so many images; the preset's number would be far too large
 GPUS = (1, 8, 64, 256)
-LUMPS = 6000  # of a stage, at most about
+LUMPS = 2000  # of a stage, at most about
 VALID_CODES = 100_000  # that fit scores after each epoch, at most
 SCORED_CODES = 20_000  # of each split that fit scores at its end, at most
 SAMPLED = 1000  # samples of a shard, as by default
@@ -710,8 +710,8 @@ STAGES = {"prepare": "photos", "train": "photos-ae", "extract": "photos-ae", "fi
 TINY = 40  # images of a run that shows what it takes to start
 
 
-def run(row: Row, images: int, processes: int) -> dict[str, dict[str, float]]:
-    """Runs the stages of a row on this machine: for each, the seconds that passed and those of all its cores."""
+def run(row: Row, images: int, processes: int, stages: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Runs stages of a row on this machine: for each, the seconds that passed and those of all its cores."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PROCESSES": str(processes)}
     environment |= {"TRACKING": "off", "DEVICE": "cpu", "LAUNCHER": "local"}
     found = {}
@@ -719,10 +719,10 @@ def run(row: Row, images: int, processes: int) -> dict[str, dict[str, float]]:
         (Path(folder) / "raw").mkdir()
         write_photos(Path(folder) / "raw/photos.zip", images)
         (Path(folder) / "params.yaml").write_text(PARAMS.format(row=row))
-        for stage, name in STAGES.items():
+        for stage in stages:
             began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(
-                [sys.executable, "-m", "stages", stage, name],
+                [sys.executable, "-m", "stages", stage, STAGES[stage]],
                 cwd=folder,
                 env=environment,
                 check=True,
@@ -734,7 +734,7 @@ def run(row: Row, images: int, processes: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def validate(row: Row, units: dict[str, Any], images: int) -> list[dict[str, Any]]:
+def validate(row: Row, units: dict[str, Any], images: int, stages: Sequence[str]) -> list[dict[str, Any]]:
     """A row played and run, on one process and on two."""
     rows = []
     available = os.cpu_count() or 1
@@ -744,7 +744,7 @@ def validate(row: Row, units: dict[str, Any], images: int) -> list[dict[str, Any
         if processes >= available:  # no core is left for the thread that reads ahead
             costs = costs | {"gather": costs["gather"] + costs["read"], "read": 0.0}
         pipeline = dataclasses.replace(AFTER, runs_ahead=processes < available)
-        starting, running = run(tiny, TINY, processes), run(row, images, processes)
+        starting, running = (run(*what, processes, stages) for what in ((tiny, TINY), (row, images)))
         exchange = units["exchange"]
         machines = Machines(
             processes,
@@ -761,7 +761,7 @@ def validate(row: Row, units: dict[str, Any], images: int) -> list[dict[str, Any
             slow_share=0.0,
         )
         for stage in chain(row, costs, images, 0.0, machines, core_rates(costs)):
-            if stage.name not in STAGES:
+            if stage.name not in stages:
                 continue
             start = starting[stage.name]
             played = play(stage, dataclasses.replace(machines, start=start["seconds"]), pipeline)
@@ -806,6 +806,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="CPU seconds of each measurement, about")
     parser.add_argument("--photos", type=int, default=1000, help="synthetic photos that are prepared to measure it")
     parser.add_argument("--images", type=int, default=IMAGES, help="images that are played")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="those that are run")
     parser.add_argument("--small-images", type=int, default=6000, help="images that are run")
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS))
     parser.add_argument("--output", type=Path, default=HERE / "results" / "units.json")
@@ -814,7 +815,7 @@ def main(arguments: list[str] | None = None) -> None:
     row = dataclasses.replace(preset(), epochs=EPOCHS, fit_epochs=EPOCHS)
     units = read_json(options.units) if options.units else measure(row, SMALL, options.seconds, options.photos)
     if options.validate:
-        units["validation"] = validate(SMALL, units, options.small_images)
+        units["validation"] = validate(SMALL, units, options.small_images, options.stages)
     write_json(options.output, units)
     rates = HERE / "results" / "gpu.json"
     measured = read_json(rates) if rates.exists() else None
