@@ -4,7 +4,7 @@
 2. Kernel density estimates behind none and behind the best map, of kernels with the shape of the covariance and without.
 3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains;
    then the ridge or the pooled codes follow, until held-out codes become less likely for several K. The lane with the best
-   score so far continues first.
+   score so far continues first, before new ones.
 4. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
    of the time, or more while they clearly gain.
 5. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
@@ -58,12 +58,12 @@ FULL_DIM = 256  # dimensions up to which mixtures with full covariances take par
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320)
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 0.4)
 POOLED_CODES = (3, 10, 30, 100, 300)
-# Kinds of covariances, each with its settings from the least regularised on.
+# Kinds of covariances, in the order in which they are tried; each with its settings from the least regularised on.
 COVARIANCES: dict[str, list[dict[str, Any]]] = {
-    "full": [{"ridge": [ridge]} for ridge in RIDGES],
     "pooled": [{"pooled_codes": codes, "ridge": [1e-3]} for codes in POOLED_CODES],
-    "pooled, with a ridge": [{"pooled_codes": codes, "ridge": [5e-2]} for codes in POOLED_CODES],
+    "full": [{"ridge": [ridge]} for ridge in RIDGES],
     "tied": [{"covariance": "tied", "ridge": [ridge]} for ridge in RIDGES],
+    "pooled, with a ridge": [{"pooled_codes": codes, "ridge": [5e-2]} for codes in POOLED_CODES],
     "diagonal": [{"covariance": "diagonal", "ridge": [ridge]} for ridge in RIDGES],
 }
 RACED = 20  # held-out codes from which a contestant can be told to be far behind
@@ -132,6 +132,12 @@ class _Lane:
     def score(self) -> float:
         """Score of the best so far."""
         return self.best.score.mean
+
+    @property
+    def promise(self) -> tuple[bool, bool, int, float]:
+        """What goes on first: lanes that gain, then new ones, each kind behind all maps: one Gaussian may need another map."""
+        new = not self.tried
+        return self.fruitless == 0, not new, -list(COVARIANCES).index(self.covariance) if new else 0, self.score
 
 
 @dataclass
@@ -305,7 +311,7 @@ class _Judge:
         """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""
         running, share = list(lanes) if self.mixtures else [], self.mixture_share
         while running and self._spent() < share:
-            lane = max(running, key=lambda lane: (lane.fruitless == 0, lane.score))
+            lane = max(running, key=lambda lane: lane.promise)
             before, best = lane.best, self._of_best_strength(lane)
             gain = _gain(best, before)
             climbing = gain.mean > CLEAR * gain.standard_error
