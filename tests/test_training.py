@@ -35,6 +35,7 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.loop import train
 from pipeline.training.schedule import learning_rate
 from pipeline.training.trainable import Step, Trainable, Training
+from stages import train as train_stage
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 COUNTS = [13, 9, 20]
@@ -631,16 +632,19 @@ def test_the_autoencoder_that_reconstructs_validation_images_best_is_kept(
     small.write_raw(tmp_path, images=60)
     monkeypatch.chdir(tmp_path)
     before = "epochs: 4, batch_size: 16,\n    learning_rate: 0.01, schedule: cosine"
-    after = "epochs: 8, patience: 3, max_minutes: 5, batch_size: 16, learning_rate: 0.3"
+    after = "epochs: 8, patience: 3, max_minutes: 5, batch_size: 16, learning_rate: 0.01"
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text.replace(before, after))
     assert before in text
     assert small.run("prepare", "blobs").exit_code == 0
+    # From the third epoch on, validation images are said to be reconstructed worse, whatever the processor's rounding.
+    error_of, epochs = train_stage._validation_error, itertools.count()
+    monkeypatch.setattr(train_stage, "_validation_error", lambda *given: error_of(*given) + (next(epochs) >= 2))
     result = small.run("train", "blobs-ae")
     assert result.exit_code == 0, result.output
     scores = json.loads(Path("reports/metrics/train/blobs-ae.json").read_text())
     curve = pd.read_csv("reports/curves/train/blobs-ae.tsv", sep="\t")["minus_valid_mse"].dropna()
     assert scores["valid_mse"] == pytest.approx(-curve.max(), rel=1e-4)
     run = json.loads(Path("reports/runs/train/blobs-ae.json").read_text())
-    assert run["ended_by"] in ("patience", "epochs")
-    assert len(curve) - 1 - curve.argmax() <= 3
+    assert run["ended_by"] == "patience"
+    assert len(curve) - 1 - curve.argmax() == 3
