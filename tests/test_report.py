@@ -711,7 +711,7 @@ def test_pipeline_run_names_every_stage(workspace, monkeypatch):
     assert all(isinstance(v, (int, float)) for child in children for v in child["metrics"].values())
     (row,) = [row for row in calls["rows"][1] if row["run_id"] == "id-evaluate-digits-iae-lde"]
     assert (row["scores"]["parzen"], row["scores"]["mse"]) == (264.0, calls["metrics"][1]["digits-iae-lde.test_mse"])
-    assert {"data": "digits", "objective": "ae", "latent_dim": 8, "family": "lde"}.items() <= row["settings"].items()
+    assert {"data": "digits", "objective": "ae", "latent_dim": 2, "family": "lde"}.items() <= row["settings"].items()
     assert len(calls["rows"][1]) == 3
     assert run.calls[-1] == ("finish",)
 

@@ -536,7 +536,11 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
         {"noise_dim": 3, "hidden": [9], "bandwidths": [0.3], "output": Change("sigmoid", standardise="none")},
         set(),
     ),
-    "kde": ({}, {"bandwidths": [0.9], "sensitivity": [1.0], "max_examples": 20}, STEPS),
+    "kde": (
+        {},
+        {"bandwidths": [0.9], "sensitivity": [1.0], "max_examples": 20, "seed": Change(1, max_examples=20)},
+        STEPS,
+    ),
     "made_mog": ({"hidden": [8, 8], "components": 2}, {"hidden": [8, 9], "components": 3, "residual": True}, set()),
     "maf": ({"transforms": 1, "hidden": [8, 8]}, {"transforms": 2, "hidden": [8, 9], "residual": True}, set()),
     "naf": (

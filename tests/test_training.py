@@ -588,7 +588,7 @@ def test_the_latest_validation_stands_beside_each_loss(
 ) -> None:
     monkeypatch.setattr("pipeline.system.progress.LOG_SECONDS", 0.0)
     _, record = run()
-    lines = [line for line in capsys.readouterr().err.splitlines() if " left, loss " in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if " left, epoch " in line]
     assert len(lines) == record.steps
     shown = [line.partition(", score ")[2] for line in lines]
     assert shown == [""] * 5 + [f"{row['score']:.6g}" for row in record.validations[:3] for _ in range(5)]
