@@ -19,6 +19,7 @@ def files_at(revision: str) -> Callable[[Path], bytes | None]:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc.scm import RevError, SCMError
+    from dvc_data.index import DataIndexDirError
 
     try:
         files = DVCFileSystem(rev=revision)
@@ -28,7 +29,7 @@ def files_at(revision: str) -> Callable[[Path], bytes | None]:
     def read(path: Path) -> bytes | None:
         try:
             return bytes(files.read_bytes(path.as_posix()))
-        except (OSError, DvcException):
+        except (OSError, DvcException, DataIndexDirError):  # the last: a folder that the cache of a fresh clone hasn't got
             return None
 
     return read
