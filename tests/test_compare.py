@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline.errors import SettingsError
 from pipeline.settings import Params, changed_defaults, choices, implementation, read_params
 from stages.__main__ import cli
 from stages.reporting.differences import difference, error_key
+from stages.reporting.history import files_at
 from stages.reporting.metrics import METRICS
 from stages.tools.rows import edit_row
 from stages.tools.settings import ABSENT, CHOICES, PLAIN, as_markdown, keys_of, row_settings
@@ -285,3 +287,19 @@ def test_the_loop_in_a_fresh_clone(tmp_path: Path) -> None:
     clone.call("git", "checkout", "-q", "params.yaml")
     assert clone.repro() == set()
     assert subprocess.run(["git", "diff", "--quiet"], cwd=clone.folder, check=False).returncode == 0
+
+
+def test_what_the_cache_of_a_fresh_clone_lacks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dvc = f"{sys.executable} -m dvc"
+    for command in ("git init -q", "git config user.email a@b.c", "git config user.name a", f"{dvc} init -q"):
+        subprocess.run(command.split(), check=True)
+    Path("arrays").mkdir()
+    Path("arrays/scores").write_text("1")
+    for command in (f"{dvc} add -q arrays", "git add .", "git commit -qm arrays"):
+        subprocess.run(command.split(), check=True)
+    Path(".dvc/cache").rename("elsewhere")
+    assert files_at("HEAD")(Path("arrays/scores")) is None
+    assert files_at("HEAD")(Path("nothing")) is None
+    Path("elsewhere").rename(".dvc/cache")
+    assert files_at("HEAD")(Path("arrays/scores")) == b"1"
