@@ -122,3 +122,21 @@ def test_a_row_takes_pooled_covariances() -> None:
     np.testing.assert_allclose(density.log_prob(codes), expected, atol=1e-2)
     with pytest.raises(SettingsError, match="pooled_codes: is for `covariance: full` only"):
         GaussianMixture(3, covariance="tied", pooled_codes=1.0)
+
+
+def test_one_number_of_gaussians_without_a_gain_is_passed_over_and_two_end_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, tried = {1: -2.0, 2: -3.0, 3: -1.0, 4: -1.5, 5: -1.1, 6: 9.0}, list[int]()
+    fit = GaussianMixture._expectation_maximisation
+
+    def valued(density: GaussianMixture, codes: np.ndarray, count: int, ridge: float, seed: int) -> Estimator:
+        estimator = fit(density, codes, count, ridge, seed)
+        tried.append(count)
+        monkeypatch.setattr(estimator, "score", lambda held_out: values[count])
+        return estimator
+
+    monkeypatch.setattr(GaussianMixture, "_expectation_maximisation", valued)
+    codes = torch.from_numpy(clusters())
+    density = GaussianMixture(3, components=[1, 2, 3, 4, 5, 6], ridge=[0.01]).double()
+    density.estimate(lambda: [codes], codes)
+    assert tried == [1, 2, 3, 4, 5]
+    assert density.components == 3

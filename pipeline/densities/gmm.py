@@ -21,13 +21,16 @@ from pipeline.system.streams import stream_seed
 
 __all__ = ["GaussianMixture", "Options", "Settings"]
 
+PATIENCE = 2  # numbers of Gaussians without a gain; one may be the chance of its initial values
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
     """Options of `GaussianMixture`.
 
     Attributes:
-        components: Numbers of Gaussians to try, in ascending order, until the validation likelihood falls.
+        components: Numbers of Gaussians to try, in ascending order, until two of them in a row don't raise the validation
+            likelihood.
         covariance: `full`: a matrix for each Gaussian; `tied`: one for all; `diagonal`: a variance for each dimension.
         ridge: Numbers to try, in ascending order, added to each variance in standardised units. Each number of Gaussians starts
             at the ridge that suited the one before, and tries larger ones until the validation likelihood falls.
@@ -163,9 +166,9 @@ class GaussianMixture(Density):
         held_out = valid[:, : self.dim].double().cpu().numpy()
         log_det = float(self.scale.double().log().sum())
         several = len(self.options.ridge) > 1
-        best, best_value, first, time_left = None, -math.inf, 0, True
+        best, best_value, first, time_left, missed = None, -math.inf, 0, True, 0
         for count in self.options.components:
-            if count > len(codes) or not time_left:
+            if count > len(codes) or not time_left or missed == PATIENCE:
                 break
             previous, of_count = best_value, -math.inf
             for number, ridge in enumerate(self.options.ridge[first:], first):
@@ -177,8 +180,7 @@ class GaussianMixture(Density):
                 if value <= of_count or not time_left:
                     break
                 of_count = value
-            if best_value <= previous:
-                break
+            missed = 0 if best_value > previous else missed + 1
         if best is None:
             raise DataError(f"{len(codes)} training codes are too few for a mixture of {self.options.components[0]} Gaussians")
         self._set_components(len(best.weights_))
