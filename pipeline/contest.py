@@ -3,8 +3,9 @@
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
 2. Kernel density estimates behind none and behind the best map, of kernels with the shape of the covariance and without.
 3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains;
-   then the ridge or the pooled codes follow, until held-out codes become less likely for several K. The lane with the best
-   score so far continues first, before new ones.
+   then the ridge or the pooled codes follow, until held-out codes become less likely for several K. Heats of two and three
+   Gaussians come first, since a few often do without a map that one needs; maps that are far behind in them come last. Then
+   the lane with the best score so far continues, before new ones.
 4. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
    of the time, or more while they clearly gain.
 5. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
@@ -60,7 +61,7 @@ RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 0.4)
 POOLED_CODES = (3, 10, 30, 100, 300)
 # Kinds of covariances, in the order in which they are tried; each with its settings from the least regularised on.
 COVARIANCES: dict[str, list[dict[str, Any]]] = {
-    "pooled": [{"pooled_codes": codes, "ridge": [1e-3]} for codes in POOLED_CODES],
+    "pooled": [{"pooled_codes": codes, "ridge": [1e-4]} for codes in POOLED_CODES],
     "full": [{"ridge": [ridge]} for ridge in RIDGES],
     "tied": [{"covariance": "tied", "ridge": [ridge]} for ridge in RIDGES],
     "pooled, with a ridge": [{"pooled_codes": codes, "ridge": [5e-2]} for codes in POOLED_CODES],
@@ -70,6 +71,7 @@ RACED = 20  # held-out codes from which a contestant can be told to be far behin
 FAR = 4  # standard errors of paired differences by which a contestant is far behind
 CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussians are passed over
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
+HEATS = 2  # numbers of Gaussians behind each map before the best goes on
 KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
 MIXTURE_SHARE_ALONE = 0.9  # where no networks follow
@@ -122,6 +124,7 @@ class _Lane:
     transform: str
     covariance: str
     best: Contestant
+    behind: bool = False  # whether this map is far behind others with few Gaussians
     components: int = 1  # index of the next in COMPONENTS: one Gaussian is the start
     strength: int = 0  # index of the best so far in COVARIANCES[covariance]
     fruitless: int = 0
@@ -134,10 +137,10 @@ class _Lane:
         return self.best.score.mean
 
     @property
-    def promise(self) -> tuple[bool, bool, int, float]:
-        """What goes on first: lanes that gain, then new ones, each kind behind all maps: one Gaussian may need another map."""
+    def promise(self) -> tuple[bool, bool, bool, int, float]:
+        """What goes on first: lanes that gain, then new ones, each kind behind all maps but those that are far behind."""
         new = not self.tried
-        return self.fruitless == 0, not new, -list(COVARIANCES).index(self.covariance) if new else 0, self.score
+        return not self.behind, self.fruitless == 0, not new, -list(COVARIANCES).index(self.covariance) if new else 0, self.score
 
 
 @dataclass
@@ -309,18 +312,11 @@ class _Judge:
 
     def _mixtures(self, lanes: list[_Lane]) -> None:
         """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""
-        running, share = list(lanes) if self.mixtures else [], self.mixture_share
+        running = self._heats(lanes) if self.mixtures else []
+        share = self.mixture_share
         while running and self._spent() < share:
             lane = max(running, key=lambda lane: lane.promise)
-            before, best = lane.best, self._of_best_strength(lane)
-            gain = _gain(best, before)
-            climbing = gain.mean > CLEAR * gain.standard_error
-            share = MIXTURE_SHARE_ALONE if climbing and best is self._leader() else self.mixture_share
-            if best is not None and gain.mean > 0:
-                lane.best, lane.fruitless = best, 0
-            else:
-                lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
-            lane.components += 2 if climbing else 1
+            share = MIXTURE_SHARE_ALONE if self._advance(lane) and lane.best is self._leader() else self.mixture_share
             if lane.fruitless >= FRUITLESS or not self._affordable(lane, share):
                 running.remove(lane)
         lanes.sort(key=lambda lane: -lane.score)
@@ -331,6 +327,33 @@ class _Judge:
                         if self._spent() >= self.mixture_share:
                             return
                         self._enter_mixture(lane, components, strength, self._leader())
+
+    def _heats(self, lanes: list[_Lane]) -> list[_Lane]:
+        """Fits few Gaussians of the first kind behind each map, and marks the maps that are far behind; the lanes to go on in."""
+        firsts = [lane for lane in lanes if lane.covariance == lanes[0].covariance]
+        for lane in sorted(firsts, key=lambda lane: -lane.score):
+            for components in range(1, 1 + HEATS):
+                if self._spent() < self.mixture_share and self._supported(components):
+                    lane.components = components
+                    self._advance(lane)
+        for lane in firsts:
+            gain = _gain(lane.best, max(firsts, key=lambda first: first.score).best)
+            if gain.mean < -FAR * gain.standard_error:
+                for other in lanes:
+                    other.behind |= other.transform == lane.transform
+        return [lane for lane in lanes if self._affordable(lane, self.mixture_share)]
+
+    def _advance(self, lane: _Lane) -> bool:
+        """Fits the next number of Gaussians of a lane; whether that clearly gains."""
+        before, best = lane.best, self._of_best_strength(lane)
+        gain = _gain(best, before)
+        climbing = gain.mean > CLEAR * gain.standard_error
+        if best is not None and gain.mean > 0:
+            lane.best, lane.fruitless = best, 0
+        else:
+            lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
+        lane.components += 2 if climbing else 1
+        return climbing
 
     def _leader(self) -> Contestant:
         """The contestant with the best score."""
