@@ -140,7 +140,8 @@ class _Lane:
     def promise(self) -> tuple[bool, bool, bool, int, float]:
         """What goes on first: lanes that gain, then new ones, each kind behind all maps but those that are far behind."""
         new = not self.tried
-        return not self.behind, self.fruitless == 0, not new, -list(COVARIANCES).index(self.covariance) if new else 0, self.score
+        kind = -list(COVARIANCES).index(self.covariance) if new else 0
+        return not self.behind, self.fruitless == 0, not new, kind, self.score
 
 
 @dataclass
@@ -329,7 +330,11 @@ class _Judge:
                         self._enter_mixture(lane, components, strength, self._leader())
 
     def _heats(self, lanes: list[_Lane]) -> list[_Lane]:
-        """Fits few Gaussians of the first kind behind each map, and marks the maps that are far behind; the lanes to go on in."""
+        """Fits few Gaussians of the first kind behind each map, and marks the maps that are far behind.
+
+        Returns:
+            The lanes to go on in.
+        """
         firsts = [lane for lane in lanes if lane.covariance == lanes[0].covariance]
         for lane in sorted(firsts, key=lambda lane: -lane.score):
             for components in range(1, 1 + HEATS):

@@ -126,6 +126,32 @@ def test_a_ridge_that_was_raised_is_lowered_again(monkeypatch: pytest.MonkeyPatc
     assert "3 Gaussians, full, ridge 1e-06" in str(training.contest[0]["family"])
 
 
+def test_few_gaussians_behind_each_map_tell_which_goes_on(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Narrow and wide codes along a line: one Gaussian needs a map for their tails, which bends the line that two describe.
+    monkeypatch.setattr(contest, "COMPONENTS", (1, 2, 3, 5))
+    tried: list[str] = []
+    enter = contest._Judge._enter
+
+    def noted(judge: contest._Judge, name: str, family: str, **values: object) -> contest.Contestant | None:
+        tried.append(name)
+        return enter(judge, name, family, **values)
+
+    monkeypatch.setattr(contest._Judge, "_enter", noted)
+    generator = np.random.default_rng(0)
+    wide = np.where(generator.uniform(size=(1000, 1)) < 0.2, 20.0, 1.0)
+    _, training = held(wide * generator.normal(size=(1000, 2)) @ [[1.0, 1.0], [0.0, 0.1]], max_minutes=5)
+    scores = {str(row["family"]): float(row["valid_log_likelihood"]) for row in training.contest}
+    alone = {name.partition(",")[0]: score for name, score in scores.items() if name.endswith(", Gaussian")}
+    assert max(alone, key=lambda transform: alone[transform]) != "none"
+    five = [number for number, name in enumerate(tried) if "5 Gaussians" in name]
+    heats = [number for number, name in enumerate(tried) if "2 Gaussians" in name or "3 Gaussians" in name]
+    assert max(heats) < min(five)
+    order = [tried[number].partition(",")[0] for number in five]
+    best = {name.partition(",")[0]: scores[name] for name in reversed(scores) if "2 Gaussians" in name or "3 Gaussians" in name}
+    assert order[0] == max(best, key=lambda transform: best[transform]) == "none"
+    assert sorted(order[-2:]) == ["asinh", "quantile"]  # both far behind
+
+
 def test_kernels_take_part_in_the_shape_of_the_codes_and_without(few: None) -> None:
     generator = np.random.default_rng(0)
     angle = generator.uniform(0, 2 * np.pi, 600)
