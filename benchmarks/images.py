@@ -1,31 +1,36 @@
 """Samples of small sets of images: the preset `own-images` against stock autoencoders of pythae, at equal CPU seconds.
 
-Run with `python -m benchmarks.images [--data fashion faces shoes] [--methods ours ..] [--seconds 200]`. Raw files are where
+Run with `python -m benchmarks.images [--data fashion faces shoes] [--methods ours ..] [--seconds 40 200]`. Raw files are where
 `data/raw/README.md` says; `--raw` names another folder. pythae isn't a dependency: its rows are left out where it can't be
-imported. Results are added to `benchmarks/results/images.json`.
+imported. Results are added to `benchmarks/results/images.json`, and `--table` prints them.
 
-All read the same shards: 10,000 images of Fashion-MNIST, or 3,000 photographs of 64x64 pixels. All have one thread and the same
-seconds for autoencoder and density together; every clock of the process counts CPU time. 2,000 samples of each are compared
-with the test images in the same features, those of the stage `features`: of a classifier of the labels, or of the orientation
-of photographs. Neither has seen a sample.
+All read the same shards: 10,000 images of Fashion-MNIST, or 3,000 photographs of 64x64 pixels. All have one thread
+and the same CPU seconds, which cover what is learned: training of the autoencoder, with its own validations, and
+fitting of the density. They don't cover reading, encoding, drawing and scoring, of any method. `autoencoder_seconds`
+and `density_seconds` say what was used. 2,000 samples of each are compared with the test images in the same features,
+those of the stage `features`: of a classifier of the labels, or of the orientation of photographs. The network hasn't
+seen a sample. With `--split valid` they are compared with validation images, and nothing is written: settings of the
+preset are chosen so. Standard errors are over samples and images, not over trainings: of the Frechet distance by 20
+bootstrap draws.
 
 `ours` is the row `mine-ae` of the preset with `mine-ae-auto`, and `before` a row as the presets of the paper have it: the
 network of Figure 9 with 64 filters, the paper's gains, a code of 64 numbers and an LDE. `pythae AE` is its stock model: one
 hidden layer of 512 numbers each way, a code of 16 numbers, batches of 64, Adam; at its trainer's rate of 1e-4, or at 1e-3.
 `pythae conv` has its convolutional networks for images of 28x28 pixels instead. Peers have pythae's `GaussianMixtureSampler`,
-10 Gaussians by scikit-learn, or with `+ MAF` its flow of that name, trained for the density's share of the seconds.
+10 Gaussians by scikit-learn, which takes little time, so that the autoencoder has nearly all of it; or with `+ MAF` its flow of
+that name, trained for the density's share of the seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import itertools
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +43,7 @@ time.monotonic = time.process_time  # the clock that training with a time limit 
 from ruamel.yaml import YAML  # noqa: E402
 
 from pipeline.evaluation.features import extract_features, read_features  # noqa: E402
-from pipeline.evaluation.quality import score  # noqa: E402
+from pipeline.evaluation.quality import fid, score  # noqa: E402
 from pipeline.settings import read_params  # noqa: E402
 from pipeline.storage.shards import ShardReader, scale_pixels  # noqa: E402
 from pipeline.system.files import read_json, write_json  # noqa: E402
@@ -46,7 +51,9 @@ from pipeline.system.files import read_json, write_json  # noqa: E402
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "benchmarks" / "results" / "images.json"
 SAMPLES = 2_000
-DENSITY_SHARE = 0.15  # of the seconds, for the density
+DENSITY_SHARE = 0.15  # of the seconds, for a density that is trained
+MIXTURE_SHARE = 0.03  # .. and for ten Gaussians, which takes about so long at 40 seconds and less at more
+REDRAWN = 20  # bootstrap draws
 # Network, learning rate and density of pythae's methods.
 PEERS = {
     "pythae AE, rate 1e-4": ("mlp", 1e-4, "gmm"),
@@ -84,15 +91,26 @@ def _write_params(data: str, raw: Path, **tables: Any) -> None:
         YAML(typ="safe", pure=True).dump(params | tables, file)
 
 
-def _scores(images: np.ndarray) -> dict[str, float]:
-    """Scores of samples in 0..1 with shape (n, C, H, W), as `evaluate` has them."""
+def _pixels(split: str) -> np.ndarray:
+    """Images of a split in 0..1 with shape (N, C, H, W)."""
+    blocks = ShardReader("data/shards/mine").blocks(split)
+    return np.concatenate([scale_pixels(block["examples"], (0.0, 1.0)) for block in blocks])
+
+
+def _scores(images: np.ndarray, split: str) -> dict[str, float]:
+    """Scores of samples in 0..1 with shape (n, C, H, W) against the images of a split, as `evaluate` has them."""
     settings = read_params().evaluation("mine").quality
     reader = ShardReader("data/shards/mine")
     assert settings is not None
-    real = read_features(Path("data/features/mine"), settings, reader)
-    result = score(real.network.name, real.values, extract_features(real.network, [images]), settings.seed, settings.neighbours)
+    features = read_features(Path("data/features/mine"), settings, reader)
+    real = features.values if split == "test" else extract_features(features.network, [_pixels(split)])
+    fake = extract_features(features.network, [images])
+    result = score(features.network.name, real, fake, settings.seed, settings.neighbours)
+    random = np.random.default_rng(0)
+    redrawn = [[random.choice(values, len(values)) for values in (real, fake)] for _ in range(REDRAWN)]
     return {
         "frechet_distance": result.fid,
+        "frechet_distance_se": float(np.std([fid(*pair) for pair in redrawn], ddof=1)),
         "kid": result.kid.mean,
         "kid_se": result.kid.standard_error,
         "precision": result.manifolds.precision.mean,
@@ -119,20 +137,26 @@ def _preset(method: str, seconds: float) -> tuple[dict[str, Any], dict[str, Any]
     return autoencoder, density
 
 
-def ours(method: str, data: str, raw: Path, seconds: float) -> np.ndarray:
-    """Samples of rows of the preset, by the stages."""
+def ours(method: str, data: str, raw: Path, seconds: float) -> tuple[np.ndarray, dict[str, float]]:
+    """Samples of rows of the preset, by the stages, and what they took."""
     autoencoder, density = _preset(method, seconds)
     _write_params(data, raw, autoencoders={"row": autoencoder}, densities={"row": density})
     for stage in ("train", "extract", "fit", "sample"):
         _run(stage, "row")
+    trained, fitted = read_json("reports/runs/train/row.json"), read_json("reports/runs/fit/row.json")
     samples = ShardReader("data/samples/row")
-    return np.concatenate([block["examples"] for block in samples.blocks("samples")])
+    images = np.concatenate([block["examples"] for block in samples.blocks("samples")])
+    return images, _used(trained["steps"], trained["training_seconds"], fitted["training_seconds"])
+
+
+def _used(steps: int, autoencoder: float, density: float) -> dict[str, float]:
+    return {"autoencoder_seconds": round(autoencoder, 1), "density_seconds": round(density, 1), "steps": steps}
 
 
 # Peers ----------------------------------------------------------------------------------------------------------------
 
 
-def pythae_network(kind: str, shape: tuple[int, ...]) -> nn.Module:
+def pythae_network(kind: str, shape: tuple[int, ...]) -> Any:
     """An autoencoder of pythae with stock networks."""
     from pythae.models import AE, AEConfig
     from pythae.models.nn.benchmarks.mnist import Decoder_Conv_AE_MNIST, Encoder_Conv_AE_MNIST
@@ -141,18 +165,6 @@ def pythae_network(kind: str, shape: tuple[int, ...]) -> nn.Module:
     if kind == "mlp":
         return AE(config)
     return AE(config, encoder=Encoder_Conv_AE_MNIST(config), decoder=Decoder_Conv_AE_MNIST(config))
-
-
-@functools.lru_cache(maxsize=1)
-def trained(kind: str, rate: float, seconds: float, folder: Path) -> tuple[nn.Module, Tensor, int]:
-    """Pythae's autoencoder of the shards of a working folder, the images that it was trained on, and the number of steps."""
-    reader = ShardReader(folder / "data/shards/mine")
-    pixels = np.concatenate([scale_pixels(block["examples"], (0.0, 1.0)) for block in reader.blocks("train")])
-    images = torch.from_numpy(pixels)
-    torch.manual_seed(0)
-    model = pythae_network(kind, tuple(images.shape[1:]))
-    steps = _descend(model, images, 64, rate, (1 - DENSITY_SHARE) * seconds)
-    return model, images, steps
 
 
 def _descend(model: nn.Module, data: Tensor, batch_size: int, rate: float, seconds: float) -> int:
@@ -171,25 +183,33 @@ def _descend(model: nn.Module, data: Tensor, batch_size: int, rate: float, secon
                 return steps
 
 
-def peer(kind: str, rate: float, density: str, seconds: float) -> tuple[np.ndarray, int]:
-    """Samples of pythae's autoencoder with a density of its codes, and the steps of its training."""
-    model, images, steps = trained(kind, rate, seconds, Path.cwd())
+def peer(kind: str, rate: float, density: str, seconds: float) -> tuple[np.ndarray, dict[str, float]]:
+    """Samples of pythae's autoencoder with a density of its codes, and what they took."""
+    images = torch.from_numpy(_pixels("train"))
+    torch.manual_seed(0)
+    model = pythae_network(kind, tuple(images.shape[1:]))
+    share = MIXTURE_SHARE if density == "gmm" else DENSITY_SHARE
+    started = time.process_time()
+    steps = _descend(model, images, 64, rate, (1 - share) * seconds)
+    trained = time.process_time() - started
     with torch.no_grad():
         codes = torch.cat([model.encoder(part).embedding for part in images.split(500)])
-    drawn = _mixture(codes) if density == "gmm" else _flow(codes, DENSITY_SHARE * seconds)
+    started = time.process_time()
+    draw = _mixture(codes) if density == "gmm" else _flow(codes, share * seconds)
+    fitted = time.process_time() - started
     with torch.no_grad():
-        decoded = torch.cat([model.decoder(part).reconstruction for part in drawn.split(500)])
-    return decoded.numpy().clip(0, 1), steps
+        decoded = torch.cat([model.decoder(part).reconstruction for part in draw().split(500)])
+    return decoded.numpy().clip(0, 1), _used(steps, trained, fitted)
 
 
-def _mixture(codes: Tensor) -> Tensor:
+def _mixture(codes: Tensor) -> Callable[[], Tensor]:
     from sklearn.mixture import GaussianMixture
 
     mixture = GaussianMixture(10, random_state=0).fit(codes.numpy())
-    return torch.from_numpy(mixture.sample(SAMPLES)[0].astype(np.float32))
+    return lambda: torch.from_numpy(mixture.sample(SAMPLES)[0].astype(np.float32))
 
 
-def _flow(codes: Tensor, seconds: float) -> Tensor:
+def _flow(codes: Tensor, seconds: float) -> Callable[[], Tensor]:
     from pythae.models.normalizing_flows import MAF, MAFConfig, NFModel
 
     torch.manual_seed(0)
@@ -197,9 +217,13 @@ def _flow(codes: Tensor, seconds: float) -> Tensor:
     flow = MAF(MAFConfig(input_dim=(dim,)))
     prior = torch.distributions.MultivariateNormal(torch.zeros(dim), torch.eye(dim))
     _descend(NFModel(prior, flow), codes, 100, 1e-3, seconds)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def draw() -> Tensor:
         drawn: Tensor = flow.inverse(prior.sample((SAMPLES,))).out
-    return drawn
+        return drawn
+
+    return draw
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -215,25 +239,27 @@ def _workspace(folder: Path) -> Iterator[None]:
         os.chdir(here)
 
 
-def measure(data: str, method: str, raw: Path, seconds: float) -> dict[str, Any]:
+def measure(data: str, method: str, raw: Path, seconds: float, split: str) -> dict[str, Any]:
     """One row of the results, in the working folder, whose shards and features are there."""
-    started, steps = time.process_time(), 0
-    if method in PEERS:
-        samples, steps = peer(*PEERS[method], seconds)
-    else:
-        samples = ours(method, data, raw, seconds)
-        run = read_json("reports/runs/train/row.json")
-        steps = run["steps"]
-    spent = time.process_time() - started
-    row = {"data": data, "method": method, "seconds": seconds, "spent_seconds": round(spent, 1), "steps": steps}
-    return row | {key: round(value, 5) for key, value in _scores(samples).items()}
+    samples, used = peer(*PEERS[method], seconds) if method in PEERS else ours(method, data, raw, seconds)
+    return _row(data, method, seconds, used | _scores(samples, split))
 
 
-def _training_images(data: str, seconds: float) -> dict[str, Any]:
-    """Scores of training images, taken as samples: what no method should beat."""
-    blocks = ShardReader("data/shards/mine").blocks("train")
-    images = np.concatenate([scale_pixels(block["examples"], (0.0, 1.0)) for block in blocks])[:SAMPLES]
-    return {"data": data, "method": "training images", "seconds": seconds} | _scores(images)
+def _row(data: str, method: str, seconds: float, values: dict[str, float]) -> dict[str, Any]:
+    return {"data": data, "method": method, "seconds": seconds} | {key: round(value, 5) for key, value in values.items()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results in Markdown, best Frechet distance first."""
+    lines = ["| images | CPU s | method | Frechet distance | KID | precision | recall | CPU s used | steps |"]
+    lines.append("|---|--:|---|--:|--:|--:|--:|--:|--:|")
+    for row in sorted(rows, key=lambda row: (row["data"], row["seconds"], row["frechet_distance"])):
+        distance = f"{row['frechet_distance']:.2f} ± {row['frechet_distance_se']:.2f}"
+        kid = f"{row['kid']:.3f} ± {row['kid_se']:.3f}"
+        start = f"| {row['data']} | {row['seconds']:.0f} | {row['method']} | {distance} | {kid} | "
+        used = f"{row['autoencoder_seconds']:.1f} + {row['density_seconds']:.1f} | {row['steps']:,}" if row["seconds"] else "|"
+        lines.append(f"{start}{row['precision']:.2f} | {row['recall']:.2f} | {used} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -241,24 +267,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--seconds", nargs="+", type=float, default=[200.0])
+    parser.add_argument("--split", choices=("test", "valid"), default="test", help="real images that samples are compared with")
     parser.add_argument("--raw", type=Path, default=Path("data/raw"))
+    parser.add_argument("--table", action="store_true", help="print the recorded results, and run nothing")
     options = parser.parse_args()
+    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
+    if options.table:
+        print(table(rows))
+        return
     os.environ["TRACKING"] = "off"
     torch.set_num_threads(1)
-    rows = read_json(RESULTS)["rows"] if RESULTS.exists() else []
     raw = options.raw.resolve()
     for data in options.data:
         with tempfile.TemporaryDirectory() as folder, _workspace(Path(folder)):
             _write_params(data, raw)
             _run("prepare", "mine")
             _run("features", "mine")
-            fresh = [_training_images(data, 0.0)]
-            for method in options.methods:
+            fresh = [_row(data, "training images", 0.0, _scores(_pixels("train")[:SAMPLES], options.split))]
+            for seconds, method in itertools.product(options.seconds, options.methods):
                 if method.startswith("pythae conv") and data != "fashion":
                     continue
                 try:
-                    fresh.append(measure(data, method, raw, options.seconds))
+                    fresh.append(measure(data, method, raw, seconds, options.split))
                 except ModuleNotFoundError as error:
                     print(f"{method} is left out: {error}")
                     continue
@@ -266,7 +297,8 @@ def main() -> None:
                 kept = {(row["data"], row["method"], row["seconds"]): row for row in [*rows, *fresh]}
                 rows = [kept[key] for key in sorted(kept)]
                 machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
-                write_json(RESULTS, {"machine": machine, "samples": SAMPLES, "rows": rows})
+                if options.split == "test":
+                    write_json(RESULTS, {"machine": machine, "samples": SAMPLES, "rows": rows})
 
 
 if __name__ == "__main__":
