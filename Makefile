@@ -3,18 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 PORT ?= 5000
 JOBS ?= 1
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
 .PHONY: help install repro smoke compare test test-slow test-gpu mutants lint ui clean
 
-install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock
+install: $(VENV)/.installed  ## Make .venv with the exact versions of requirements.lock; CPU=1 leaves CUDA out
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+ifdef CPU
+	$(VENV)/bin/python -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) \
+		$$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.lock)
+	sed -E '/^(nvidia-|cuda-)|^(torch|torchvision|triton)==/,/[^\]$$/d' requirements.lock > $(VENV)/cpu.lock
+	$(VENV)/bin/python -m pip install --quiet --no-deps --requirement $(VENV)/cpu.lock
+else
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.lock
+endif
 	touch $@
 
 repro: install  ## Build everything that is out of date, JOBS rows at a time, and print the scoreboard

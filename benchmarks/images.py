@@ -36,17 +36,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from ruamel.yaml import YAML
 from torch import Tensor, nn
 
-time.monotonic = time.process_time  # the clock that training with a time limit reads
-
-from ruamel.yaml import YAML  # noqa: E402
-
-from pipeline.evaluation.features import extract_features, read_features  # noqa: E402
-from pipeline.evaluation.quality import fid, score  # noqa: E402
-from pipeline.settings import read_params  # noqa: E402
-from pipeline.storage.shards import ShardReader, scale_pixels  # noqa: E402
-from pipeline.system.files import read_json, write_json  # noqa: E402
+from pipeline.evaluation.features import extract_features, read_features
+from pipeline.evaluation.quality import fid, score
+from pipeline.settings import read_params
+from pipeline.storage.shards import ShardReader, scale_pixels
+from pipeline.system.files import read_json, write_json
 
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "benchmarks" / "results" / "images.json"
@@ -277,6 +274,7 @@ def main() -> None:
         print(table(rows))
         return
     os.environ["TRACKING"] = "off"
+    time.monotonic = time.process_time  # the clock that training with a time limit reads
     torch.set_num_threads(1)
     raw = options.raw.resolve()
     for data in options.data:

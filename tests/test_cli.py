@@ -716,6 +716,19 @@ def test_every_pinned_version_has_hashes():
         assert re.match(r"[\w.-]+==[\w.]+( ; [^\\]+)? \\\n    --hash=sha256:[0-9a-f]{64}", pin), pin
 
 
+def test_an_install_without_cuda_leaves_out_cuda_and_nothing_else(tmp_path):
+    shown = make("--dry-run", "--always-make", "install", "CPU=1", f"VENV={tmp_path}").stdout
+    assert "--no-deps --index-url https://download.pytorch.org/whl/cpu" in shown
+    command = next(line for line in shown.splitlines() if line.startswith("sed "))
+    subprocess.run(["sh", "-c", command], cwd=ROOT, check=True, timeout=60)
+    pins, kept = (
+        re.split(r"\n(?=\S)", path.read_text().strip()) for path in (ROOT / "requirements.lock", tmp_path / "cpu.lock")
+    )
+    left_out = [pin for pin in pins if re.match(r"nvidia-|cuda-|triton=|torch=|torchvision=", pin)]
+    assert len(left_out) > 15
+    assert kept == [pin for pin in pins if pin not in left_out]
+
+
 def test_the_module_runs_as_a_program():
     environment = {**os.environ, "_STAGES_COMPLETE": "bash_complete", "COMP_WORDS": "stages preset add tf", "COMP_CWORD": "3"}
     done = subprocess.run(
