@@ -61,7 +61,7 @@ ui: install  ## Browse the runs at http://127.0.0.1:5000, or another PORT
 	@echo 'Rows:   http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=rows'
 	@echo 'Runs:   http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning'
 	@python -m stages.tracking.database
-	mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port $(PORT)
+	mlflow ui --workers 1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port $(PORT)
 
 help:  ## List these commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 12

@@ -137,6 +137,7 @@ def _rows(params: Params, board: pd.DataFrame) -> list[dict[str, Any]]:
         settings |= {"components": getattr(density, "components", None)}
         rows.append(
             {
+                "row": line["row"],
                 "run_id": read_run("evaluate", line["row"]).get("run_id"),
                 "scores": {name: float(value) for name, value in scores.items() if not is_missing(value)},
                 "settings": {name: value for name, value in settings.items() if value is not None},

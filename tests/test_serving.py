@@ -357,13 +357,15 @@ def served(folder: Path, name: str, scratch: Path, **variables: str) -> Iterator
     command = [sys.executable, "-m", "mlflow", *command, "--workers", "1"]
     server = subprocess.Popen(command, cwd=ROOT, env=environment | variables)
     try:
-        for _ in range(240):
+        for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=30)
                 break
             except (urllib.error.URLError, ConnectionError):
                 assert server.poll() is None, "the server has ended"
                 time.sleep(0.5)
+        else:
+            pytest.fail("the server hasn't answered within five minutes")
         yield port
     finally:
         server.terminate()
@@ -371,7 +373,7 @@ def served(folder: Path, name: str, scratch: Path, **variables: str) -> Iterator
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_registered_model_answers_over_http(
     folder: Path, generator: Generator, rows: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,14 +77,17 @@ writer.start("run", {}, {}, os.getpid())
 writer.artifact(note, "notes")
 writer.finish("FINISHED")
 """
-# Twice, as by two reports of the same results.
+# Twice, as by two reports of the same results. A run of another machine is unknown here, and a stage without tracking has none.
 ROWS = """
 writer = _Writer()
 writer.start("evaluate a-lde", {"stage": "evaluate"}, {}, os.getpid())
-row = {"run_id": writer.run_id, "scores": {"parzen": 250.5}, "settings": {"latent_dim": 8}}
-unknown = {"run_id": "0" * 32, "scores": {"kid": 0.5}, "settings": {"family": "lde"}}
+row = {"row": "a-lde", "run_id": writer.run_id, "scores": {"parzen": 250.5}, "settings": {"latent_dim": 8}}
+unknown = {"row": "b-lde", "run_id": "0" * 32, "scores": {"kid": 0.5}, "settings": {"family": "lde"}}
+rows = [row, unknown, unknown | {"row": "c-lde", "run_id": None}]
 for _ in range(2):
-    writer.rows([row, unknown, unknown | {"run_id": None}])
+    writer.rows(rows)
+    stages = [(stage, row) for row in rows for stage in ("fit", "evaluate")]
+    writer.pipeline([{"stage": stage, "row": row["row"], "run_id": row["run_id"], "metrics": {}} for stage, row in stages])
 """
 MODEL = """
 import stages.tracking.serving
@@ -193,14 +196,25 @@ def test_a_run_stays_in_a_folder_of_any_name(name: str, fork: Fork, database: Pa
 def test_the_view_of_rows_has_one_line_per_row_under_short_headings(fork: Fork, database: Path) -> None:
     assert fork(database.parent, ROWS) == 0
     with sqlite3.connect(database) as connection:
-        (run,) = connection.execute("select run_uuid from tags where key = 'view' and value = 'rows'").fetchone()
-        metrics = connection.execute("select key, value from metrics where run_uuid = ?", (run,)).fetchall()
-        tags = dict(connection.execute("select key, value from tags where run_uuid = ?", (run,)))
+        runs = [run for (run,) in connection.execute("select run_uuid from tags where key = 'view' and value = 'rows'")]
+        found = [
+            (
+                connection.execute("select key, value from metrics where run_uuid = ?", (run,)).fetchall(),
+                dict(connection.execute("select key, value from tags where run_uuid = ?", (run,))),
+            )
+            for run in runs
+        ]
         ((view,),) = connection.execute(
             "select value from experiment_tags where key = 'mlflow.sharedViewState.rows'"
         ).fetchall()
-    assert metrics == [("parzen", 250.5)]
-    assert (tags["latent_dim"], tags["stage"]) == ("8", "evaluate")
+    known, *unknown = sorted(found, key=lambda pair: pair[1].get("row", ""))
+    assert known[0] == [("parzen", 250.5)]
+    assert (known[1]["latent_dim"], known[1]["stage"]) == ("8", "evaluate")
+    assert [metrics for metrics, _ in unknown] == [[("kid", 0.5)]] * 2
+    assert [(tags["row"], tags["stage"], tags["family"]) for _, tags in unknown] == [
+        ("b-lde", "evaluate", "lde"),
+        ("c-lde", "evaluate", "lde"),
+    ]
     assert json.loads(view) == {
         "searchFilter": "tags.view = 'rows'",
         "selectedColumns": ["metrics.`parzen`", "metrics.`kid`", "tags.`latent_dim`", "tags.`family`"],

@@ -55,6 +55,7 @@ class _Writer:
         self.client = MlflowClient(address)
         self.run_id = ""
         self.registered = ""
+        self.unknown: dict[str, dict[str, Any]] = {}  # rows whose run this server doesn't know, by name
 
     def experiment(self) -> str:
         """The experiment's id; a missing experiment is created."""
@@ -146,8 +147,10 @@ class _Writer:
     def rows(self, rows: list[dict[str, Any]]) -> None:
         """Adds headline scores and settings to each row's last run, and sets the view `rows` that shows these runs only.
 
+        What a run made that this server doesn't know is added to the small run that `pipeline` creates for it.
+
         Arguments:
-            rows: For each row the id of its run of `evaluate`, its scores and its settings, each under a short name.
+            rows: For each row its name, the id of its run of `evaluate`, its scores and its settings, each under a short name.
         """
         from mlflow.entities import Metric, RunTag
         from mlflow.exceptions import MlflowException
@@ -157,12 +160,13 @@ class _Writer:
                 known = self.client.get_run(row["run_id"]) if row["run_id"] else None
             except MlflowException:
                 known = None  # made by a run that this server doesn't know
-            if known is None or known.data.tags.get("view") == ROW_VIEW:
-                continue
-            now = int(time.time() * 1000)
-            metrics = [Metric(name, float(value), now, 0) for name, value in row["scores"].items()]
-            tags = [RunTag(name, str(value)) for name, value in {**row["settings"], "view": ROW_VIEW}.items()]
-            self.client.log_batch(row["run_id"], metrics=metrics, tags=tags)
+            if known is None:
+                self.unknown[row["row"]] = row
+            elif known.data.tags.get("view") != ROW_VIEW:
+                now = int(time.time() * 1000)
+                metrics = [Metric(name, float(value), now, 0) for name, value in row["scores"].items()]
+                tags = [RunTag(name, str(value)) for name, value in {**row["settings"], "view": ROW_VIEW}.items()]
+                self.client.log_batch(row["run_id"], metrics=metrics, tags=tags)
         kinds = {"metrics": "scores", "tags": "settings"}
         columns = {f"{kind}.`{name}`": None for kind, key in kinds.items() for row in rows for name in row[key]}
         self._share(ROW_VIEW, f"tags.view = '{ROW_VIEW}'", list(columns))
@@ -186,11 +190,20 @@ class _Writer:
                 continue
             tags = {"mlflow.parentRunId": self.run_id, "stage": child["stage"], "row": child["row"], "cached": "true"}
             tags["made_by_run"] = str(child["run_id"] or "not tracked")
+            metrics = dict(child["metrics"])
             if known is None:
                 tags["made_by_run_unknown_here"] = "true"
+                if child["stage"] == "evaluate" and (row := self.unknown.get(child["row"])):
+                    search = (
+                        f"tags.view = '{ROW_VIEW}' and tags.row = '{child['row']}' and tags.made_by_run_unknown_here = 'true'"
+                    )
+                    for earlier in self.client.search_runs([self.experiment()], search):
+                        self.client.delete_tag(earlier.info.run_id, "view")
+                    tags |= {name: str(value) for name, value in row["settings"].items()} | {"view": ROW_VIEW}
+                    metrics |= row["scores"]
             light = self.client.create_run(self.experiment(), run_name=f"{child['stage']} {child['row']} (cached)", tags=tags)
             now = int(time.time() * 1000)
-            self.client.log_batch(light.info.run_id, metrics=[Metric(k, float(v), now, 0) for k, v in child["metrics"].items()])
+            self.client.log_batch(light.info.run_id, metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items()])
             self.client.set_terminated(light.info.run_id)
 
     def model(self, about: str, tags: dict[str, str], **values: Any) -> None:
