@@ -738,6 +738,17 @@ def test_pipeline_run_in_mlflow(workspace, monkeypatch):
     assert names >= {"index.html", "report.md", "scoreboard.csv"}
 
 
+def test_an_autoencoder_that_time_ends_is_said_to_be(workspace):
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    tables["autoencoders"]["digits-ae"] |= {"max_minutes": 1.5, "epochs": 10_000}
+    tables["autoencoders"]["digits-iae"]["epochs"] = 1
+    YAML().dump(tables, Path("params.yaml"))
+    assert command().exit_code == 0
+    text = Path("reports/index.html").read_text()
+    assert ", at most 1.5 minutes and 10,000 epochs, " in text
+    assert ", incremental (linear, over 1 epoch), 1 epoch, " in text
+
+
 # First screen and section Explore ------------------------------------------------------------------------------------
 
 
@@ -766,7 +777,9 @@ def test_a_verdict_speaks_of_score_controls_pictures_and_chance(workspace):
     assert tone == "mixed"  # above the controls, and easily told from real images
     assert text.startswith("digits-iae-lde: 264 ± 5 nats (Parzen test log-likelihood).")
     assert "40.0 nats above the best control (digits-training-images)" in text
-    assert "clearly told from real images: KID 0.700 ± 0.010" in text
+    assert (
+        "further from test images than training images are, by more than chance: KID 0.700 ± 0.010, training images 0.0" in text
+    )
     assert "cover 20 % of the test images (recall), training images 90 %" in text
     assert "The next one, digits-ae-lde, is level with it" in text  # 6.3 nats with errors of 5 each
     points = np.random.default_rng(0).normal(200, 100, 500)
@@ -944,6 +957,12 @@ def test_page_in_a_browser(workspace, browser):
         after = browser.js(said), browser.js(pixels)
         assert after[0] != before[0], name
         assert after[1] != before[1], name
+
+    # A table that is wider than its box says so within the box.
+    hint = "e => [parseFloat(getComputedStyle(e, '::after').left), e.clientWidth]"
+    hints = browser.js(f"return [...document.querySelectorAll('.scroll.more')].map({hint})")
+    assert hints
+    assert all(left + 72 <= width for left, width in hints)
 
     light = browser.js("return getComputedStyle(document.body).backgroundColor")
     for width in (1280, 390):

@@ -214,20 +214,23 @@ def _against_control(best: Line) -> str:
 def _quality(best: Line, controls: Sequence[Line], network: str) -> tuple[Tone, str]:
     """What the features of a network say of the samples, with training images as the reference."""
     kid, recall = f"{network}_kid", f"{network}_recall"
-    text = f"KID {plus_minus(best[kid], best[f'{kid}_se'])} in the features of {network}"
+    score = f"KID {plus_minus(best[kid], best[f'{kid}_se'])}"
     covered = _percent(best[recall])
     reference = next((line for line in controls if not is_missing(line.get(kid))), None)
     if reference is None:
-        text = f"{_named(best)}: {text} (0 where samples and test images agree)"
+        text = f"{_named(best)}: {score} in the features of {network} (0 where samples and test images agree)"
         return "none", f"{text}; its samples cover {covered} of the test images (recall)."
     gap = float(best[kid]) - float(reference[kid])
     error = math.hypot(*(0.0 if is_missing(line[f"{kid}_se"]) else float(line[f"{kid}_se"]) for line in (best, reference)))
     close = gap <= SURE * error
     real = f"training images {plus_minus(reference[kid], reference[f'{kid}_se'])}"
-    told = "as close to test images as training images are" if close else "clearly told from real images"
+    if close:
+        told = "as close to test images as training images are"
+    else:
+        told = "further from test images than training images are, by more than chance"
     return (
         "good" if close else "bad",
-        f"The samples of {_named(best)} are {told}: {text}, {real}. They cover "
+        f"The samples of {_named(best)} are {told}: {score}, {real} (lower is closer; features of {network}). They cover "
         f"{covered} of the test images (recall), training images {_percent(reference[recall])}.",
     )
 

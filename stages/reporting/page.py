@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.settings import Params, changed_defaults, flatten
+from pipeline.settings import Params, TrainingSettings, changed_defaults, flatten
 from pipeline.storage.parts import SPLITS
 from stages.reporting.cards import cards, verdict
 from stages.reporting.explore import explorations, ordered_samples
@@ -237,10 +237,16 @@ def _autoencoder_summary(params: Params, name: str) -> str:
     incremental = getattr(settings, "incremental", None)
     if incremental:
         warm_up = incremental.warm_up_epochs  # nested dropout has none
-        words += [f"incremental ({incremental.mode}" + (f", over {warm_up:g} epochs)" if warm_up is not None else ")")]
-    words += [f"{settings.epochs} epochs"] if hasattr(settings, "epochs") else []
+        words += [f"incremental ({incremental.mode}" + (f", over {_epochs(warm_up)})" if warm_up is not None else ")")]
+    if isinstance(settings, TrainingSettings):
+        limit = f"{settings.max_minutes:g} minutes and " if settings.max_minutes else ""
+        words += [f"{'at most ' if limit or settings.patience else ''}{limit}{_epochs(settings.epochs)}"]
     words += [f"test MSE {plus_minus(metrics['test_mse'], metrics.get('test_mse_se'))}"] if "test_mse" in metrics else []
     return ", ".join(words)
+
+
+def _epochs(number: float) -> str:
+    return f"{number:,g} epoch" + ("" if number == 1 else "s")
 
 
 def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
