@@ -1,8 +1,9 @@
 """Densities of small tables: `auto` against common alternatives, at equal CPU seconds.
 
 Run with `python -m benchmarks.tables [--sets wine iris ..] [--methods auto KDE ..] [--splits 5] [--seconds 60]
-[--points 10000]`. Results are added to `benchmarks/results/tables.json`, split by split, and the table is written again to
-`tables.md`; a split that has a result with the same seconds isn't run again.
+[--points 10000]`, or with `--codes data/codes/mine-ae` for the codes of an autoencoder. Results are added to
+`benchmarks/results/tables.json`, split by split, and the table is written again to `tables.md`; a split that has a result with
+the same seconds isn't run again.
 
 Tables come with scikit-learn or mlxtend, or are drawn from formulas. A tenth of a table, drawn by the number of the split, is
 for the test; a formula gives 10,000 new test points. Methods take validation rows from the rest. Each has one thread and the
@@ -37,6 +38,8 @@ from sklearn.neighbors import KernelDensity  # noqa: E402
 
 from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.estimators import CodeDensity  # noqa: E402
+from pipeline.storage.codes import CodeReader  # noqa: E402
+from pipeline.storage.parts import SPLITS as OF_CODES  # noqa: E402
 from pipeline.system.files import read_json, write_json  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "tables.json"
@@ -162,10 +165,14 @@ def split_of(name: str, number: int, points: int) -> tuple[np.ndarray, np.ndarra
     generator = np.random.default_rng(number)
     if name in FORMULAS:
         return FORMULAS[name][0](points, generator), FORMULAS[name][0](TEST_POINTS, generator)
+    if name not in TABLES:
+        codes = CodeReader(name)
+        train, valid, test = (np.concatenate([block["codes"] for block in codes.blocks(split)]) for split in OF_CODES)
+        return generator.permutation(np.concatenate([train, valid]).astype(float)), test.astype(float)
     rows = _table(name)
     order = generator.permutation(len(rows))
-    test = len(rows) // 10
-    return rows[order[test:]], rows[order[:test]]
+    count = len(rows) // 10
+    return rows[order[count:]], rows[order[:count]]
 
 
 @functools.cache
@@ -321,9 +328,10 @@ def markdown(rows: list[dict[str, Any]], protocol: str) -> str:
 def protocol(runs: list[dict[str, Any]]) -> str:
     """Sets, splits and seconds of runs, next to those of a full run."""
     sets, seconds = {run["set"] for run in runs}, {run["budget"] for run in runs}
+    listed = sets & (TABLES.keys() | FORMULAS.keys())
     splits = {sum(run["set"] == name for run in runs if run["method"] == "auto") for name in sets}
     return (
-        f"Sets: {len(sets)} of {len(TABLES) + len(FORMULAS)}; splits: {_listed(splits)} of {SPLITS}; CPU seconds per fit: "
+        f"Sets: {len(listed)} of {len(TABLES) + len(FORMULAS)}; splits: {_listed(splits)} of {SPLITS}; CPU seconds per fit: "
         f"{_listed(seconds)} of {SECONDS:g}."
     )
 
@@ -337,6 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [*TABLES, *FORMULAS]
     parser.add_argument("--sets", nargs="+", choices=names, default=names)
+    parser.add_argument("--codes", nargs="+", default=[], metavar="FOLDER", help="folders of codes, in place of the sets")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--splits", type=int, default=SPLITS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="CPU seconds of a fit")
@@ -345,7 +354,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     runs: list[dict[str, Any]] = read_json(options.results)["runs"] if options.results.exists() else []
-    asked = [(split, name, method) for split in range(options.splits) for name in options.sets for method in options.methods]
+    names = options.codes or options.sets
+    asked = [(split, name, method) for split in range(options.splits) for name in names for method in options.methods]
     for split, name, method in asked:
         key = {"set": name, "method": method, "split": split, "budget": options.seconds, "points": options.points}
         if any(key.items() <= run.items() for run in runs):
