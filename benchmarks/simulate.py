@@ -41,6 +41,7 @@ GPUS = (1, 8, 64, 256)
 LUMPS = 2000  # of a stage, at most about
 VALID_CODES = 100_000  # that fit scores after each epoch, at most
 SCORED_CODES = 20_000  # of each split that fit scores at its end, at most
+SCORED_IMAGES = 200_000  # of training, and of validation, that train scores at its end, at most; and all test images
 SAMPLED = 1000  # samples of a shard, as by default
 ROWS = 4  # that run side by side
 HASHING = 4  # threads of DVC
@@ -490,7 +491,8 @@ def chain(row: Row, units: dict[str, float], images: int, hashing: float, machin
         gradient_bytes=4 * units["parameters"],
     )  # fmt: skip
     reconstruct = rates.encode + rates.decode
-    scores = Work(**parts(images), **handled, compute=reconstruct + units["compare"] / machines.threads)
+    compared = min(train, SCORED_IMAGES) + min(valid, SCORED_IMAGES) + test
+    scores = Work(**parts(compared), **handled, compute=reconstruct + units["compare"] / machines.threads)
     opened = Work(**parts(test), **handled, compute=rates.encode + units["opened"] * rates.decode)
     extract = Work(**parts(images), **handled, compute=rates.encode, written_bytes=coded["read_bytes"])
     fitting = Work(

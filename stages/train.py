@@ -21,6 +21,7 @@ SCATTERED = 5000  # test codes of two numbers, or training points, saved for a p
 MAPPED = 400  # test images on the page's map of codes
 PATCHES = 100  # training patches saved for a picture
 VALIDATED = 10_000  # validation images that the epoch is chosen by, at most, rounded up to whole shards
+SCORED = 200_000  # training and validation images scored at the end, at most, rounded up to whole shards; test images all are
 VALIDATION = "minus_valid_mse"  # by which the epoch is chosen, where a row has patience
 
 
@@ -151,6 +152,10 @@ def _validation_error(objective: Objective, reader: ShardReader, ranks: Ranks) -
 def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
     """MSE, PSNR and SSIM on every split; the MSE against the number of open dimensions; a VAE's divergence.
 
+    All test images are scored, and `SCORED` of the training and validation images, from shards spread evenly over the split;
+    where that leaves images out, the metric `train_scored` or `valid_scored` says how many were scored. There is no
+    checkpoint here, so the work mustn't grow with the training set.
+
     Ranks share the shards; the first also saves arrays for pictures.
     """
     import numpy as np
@@ -159,6 +164,7 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
     from pipeline.evaluation.exploration import exploration
     from pipeline.evaluation.moments import KEPT, Moments
     from pipeline.evaluation.reconstruction import ReconstructionScore, open_dimension_errors, opened
+    from pipeline.storage.parts import spread
     from pipeline.storage.shards import from_unit, scale_pixels, to_unit
     from pipeline.system.progress import Progress
     from stages.arrays import PER_EXAMPLE, as_bytes
@@ -179,9 +185,11 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         return None if values is None else values.cpu()
 
     def rank_blocks(split: str, label: str) -> Iterator[dict[str, np.ndarray]]:
-        total = reader.index.count(split)
+        counts = reader.counts(split)
+        shards = range(len(counts)) if split == "test" else spread(counts, SCORED)
+        total = sum(counts[number] for number in shards)
         with Progress(total, f"{label} of {run.row}", unit="images", quiet=not ranks.first) as progress:
-            for block in reader.blocks(split, ranks.share(len(reader.index.parts(split)))):
+            for block in reader.blocks(split, [shards[i] for i in ranks.share(len(shards))]):
                 yield block
                 progress.advance(len(block["examples"]) * ranks.world)
 
@@ -205,6 +213,8 @@ def _score(run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) ->
         for divergences in rank_divergences:
             kl.merge(divergences)
         run.metrics(score.metrics(split))
+        if score.mse.count < reader.index.count(split):
+            run.metrics({f"{split}_scored": score.mse.count})
         if kl.count:
             run.metrics({f"{split}_kl": kl.mean, f"{split}_kl_se": kl.result().standard_error})
     ks = opened(objective.latent_dim or 0)

@@ -425,6 +425,29 @@ def test_train(world: World) -> None:
 
 
 @torch.no_grad()
+def test_training_and_validation_images_scored_are_limited(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shards of 50, 50 and 20 training images and of 49 and 21 validation images, the first of each; all test images."""
+    encoder, decoder = world.network()
+    whole = json.loads(Path("reports/metrics/train/marks.json").read_text())
+    kept = Path("data/autoencoders/marks/encoder.safetensors").read_bytes()
+    monkeypatch.setattr("stages.train.SCORED", 35)
+    with torch.enable_grad():
+        assert small.run("train", "marks").exit_code == 0
+    limited = json.loads(Path("reports/metrics/train/marks.json").read_text())
+    assert Path("data/autoencoders/marks/encoder.safetensors").read_bytes() == kept
+    for split, count in (("train", 50), ("valid", 49)):
+        images = world.unit(split)[:count]
+        reconstructed = (decoder(encoder(torch.from_numpy(2 * images - 1))).numpy() + 1) / 2
+        mean, error = mean_and_error(np.square(reconstructed - images).reshape(len(images), -1).mean(1))
+        assert (limited[f"{split}_mse"], limited[f"{split}_mse_se"]) == (pytest.approx(mean, 1e-4), pytest.approx(error, 1e-4))
+        assert limited[f"{split}_scored"] == count
+        assert f"{split}_scored" not in whole
+    assert {k: v for k, v in limited.items() if k.startswith("test")} == {
+        k: v for k, v in whole.items() if k.startswith("test")
+    }
+
+
+@torch.no_grad()
 def test_extract(world: World) -> None:
     scores = Scores(world, "extract", "marks")
     scores.equal(train_codes=120, valid_codes=70, test_codes=90, dimensions=3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -15,7 +17,18 @@ from pipeline.storage.columns import Column
 from pipeline.storage.stores import current_store
 from pipeline.system.files import read_json, sha256_bytes, sha256_file, write_json
 
-__all__ = ["SPLITS", "Arrays", "ContextColumn", "Part", "PartIndex", "PartReader", "part_name", "part_of", "write_index"]
+__all__ = [
+    "SPLITS",
+    "Arrays",
+    "ContextColumn",
+    "Part",
+    "PartIndex",
+    "PartReader",
+    "part_name",
+    "part_of",
+    "spread",
+    "write_index",
+]
 
 SPLITS = ("train", "valid", "test")
 
@@ -50,6 +63,25 @@ def part_of(path: Path, count: int) -> Part:
         store.put(path, part.sha256)
         path.unlink()
     return part
+
+
+def spread(counts: Sequence[int], most: int) -> list[int]:
+    """Numbers of the files of a split that hold about `most` of its examples, evenly spaced; all files if it holds fewer.
+
+    The first files would not do: where raw files are sorted, they hold some classes only.
+
+    Arguments:
+        counts: Number of examples in each file.
+        most: Examples at most, rounded up to whole files.
+
+    Example:
+        >>> spread([10, 10, 10, 10, 10, 4], 25), spread([10, 10, 4], 24)
+        ([0, 2, 4], [0, 1, 2])
+    """
+    if sum(counts) <= most:
+        return list(range(len(counts)))
+    taken = math.ceil(len(counts) * most / sum(counts))
+    return [i * len(counts) // taken for i in range(taken)]
 
 
 @dataclass(frozen=True, kw_only=True)
