@@ -31,6 +31,7 @@ from typing import Any
 
 from benchmarks.events import Clock, Cores, Line, Link, Process, through
 from benchmarks.units import SMALL, Row, measure, preset, write_photos
+from pipeline.settings import meanings_of
 from pipeline.system.files import read_json, write_json, write_text
 
 HERE = Path(__file__).parent
@@ -121,6 +122,7 @@ class Pipeline:
         caches: Whether parts that were read stay on the node's disk.
         restarts: Whether a stage goes on by itself, on the nodes that are left.
         keeps_manifests: Whether DVC hashes and copies an index only, instead of all parts.
+        limits_scores: Whether `train` ends by comparing some training and validation images, instead of all.
     """
 
     shares_preparation: bool
@@ -129,10 +131,11 @@ class Pipeline:
     caches: bool
     restarts: bool
     keeps_manifests: bool
+    limits_scores: bool
 
 
-BEFORE = Pipeline(False, False, 3.0, False, False, False)
-AFTER = Pipeline(True, True, 0.0, True, True, True)
+BEFORE = Pipeline(False, False, 3.0, False, False, False, False)
+AFTER = Pipeline(True, True, 0.0, True, True, True, True)
 
 
 @dataclass(frozen=True)
@@ -229,14 +232,8 @@ class _Attempt:
         caches: Sequence[OrderedDict[int, None]],
         seed: int,
     ) -> None:
-        self.work, self.machines, self.pipeline, self.clock, self.ranks, self.seed = (
-            work,
-            machines,
-            pipeline,
-            clock,
-            ranks,
-            seed,
-        )
+        self.work, self.machines, self.pipeline = work, machines, pipeline
+        self.clock, self.ranks, self.seed = clock, ranks, seed
         self.nodes, self.caches = math.ceil(ranks / machines.node_gpus), caches
         # Lumps of whole parts; at least a few for each process and pass.
         share = max(work.parts // (4 * machines.gpus), 1)
@@ -271,6 +268,9 @@ class _Attempt:
     def _examples(self, lump: int) -> int:
         return min(self.lump, self.work.parts - lump * self.lump) * self.work.examples
 
+    def _bytes(self, of_part: float, lump: int) -> float:
+        return of_part * self._examples(lump) / self.work.examples
+
     def _node(self, rank: int) -> int:
         return rank // self.machines.node_gpus
 
@@ -293,7 +293,7 @@ class _Attempt:
         work, node = self.work, self._node(rank)
         cache, room = self.caches[node], int(self.machines.cache / max(work.read_bytes * self.lump, 1.0))
         for lump in dealt:
-            size = work.read_bytes * self._examples(lump) / work.examples
+            size = self._bytes(work.read_bytes, lump)
             if size and self.pipeline.caches and work.passes > 1 and lump in cache:
                 cache.move_to_end(lump)
                 yield self.disks[node].take(self.clock.now, size)
@@ -322,7 +322,7 @@ class _Attempt:
             self._spend("data", (self.clock.now - began) / self.ranks)
             seconds = self._own(work) * self._examples(lump)
             yield self.clock.now + self._work(seconds, self._slowness(node), 1 / self.ranks)
-            size = work.written_bytes * self._examples(lump) / work.examples
+            size = self._bytes(work.written_bytes, lump)
             if size:
                 began = self.clock.now
                 yield through([self.store, self.network[node]], self.clock.now, size)
@@ -465,7 +465,9 @@ def play(stage: Stage, machines: Machines, pipeline: Pipeline, elapsed: float = 
 # The stages -----------------------------------------------------------------------------------------------------------
 
 
-def chain(row: Row, units: dict[str, float], images: int, hashing: float, machines: Machines, rates: Rates) -> list[Stage]:
+def chain(
+    row: Row, units: dict[str, float], images: int, hashing: float, machines: Machines, pipeline: Pipeline, rates: Rates
+) -> list[Stage]:
     """The stages of a row.
 
     Arguments:
@@ -474,6 +476,7 @@ def chain(row: Row, units: dict[str, float], images: int, hashing: float, machin
         images: Number of images.
         hashing: Seconds of a core for a byte that is hashed.
         machines: Where they run.
+        pipeline: By what.
         rates: Seconds of a processor, for an example or a pair.
     """
     train, valid, test = (round(share * images) for share in row.splits)
@@ -491,7 +494,7 @@ def chain(row: Row, units: dict[str, float], images: int, hashing: float, machin
         gradient_bytes=4 * units["parameters"],
     )  # fmt: skip
     reconstruct = rates.encode + rates.decode
-    compared = min(train, SCORED_IMAGES) + min(valid, SCORED_IMAGES) + test
+    compared = test + sum(min(count, SCORED_IMAGES) if pipeline.limits_scores else count for count in (train, valid))
     scores = Work(**parts(compared), **handled, compute=reconstruct + units["compare"] / machines.threads)
     opened = Work(**parts(test), **handled, compute=rates.encode + units["opened"] * rates.decode)
     extract = Work(**parts(images), **handled, compute=rates.encode, written_bytes=coded["read_bytes"])
@@ -589,7 +592,7 @@ class Case:
 def play_chain(row: Row, units: dict[str, Any], images: int, machines: Machines, pipeline: Pipeline, rates: Rates) -> Case:
     """Plays all stages of a row, one after the other."""
     found: dict[str, Played] = {}
-    for stage in chain(row, units["large"], images, units["hash"], machines, rates):
+    for stage in chain(row, units["large"], images, units["hash"], machines, pipeline, rates):
         found[stage.name] = play(stage, machines, pipeline, sum(played.seconds for played in found.values()))
     return Case("before" if pipeline == BEFORE else "after", machines.gpus, found)
 
@@ -602,7 +605,9 @@ def plan(row: Row, units: dict[str, Any], images: int, gpus: Sequence[int], meas
         rates = gpu_rates(row, units["large"], machines, measured)
         cases.append(play_chain(row, units, images, machines, pipeline, rates))
         if pipeline == AFTER and count >= ROWS:
-            share = dataclasses.replace(machines, gpus=count // ROWS, store=machines.store / ROWS)
+            share = dataclasses.replace(
+                machines, gpus=count // ROWS, store=machines.store / ROWS, loss_hours=machines.loss_hours * ROWS
+            )
             rates = gpu_rates(row, units["large"], share, measured)
             cases.append(dataclasses.replace(play_chain(row, units, images, share, pipeline, rates), name="shared"))
     return cases
@@ -676,19 +681,14 @@ def report(units: dict[str, Any], row: Row, images: int, cases: Sequence[Case], 
     }
     lines += table(["what", "rate"], [[name, number(value)] for name, value in shown.items()])
     lines += ["**Assumed**", ""]
-    texts = _attributes(Machines)
-    assumed = [[texts[f.name], f"{getattr(machines, f.name):g}"] for f in dataclasses.fields(machines) if f.name != "gpus"]
+    texts = meanings_of(Machines)
+    assumed = [
+        [texts[f.name].rstrip("."), f"{getattr(machines, f.name):g}"] for f in dataclasses.fields(machines) if f.name != "gpus"
+    ]
     lines += table(["what", "value"], assumed)
     if "validation" in units:
         lines += ["**Played and run on this machine**", "", *validated(units["validation"])]
     return "\n".join(lines)
-
-
-def _attributes(kind: type) -> dict[str, str]:
-    """What the docstring of a class says of its attributes."""
-    lines = (kind.__doc__ or "").partition("Attributes:")[2].splitlines()
-    pairs = [line.strip().split(": ", 1) for line in lines if ": " in line]
-    return {name: text.rstrip(".") for name, text in pairs}
 
 
 # Against a real run ---------------------------------------------------------------------------------------------------
@@ -762,7 +762,7 @@ def validate(row: Row, units: dict[str, Any], images: int, stages: Sequence[str]
             exchange=exchange["latency"],
             slow_share=0.0,
         )
-        for stage in chain(row, costs, images, 0.0, machines, core_rates(costs)):
+        for stage in chain(row, costs, images, 0.0, machines, pipeline, core_rates(costs)):
             if stage.name not in stages:
                 continue
             start = starting[stage.name]

@@ -22,7 +22,7 @@ from stages.reporting.differences import difference, error_key
 from stages.reporting.history import files_at
 from stages.reporting.metrics import METRICS
 from stages.tools.rows import edit_row
-from stages.tools.settings import ABSENT, CHOICES, PLAIN, as_markdown, keys_of, row_settings
+from stages.tools.settings import ABSENT, CHOICES, PLAIN, as_markdown, keys_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = """\
@@ -140,7 +140,7 @@ def test_a_row_is_explained_with_what_differs(project):
     code, out = run("settings", "grid-gmn")
     assert code == 1
     assert "did you mean 'grid-gmm'?" in out
-    resolved = row_settings(read_params(), "densities", "grid-gmm")
+    resolved = read_params().row("densities", "grid-gmm")
     assert set(changed_defaults(resolved)) == {"components"}
 
 

@@ -16,6 +16,7 @@ from pipeline.settings.build import (
     describe,
     file_setting,
     flatten,
+    meanings_of,
     named_files,
 )
 from pipeline.settings.params import Params, choices, implementation, read_params
@@ -57,6 +58,7 @@ __all__ = [
     "file_setting",
     "flatten",
     "implementation",
+    "meanings_of",
     "named_files",
     "read_params",
 ]

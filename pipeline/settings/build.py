@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import os
+import re
 import reprlib
 import types
 import typing
@@ -26,6 +28,7 @@ __all__ = [
     "describe",
     "file_setting",
     "flatten",
+    "meanings_of",
     "named_files",
     "shorten",
 ]
@@ -155,6 +158,22 @@ def describe(kind: Any) -> str:
         return "a table"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     return words.get(kind, str(kind))
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of each attribute; a class's own words count more.
+
+    Example:
+        >>> meanings_of(NamedFile)["digest"]
+        'The first hex digits of its SHA-256 digest, at least 12; empty where the setting gives none.'
+    """
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+        if attributes := re.search(r"^Attributes:\n((?:[ ].*\n?|\n)*)", text, re.MULTILINE):
+            entries = re.findall(r"^    (\w+): (.*\n?(?:        .*\n?)*)", attributes[1], re.MULTILINE)
+            found |= {name: " ".join(meaning.split()) for name, meaning in entries}
+    return found
 
 
 def shorten(value: object) -> str:

@@ -218,9 +218,11 @@ class Params:
             )
         return settings
 
-    def named_files(self) -> dict[str, NamedFile]:
-        """The files that all rows name, by table, row and key with dots; without rows that are refused."""
-        resolvers = {
+    def row(self, table: str, name: str) -> Any:
+        """The settings of a row of any table, checked; `sampling`, which has no rows, takes any name."""
+        if table == "sampling":
+            return self.sampling()
+        readers: dict[str, Callable[[str], Any]] = {
             "datasets": self.dataset,
             "controls": self.control,
             "autoencoders": self.autoencoder,
@@ -228,11 +230,15 @@ class Params:
             "evaluations": self.evaluation,
             "detections": self.detection,
         }
+        return readers[table](name)
+
+    def named_files(self) -> dict[str, NamedFile]:
+        """The files that all rows name, by table, row and key with dots; without rows that are refused."""
         files: dict[str, NamedFile] = {}
-        for table, resolve in resolvers.items():
-            for name in self.rows(table):
+        for table in TABLES:
+            for name in self.rows(table) if table != "sampling" else ():
                 with contextlib.suppress(PipelineError):
-                    files |= {f"{table}.{name}.{key}": file for key, file in named_files(resolve(name)).items()}
+                    files |= {f"{table}.{name}.{key}": file for key, file in named_files(self.row(table, name)).items()}
         return files
 
     def problems(self) -> Iterator[str]:

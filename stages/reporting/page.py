@@ -271,14 +271,6 @@ def _detection_summary(line: Mapping[str, Any]) -> str:
 
 def _settings(params: Params) -> list[tuple[str, list[tuple[str, str]]]]:
     """(table, [(line of YAML, default that its value differs from)]) with every default resolved."""
-    readers: dict[str, Any] = {
-        "datasets": params.dataset,
-        "controls": params.control,
-        "autoencoders": params.autoencoder,
-        "densities": params.density,
-        "evaluations": params.evaluation,
-        "detections": params.detection,
-    }
 
     def lines(settings: Any, indent: str) -> Iterator[tuple[str, str]]:
         defaults = changed_defaults(settings)
@@ -292,13 +284,15 @@ def _settings(params: Params) -> list[tuple[str, list[tuple[str, str]]]]:
             default = f"default {json.dumps(defaults[dotted])}" if dotted in defaults else ""
             yield f"{indent}{'  ' * len(path)}{key}: {json.dumps(value)}", default
 
-    tables = []
-    for table, reader in readers.items():
-        text: list[tuple[str, str]] = []
+    def text(table: str) -> Iterator[tuple[str, str]]:
+        if table == "sampling":
+            yield from lines(params.sampling(), "  ")
+            return
         for row in params.rows(table):
-            text += [(f"  {row}:", ""), *lines(reader(row), "    ")]
-        tables.append((table, text))
-    return [*tables, ("sampling", list(lines(params.sampling(), "  ")))]
+            yield f"  {row}:", ""
+            yield from lines(params.row(table, row), "    ")
+
+    return [(table, list(text(table))) for table in params.tables]
 
 
 def _runs_address() -> str:

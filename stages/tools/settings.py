@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import inspect
 import json
-import re
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
@@ -30,11 +29,12 @@ from pipeline.settings import (
     describe,
     flatten,
     implementation,
+    meanings_of,
     read_params,
 )
 from stages.run import one_line_errors
 
-__all__ = ["CHOICES", "Key", "as_markdown", "keys_of", "row_settings", "settings", "settings_class"]
+__all__ = ["CHOICES", "Key", "as_markdown", "keys_of", "settings", "settings_class"]
 
 WIDTH = 80
 # Table -> the key that names a file, the package of the files, and what is common to all rows.
@@ -88,7 +88,7 @@ def as_yaml(value: Any) -> str:
 
 def keys_of(cls: type, prefix: str = "") -> list[Key]:
     """The keys of a class of settings, in its order; nested settings give their own keys, dotted."""
-    meanings, owners, hints = _meanings(cls), _owners(cls), typing.get_type_hints(cls)
+    meanings, owners, hints = meanings_of(cls), _owners(cls), typing.get_type_hints(cls)
     keys: list[Key] = []
     for field in dataclasses.fields(typing.cast(Any, cls)):
         if not field.init:
@@ -102,17 +102,6 @@ def keys_of(cls: type, prefix: str = "") -> list[Key]:
         if nested is not None:
             keys += keys_of(typing.cast(type, nested), f"{name}.")
     return keys
-
-
-def _meanings(cls: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each attribute; a class's own words count more."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
-        if attributes := re.search(r"^Attributes:\n((?:[ ].*\n?|\n)*)", text, re.MULTILINE):
-            entries = re.findall(r"^    (\w+): (.*\n?(?:        .*\n?)*)", attributes[1], re.MULTILINE)
-            found |= {name: " ".join(meaning.split()) for name, meaning in entries}
-    return found
 
 
 def _owners(cls: type) -> dict[str, str]:
@@ -131,19 +120,6 @@ def settings_class(params: Params, table: str, name: str = "") -> type:
     return typing.cast(
         type, implementation(package, str(params.tables[table][name].get(key)), f"{table}.{name}.{key}").Settings
     )
-
-
-def row_settings(params: Params, table: str, name: str) -> Any:
-    """The checked settings of a row, or of the section `sampling`."""
-    readers: dict[str, Any] = {
-        "datasets": params.dataset,
-        "controls": params.control,
-        "autoencoders": params.autoencoder,
-        "densities": params.density,
-        "evaluations": params.evaluation,
-        "detections": params.detection,
-    }
-    return params.sampling() if table == "sampling" else readers[table](name)
 
 
 @click.command("settings")
@@ -203,7 +179,7 @@ def _explained(name: str, params: Params) -> Iterator[str]:
 
 
 def _of_row(params: Params, table: str, name: str) -> str:
-    resolved = row_settings(params, table, name)
+    resolved = params.row(table, name)
     values, other = flatten(dataclasses.asdict(resolved)), changed_defaults(resolved)
     keys = [key for key in keys_of(type(resolved)) if key.name in values]
     title = f"{table}.{name}" if name else table
