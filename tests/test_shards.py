@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError
-from pipeline.storage.parts import write_index
+from pipeline.storage.parts import spread, write_index
 from pipeline.storage.shards import ShardIndex, ShardReader, ShardWriter, scale_pixels
 from pipeline.system import files
 from pipeline.system.files import atomic_file, atomic_folder, read_json, sha256_file
@@ -164,3 +164,12 @@ def test_a_pipe_is_no_index(tmp_path: Path) -> None:
 def test_sha256_of_a_stream(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_examples_to_score_are_spread_over_the_split() -> None:
+    assert spread([10] * 10, 100) == list(range(10))
+    assert spread([10] * 10, 99) == list(range(10))
+    assert spread([10] * 10, 50) == [0, 2, 4, 6, 8]
+    assert spread([10] * 10, 21) == [0, 3, 6]
+    assert spread([10] * 10, 1) == [0]
+    assert spread([], 1) == []
