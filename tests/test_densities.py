@@ -237,8 +237,26 @@ def test_gaussian_mixture_chooses_its_ridge_by_validation():
     best = max(values, key=values.get)
     assert density.eval().log_prob(codes[20:]).mean().item() == pytest.approx(values[best], abs=1e-3)
     assert best.endswith("ridge 0.3")
-    # Two Gaussians start at the ridge that suited one.
-    assert not any(name.startswith("2 ") and name.endswith((" 0", " 0.1")) for name in values)
+    # Two Gaussians start at the ridge that suited one, and don't go beyond a neighbour that is worse.
+    assert [name.rpartition(" ")[2] for name in values if name.startswith("2 ")] == ["0.3", "30", "0.1"]
+
+
+def test_a_ridge_that_suited_one_gaussian_is_lowered_for_two():
+    # Wide tails: a large ridge suits one Gaussian, and blurs the narrow one of two.
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.where(torch.rand(2000, 1, generator=generator) < 0.1, 30.0, 1.0)
+    codes = wide * torch.randn(2000, 2, generator=generator)
+    density = GaussianMixture(2, components=[1, 2], ridge=[1e-6, 1e-3, 1e-2, 0.1, 0.3])
+    density.standardise(torch.zeros(2), codes.std() * torch.eye(2))
+    values = {}
+    density.estimate(lambda: [codes[:1000]], codes[1000:], proceed=lambda name, value: values.setdefault(name, value) == value)
+    assert max((name for name in values if name.startswith("1 ")), key=values.get).endswith("ridge 0.1")
+    assert max(values, key=values.get).startswith("2 Gaussians")
+    truth = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.tensor([0.9, 0.1])),
+        torch.distributions.MultivariateNormal(torch.zeros(2, 2), torch.eye(2) * torch.tensor([1.0, 900.0])[:, None, None]),
+    )
+    assert density.log_prob(codes[1000:]).mean() > truth.log_prob(codes[1000:]).mean() - 0.05
 
 
 def test_gaussian_mixture_chooses_by_validation():

@@ -33,7 +33,7 @@ class Options(Checked):
             likelihood.
         covariance: `full`: a matrix for each Gaussian; `tied`: one for all; `diagonal`: a variance for each dimension.
         ridge: Numbers to try, in ascending order, added to each variance in standardised units. Each number of Gaussians starts
-            at the ridge that suited the one before, and tries larger ones until the validation likelihood falls.
+            at the ridge that suited the one before, and tries larger and smaller ones until the validation likelihood falls.
         pooled_codes: Only `full`: how many codes the mean covariance of all Gaussians counts for in that of each, between 0 for
             `full` alone and many for `tied`.
         starts: Initial assignments by k-means; the one that ends at the highest training likelihood is kept.
@@ -166,20 +166,24 @@ class GaussianMixture(Density):
         held_out = valid[:, : self.dim].double().cpu().numpy()
         log_det = float(self.scale.double().log().sum())
         several = len(self.options.ridge) > 1
-        best, best_value, first, time_left, missed = None, -math.inf, 0, True, 0
+        best, best_value, number, time_left, missed = None, -math.inf, 0, True, 0
         for count in self.options.components:
             if count > len(codes) or not time_left or missed == PATIENCE:
                 break
-            previous, of_count = best_value, -math.inf
-            for number, ridge in enumerate(self.options.ridge[first:], first):
+            previous, values = best_value, dict[int, float]()  # by index of the ridge
+            waiting = [number]
+            while waiting and time_left:
+                number = waiting[0]
+                ridge = self.options.ridge[number]
                 estimator = self._expectation_maximisation(codes, count, ridge, seed)
                 value = float(estimator.score(held_out)) if len(held_out) else -float(estimator.bic(codes))
                 time_left = proceed(f"{count} Gaussians" + f" of ridge {ridge:g}" * several, value - log_det)
+                values[number] = value
                 if value > best_value:
-                    best, best_value, first = estimator, value, number
-                if value <= of_count or not time_left:
-                    break
-                of_count = value
+                    best, best_value = estimator, value
+                number = max(values, key=lambda tried: values[tried])  # the next count starts here
+                beside = (number + 1, number - 1)
+                waiting = [n for n in beside if 0 <= n < len(self.options.ridge) and n not in values]
             missed = 0 if best_value > previous else missed + 1
         if best is None:
             raise DataError(f"{len(codes)} training codes are too few for a mixture of {self.options.components[0]} Gaussians")
