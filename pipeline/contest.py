@@ -128,6 +128,7 @@ class _Lane:
     components: int = 1  # index of the next in COMPONENTS: one Gaussian is the start
     strength: int = 0  # index of the best so far in COVARIANCES[covariance]
     fruitless: int = 0
+    climbing: bool = False  # whether the last number of Gaussians clearly gained
     seconds: float = 0.0  # of the last fit
     tried: set[tuple[int, int]] = field(default_factory=set)  # indices in COMPONENTS and of the strength
 
@@ -314,10 +315,11 @@ class _Judge:
     def _mixtures(self, lanes: list[_Lane]) -> None:
         """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""
         running = self._heats(lanes) if self.mixtures else []
-        share = self.mixture_share
+        share = self._share(lanes)
         while running and self._spent() < share:
             lane = max(running, key=lambda lane: lane.promise)
-            share = MIXTURE_SHARE_ALONE if self._advance(lane) and lane.best is self._leader() else self.mixture_share
+            self._advance(lane)
+            share = self._share([lane])
             if lane.fruitless >= FRUITLESS or not self._affordable(lane, share):
                 running.remove(lane)
         lanes.sort(key=lambda lane: -lane.score)
@@ -346,19 +348,23 @@ class _Judge:
             if gain.mean < -FAR * gain.standard_error:
                 for other in lanes:
                     other.behind |= other.transform == lane.transform
-        return [lane for lane in lanes if self._affordable(lane, self.mixture_share)]
+        return [lane for lane in lanes if self._affordable(lane, self._share(lanes))]
 
-    def _advance(self, lane: _Lane) -> bool:
-        """Fits the next number of Gaussians of a lane; whether that clearly gains."""
+    def _share(self, lanes: list[_Lane]) -> float:
+        """Share of the time up to which mixtures go on: more of it while one of these lanes leads and clearly gains."""
+        climbs = any(lane.climbing and lane.best is self._leader() for lane in lanes)
+        return MIXTURE_SHARE_ALONE if climbs else self.mixture_share
+
+    def _advance(self, lane: _Lane) -> None:
+        """Fits the next number of Gaussians of a lane."""
         before, best = lane.best, self._of_best_strength(lane)
         gain = _gain(best, before)
-        climbing = gain.mean > CLEAR * gain.standard_error
+        lane.climbing = gain.mean > CLEAR * gain.standard_error
         if best is not None and gain.mean > 0:
             lane.best, lane.fruitless = best, 0
         else:
             lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
-        lane.components += 2 if climbing else 1
-        return climbing
+        lane.components += 2 if lane.climbing else 1
 
     def _leader(self) -> Contestant:
         """The contestant with the best score."""

@@ -152,6 +152,31 @@ def test_few_gaussians_behind_each_map_tell_which_goes_on(few: None, monkeypatch
     assert sorted(order[-2:]) == ["asinh", "quantile"]  # both far behind
 
 
+def test_mixtures_that_gain_when_their_half_of_the_time_is_over_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in {
+        "COMPONENTS": (1, 2, 3, 4, 5),
+        "COVARIANCES": {"full": [{"ridge": [1e-6]}]},
+        "TRANSFORMS": ("none",),
+    }.items():
+        monkeypatch.setattr(contest, name, values)
+    tried: list[str] = []
+    enter = contest._Judge._enter
+
+    def noted(judge: contest._Judge, name: str, family: str, **values: object) -> contest.Contestant | None:
+        tried.append(name)
+        return enter(judge, name, family, **values)
+
+    monkeypatch.setattr(contest._Judge, "_enter", noted)
+    # The first two numbers take more than the half that is theirs next to networks.
+    monkeypatch.setattr(contest._Judge, "_spent", lambda judge: 0.6 if any("3 Gaussians" in name for name in tried) else 0.0)
+    monkeypatch.setattr(contest._Judge, "_in_time_for_networks", lambda judge: True)
+    monkeypatch.setattr(contest._Judge, "_networks", lambda judge: None)
+    generator = np.random.default_rng(0)
+    codes = 10.0 * generator.integers(5, size=(300, 1)) + generator.normal(size=(300, 2))
+    _, training = held(codes, max_minutes=5, families=["gmm", "lde"])
+    assert "none, 5 Gaussians" in str(training.contest[0]["family"])
+
+
 def test_kernels_take_part_in_the_shape_of_the_codes_and_without(few: None) -> None:
     generator = np.random.default_rng(0)
     angle = generator.uniform(0, 2 * np.pi, 600)
