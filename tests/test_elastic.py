@@ -222,6 +222,7 @@ ROUNDED = ("lde with dropout and batches of several blocks", "aae")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", FLOAT32)
 def test_losses_of_200_steps_are_those_of_one_process(name: str) -> None:
     steps = 50 if name in ROUNDED else 200
@@ -232,6 +233,7 @@ def test_losses_of_200_steps_are_those_of_one_process(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("name", ROUNDED)
 def test_losses_of_200_steps_in_float64_are_those_of_one_process(name: str) -> None:
     one = curve(1, FLOAT32[name], torch.float64, 40, 24)

@@ -173,7 +173,7 @@ def start(folder: Path, *stage: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    _, err = process.communicate(timeout=500)
+    _, err = process.communicate(timeout=1000)
     assert process.returncode == 0, err[-4000:]
     return err
 
@@ -218,7 +218,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_bits_of_local_processes(local: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_worker_of_ray_killed_in_the_middle_of_fit_changes_no_bit(local: Path, cluster: str, tmp_path: Path) -> None:
     for folder in (tmp_path / "whole", tmp_path / "killed"):
         shutil.copytree(local, folder)
@@ -246,17 +246,18 @@ def _is_rank(process: psutil.Process, folder: Path, rank: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(not installed("ray"), reason="Ray isn't installed: pip install '.[ray]'")
 def test_a_cluster_that_isnt_there_is_told_in_a_line(tmp_path: Path) -> None:
     small.write_raw(tmp_path)
     process = start(tmp_path, "prepare", "blobs", LAUNCHER="ray", RAY_ADDRESS="127.0.0.1:1")
-    _, err = process.communicate(timeout=250)
+    _, err = process.communicate(timeout=1000)
     assert process.returncode == 1
     assert err.splitlines()[-1].startswith("error: prepare blobs: no Ray cluster answers at '127.0.0.1:1'")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(not installed("submitit"), reason="submitit isn't installed: pip install '.[slurm]'")
 def test_a_job_of_slurm_gives_the_bits_of_local_processes(local: Path, tmp_path: Path) -> None:
     small.write_raw(tmp_path)
@@ -266,20 +267,21 @@ def test_a_job_of_slurm_gives_the_bits_of_local_processes(local: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(not installed("submitit"), reason="submitit isn't installed: pip install '.[slurm]'")
 def test_an_error_of_a_job_is_told_in_a_line(local: Path, tmp_path: Path) -> None:
     shutil.copytree(local, tmp_path / "copy")
     path = tmp_path / "copy/data/shards/blobs/train-000001.tar"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     process = start(tmp_path / "copy", "extract", "blobs-ae", LAUNCHER="slurm", SLURM_CLUSTER="local")
-    _, err = process.communicate(timeout=250)
+    _, err = process.communicate(timeout=1000)
     assert process.returncode == 1
     assert "error: extract blobs-ae:" in err.splitlines()[-1]
     assert "train-000001.tar doesn't match the digest" in err.splitlines()[-1]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_torchrun_gives_the_bits_of_local_processes(local: Path, tmp_path: Path) -> None:
     small.write_raw(tmp_path)
     for stage in RUN:

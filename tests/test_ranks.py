@@ -126,7 +126,7 @@ def start(*stage: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=1000)
     return process.returncode, out, err
 
 
@@ -186,6 +186,7 @@ def test_two_processes_write_the_same_codes(workspace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("launch", [two, torchrun])
 def test_samples_codes_and_scores_dont_depend_on_the_number_of_ranks(
     workspace: Path, launch: Callable[..., subprocess.Popen[str]]
@@ -216,6 +217,7 @@ def curve(stage: str, row: str) -> np.ndarray:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_training_with_two_processes_has_the_curve_of_one(workspace: Path) -> None:
     """The batches, their noise and the statistics of batch norm are the same, so losses differ by rounding alone."""
     params = Path("params.yaml")
@@ -235,6 +237,7 @@ def test_training_with_two_processes_has_the_curve_of_one(workspace: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_stopped_run_of_two_processes_goes_on_as_one(workspace: Path) -> None:
     params = Path("params.yaml")
     params.write_text(params.read_text().replace("epochs: 4", "epochs: 200"))
@@ -252,6 +255,7 @@ def test_a_stopped_run_of_two_processes_goes_on_as_one(workspace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_an_error_of_several_processes_is_one_line(workspace: Path) -> None:
     path = Path("data/shards/blobs/train-000001.tar")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -262,6 +266,7 @@ def test_an_error_of_several_processes_is_one_line(workspace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_signal_to_several_processes_writes_one_checkpoint(workspace: Path) -> None:
     params = Path("params.yaml")
     params.write_text(params.read_text().replace("epochs: 4", "epochs: 100000"))
@@ -278,6 +283,7 @@ def test_a_signal_to_several_processes_writes_one_checkpoint(workspace: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("end", ["signal", "watchdog"])
 def test_a_stopped_process_hangs_nothing(workspace: Path, end: str, rank: int) -> None:
@@ -302,6 +308,7 @@ def test_a_stopped_process_hangs_nothing(workspace: Path, end: str, rank: int) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_mlflow_logs_a_run_of_two_processes_once(workspace: Path) -> None:
     import mlflow
 
