@@ -27,7 +27,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +73,7 @@ CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussian
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 HEATS = 2  # numbers of Gaussians behind each map before the best goes on
 KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
+TRIAL = {"train": 2_000, "valid": 500}  # codes of a set without folds on which kernels are tried before all
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
 MIXTURE_SHARE_ALONE = 0.9  # where no networks follow
 NETWORK_CODES = 100  # training codes from which networks are tried
@@ -234,26 +235,21 @@ class _Judge:
     ) -> Contestant | None:
         """Fits a contestant to all folds; None if that fails, or if after some folds it is far behind a rival."""
         started = time.monotonic()
-        row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
-        module = implementation("pipeline.densities", family, "family")
         densities, scores = list[Density](), list[np.ndarray]()
         for number, codes in enumerate(self.held_out):
             try:
                 if family == "lde":
                     order = {"order": 1 + self.settings.seed + number} if self.dim > 1 else {}
-                    rows = build(module.Settings, row | values | order | {"transform": transform}, name)
-                    density = self.fit(rows, self.network_folds[number], f"{self.label}: {name}")
+                    fold = self.network_folds[number]
+                    density = self._fit(name, family, fold, transform=transform, **values, **order)
                 else:
-                    fitted, fold = self._behind(transform)[number]
-                    density = self.fit(build(module.Settings, row | values, name), fold, f"{self.label}: {name}")
-                    density.transform = copy.deepcopy(fitted).to(density.shift.device) if fitted is not None else None
+                    mapped = self._behind(transform)[number]
+                    density = self._fit_mapped(name, family, mapped, **values)
             except (DataError, TrainingError) as error:
                 self.failure = str(error)
                 return None
             densities.append(density)
-            with torch.no_grad():
-                each = density.log_prob(torch.from_numpy(codes).to(density.shift.device)).double().cpu().numpy()
-                scores.append(each + self.log_volume)
+            scores.append(self._scores(density, codes))
             so_far = np.concatenate(scores)
             if rival is not None and number + 1 < len(self.folds) and len(so_far) >= RACED:
                 ahead = mean_and_error(so_far - rival.held_out[: len(so_far)])
@@ -271,6 +267,25 @@ class _Judge:
                     f"{self.label}: {name}: {score:.5g} nats held out, {contestant.seconds:.1f} s", file=sys.stderr, flush=True
                 )
         return contestant
+
+    def _fit(self, name: str, family: str, codes: CodeReader, **values: Any) -> Density:
+        row = {"codes": self.settings.codes, "dataset": self.settings.dataset, "family": family, "seed": self.settings.seed}
+        settings = implementation("pipeline.densities", family, "family").Settings
+        return self.fit(build(settings, row | values, name), codes, f"{self.label}: {name}")
+
+    def _fit_mapped(self, name: str, family: str, mapped: _Mapped, **values: Any) -> Density:
+        """Fits to codes behind a map, which becomes a part of the density."""
+        transform, codes = mapped
+        density = self._fit(name, family, codes, **values)
+        density.transform = copy.deepcopy(transform).to(density.shift.device) if transform is not None else None
+        return density
+
+    def _scores(self, density: Density, codes: np.ndarray) -> np.ndarray:
+        """Log-likelihoods of codes, in nats in the units of the table."""
+        with torch.no_grad():
+            each = density.log_prob(torch.from_numpy(codes).to(density.shift.device))
+        scores: np.ndarray = each.double().cpu().numpy() + self.log_volume
+        return scores
 
     def _gaussians(self) -> list[_Lane]:
         """Fits the Gaussian behind each map, where the mixtures start; a map that changes nothing gets no mixtures."""
@@ -299,18 +314,25 @@ class _Judge:
         for transform in dict.fromkeys((next(iter(gaussians)), best)):
             gaussian = gaussians[transform]
             for standardise in ("dimension", "cholesky") if self.dim > 1 else ("dimension",):
-                kernels = self._enter(
-                    f"{transform}, kernels, {'correlated' if standardise == 'cholesky' else 'round'}",
-                    "kde",
-                    transform=transform,
-                    rival=gaussian,
-                    standardise=standardise,
-                    shrinkage=standardise == "cholesky",
-                    max_minutes=minutes,
-                )
+                name = f"{transform}, kernels, {'correlated' if standardise == 'cholesky' else 'round'}"
+                values = {"standardise": standardise, "shrinkage": standardise == "cholesky", "max_minutes": minutes}
+                if len(self.folds) == 1 and self._trial_fails(name, transform, gaussian, values):
+                    return
+                kernels = self._enter(name, "kde", transform=transform, rival=gaussian, **values)
             gain = _gain(kernels, gaussian)
             if gain.mean < -FAR * gain.standard_error:
                 return  # too many dimensions for so few codes
+
+    def _trial_fails(self, name: str, transform: str, gaussian: Contestant, values: Mapping[str, Any]) -> bool:
+        """Whether kernels around a few codes of a large set are far behind; all of its codes would take minutes to say so."""
+        fitted, fold = self._behind(transform)[0]
+        train, valid = (fold.load(split, 0)["codes"][:count] for split, count in TRIAL.items())
+        try:
+            density = self._fit_mapped(name, "kde", (fitted, ArrayCodes(train, valid)), **values)
+        except DataError:
+            return False  # of all codes it may be none
+        ahead = mean_and_error(self._scores(density, self.held_out[0][: len(valid)]) - gaussian.held_out[: len(valid)])
+        return ahead.mean < -FAR * ahead.standard_error
 
     def _mixtures(self, lanes: list[_Lane]) -> None:
         """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""

@@ -44,9 +44,11 @@ def mixture() -> Mixture:
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_members_and_a_file(tmp_path: Path) -> None:
-    density, z = mixture(), 25 + 20 * torch.randn(30, 2, dtype=torch.float64)
-    expected = sum(w * member.log_prob(z).exp() for w, member in zip((0.3, 0.7), density.members, strict=True))
-    torch.testing.assert_close(density.log_prob(z).exp(), expected, rtol=1e-12, atol=0)
+    density, generator = mixture(), torch.Generator().manual_seed(0)
+    z = 25 + 20 * torch.randn(30, 2, dtype=torch.float64, generator=generator)
+    near, far = (member.log_prob(z) for member in density.members)
+    expected = torch.logaddexp(near + np.log(0.3), far + np.log(0.7))  # the density itself is too small a number for some z
+    torch.testing.assert_close(density.log_prob(z), expected, rtol=1e-12, atol=0)
     samples = density.sample(5000, torch.Generator().manual_seed(0))
     assert (samples[:, 0] > 25).double().mean().item() == pytest.approx(0.7, abs=0.02)
     density.save(tmp_path / "density")
@@ -186,6 +188,28 @@ def test_kernels_take_part_in_the_shape_of_the_codes_and_without(few: None) -> N
     scores = {str(row["family"]): float(row["valid_log_likelihood"]) for row in training.contest}
     assert scores["none, kernels, correlated"] > scores["none, kernels, round"] > scores["none, Gaussian"]
     assert "kde" in {member.family for member in density.members}
+
+
+@pytest.mark.parametrize(("dim", "tried"), [(20, False), (1, True)])
+def test_kernels_are_tried_on_few_codes_of_a_large_set(
+    few: None, monkeypatch: pytest.MonkeyPatch, dim: int, tried: bool
+) -> None:
+    monkeypatch.setattr(contest, "FOLDED_CODES", 500)
+    monkeypatch.setattr(contest, "TRIAL", {"train": 200, "valid": 100})
+    sizes: list[int] = []
+    fit_kernels = contest._Judge._fit_mapped
+
+    def noted(judge: contest._Judge, name: str, family: str, mapped: tuple, **values: object) -> Density:  # type: ignore[type-arg]
+        if family == "kde":
+            sizes.append(mapped[1].index.count("train"))
+        return fit_kernels(judge, name, family, mapped, **values)
+
+    monkeypatch.setattr(contest._Judge, "_fit_mapped", noted)
+    codes = np.random.default_rng(0).normal(size=(1000, dim)) + 10 * (np.arange(1000) % 2)[:, None] * (dim == 1)
+    _, training = held(codes, families=["kde"])
+    assert any("kernels" in str(row["family"]) for row in training.contest) == tried
+    assert sizes[0] == 200
+    assert (800 in sizes) == tried
 
 
 def test_a_contestant_far_behind_its_rival_is_given_up_after_a_fold(few: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,12 +176,16 @@ class Power(_Scaled):
         """See `Transform`."""
         mean, std = codes.mean(dim=0), codes.std(dim=0, correction=0)
         u = (codes - mean) / torch.where(std > 0, std, 1.0)
-        grid = torch.linspace(0, 2, 81, dtype=u.dtype)
         # log T'(u) = (lambda - 1) sign(u) log(1 + |u|), and the variance of T(u) at its most likely value.
         slope = (u.sign() * u.abs().log1p()).mean(dim=0)
-        values = [(e - 1) * slope - 0.5 * _power(u, e.expand(self.dim)).var(dim=0, correction=0).log() for e in grid]
+        exponent = torch.ones_like(slope)
+        for step, reach in ((0.2, 5), (0.025, 7)):  # all of [0, 2], then around the best: the likelihood has one peak
+            tried = [(exponent + step * number).clamp(0, 2) for number in range(-reach, reach + 1)]
+            values = [(e - 1) * slope - 0.5 * _power(u, e).var(dim=0, correction=0).log() for e in tried]
+            best = torch.stack(values).nan_to_num(-torch.inf).argmax(dim=0)
+            exponent = torch.stack(tried).gather(0, best[None])[0]
         self._set(mean, std)
-        self.exponent.copy_(grid[torch.stack(values).nan_to_num(-torch.inf).argmax(dim=0)])
+        self.exponent.copy_(exponent)
 
     def forward(self, z: Tensor) -> Tensor:
         """See `Transform`."""
