@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from pipeline.densities.common.adaptation import Gaussians, by_class, check_pseudo_codes, shrunk
-from pipeline.densities.common.density import Density, Proceed, standard_normal
-from pipeline.densities.common.gaussians import GaussianComponents, log_prob_of_classes, sample_of_classes
+from pipeline.densities.common.density import Proceed, standard_normal
+from pipeline.densities.common.gaussians import GaussianComponents, GaussianDensity
 from pipeline.errors import DataError
 from pipeline.settings import Checked, DensitySettings, check_that
 
@@ -45,7 +45,7 @@ class Settings(DensitySettings, Options):
     """One Gaussian with full covariance."""
 
 
-class Gaussian(Density):
+class Gaussian(GaussianDensity):
     r"""A Gaussian, :math:`p(z) = \mathcal{N}(z; \mu, \Sigma)`, by maximum likelihood in one pass over the data.
 
     With a context of categories, a Gaussian for each class: that of its codes and of some pseudo-codes that have the moments of
@@ -162,28 +162,11 @@ class Gaussian(Density):
             return self.mean + white @ self.cholesky.T
         return by_class(self.context.classes(context), white, lambda c, rows: self.mean[c] + rows @ self.cholesky[c].T)
 
-    @property
-    def has_given(self) -> bool:
-        """True: in closed form."""
-        return True
-
     def _components(self, c: int | None = None) -> GaussianComponents:
         """The Gaussian of codes standardised by shift and scale alone; of a class if there are several."""
         mean, cholesky = (part.double() if c is None else part[c].double() for part in (self.mean, self.cholesky))
         one = GaussianComponents(cholesky.new_zeros(1), mean[None], (cholesky @ cholesky.T)[None])
         return one if self.factor is None else one.mapped((self.factor / self.scale[:, None]).double())
-
-    def _log_prob_given(self, z: Tensor, given: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if context is None or self.context is None:
-            return self._components().log_prob(z, given)
-        return log_prob_of_classes(self._components, self.context.classes(context), z, given)
-
-    def _sample_given(
-        self, n: int, z: Tensor, given: Tensor, generator: Generator | None, context: Tensor | None = None
-    ) -> Tensor:
-        if context is None or self.context is None:
-            return self._components().sample(n, z, given, generator)
-        return sample_of_classes(self._components, self.context.classes(context), n, z, given, generator)
 
 
 def _log_density(z: Tensor, mean: Tensor, cholesky: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 
 from pipeline.densities.common.adaptation import Gaussians, adapted, by_class, check_pseudo_codes
-from pipeline.densities.common.density import Density, Proceed, random_subset, standard_normal, uniform
-from pipeline.densities.common.gaussians import GaussianComponents, log_prob_of_classes, sample_of_classes
+from pipeline.densities.common.density import Proceed, random_subset, standard_normal, uniform
+from pipeline.densities.common.gaussians import GaussianComponents, GaussianDensity
 from pipeline.errors import DataError
 from pipeline.settings import Checked, DensitySettings, check_that
 from pipeline.system.streams import stream_seed
@@ -83,7 +83,7 @@ class Settings(DensitySettings, Options):
     """
 
 
-class GaussianMixture(Density):
+class GaussianMixture(GaussianDensity):
     r"""A mixture of Gaussians, :math:`p(z) = \sum_k \pi_k \, \mathcal{N}(z; \mu_k, \Sigma_k)`, fitted by scikit-learn.
 
     A row says how many there may be, and how much their variances may be raised; validation codes choose. With a context of
@@ -298,11 +298,6 @@ class GaussianMixture(Density):
             samples[chosen] = means[k] + _coloured(z[chosen], whitening[k])
         return samples
 
-    @property
-    def has_given(self) -> bool:
-        """True: in closed form."""
-        return True
-
     def _components(self, c: int | None = None) -> GaussianComponents:
         """The mixture of codes standardised by shift and scale alone; of a class if there are several."""
         parts = (self.log_weights, self.means, self.whitening) if c is None else self._mixture(c)
@@ -312,18 +307,6 @@ class GaussianMixture(Density):
         colouring = torch.linalg.inv(whitening).expand(self.components, -1, -1)  # V_k with Sigma_k = V_k^T V_k
         mixture = GaussianComponents(log_weights, means, colouring.mT @ colouring)
         return mixture if self.factor is None else mixture.mapped((self.factor / self.scale[:, None]).double())
-
-    def _log_prob_given(self, z: Tensor, given: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if context is None or self.context is None:
-            return self._components().log_prob(z, given)
-        return log_prob_of_classes(self._components, self.context.classes(context), z, given)
-
-    def _sample_given(
-        self, n: int, z: Tensor, given: Tensor, generator: Generator | None, context: Tensor | None = None
-    ) -> Tensor:
-        if context is None or self.context is None:
-            return self._components().sample(n, z, given, generator)
-        return sample_of_classes(self._components, self.context.classes(context), n, z, given, generator)
 
 
 def _coloured(white: Tensor, whitening: Tensor) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from pipeline.densities.common.adaptation import by_class
-from pipeline.densities.common.density import standard_normal, uniform
+from pipeline.densities.common.density import Density, standard_normal, uniform
 
-__all__ = ["GaussianComponents", "log_prob_of_classes", "sample_of_classes"]
+__all__ = ["GaussianComponents", "GaussianDensity"]
 
 
 @dataclass(frozen=True)
@@ -122,38 +122,39 @@ class GaussianComponents:
         return torch.where(given, z, drawn.to(z))
 
 
-def log_prob_of_classes(
-    components: Callable[[int], GaussianComponents], classes: Tensor, z: Tensor, given: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`GaussianComponents.log_prob` of the mixture of each vector's class.
+class GaussianDensity(Density):
+    """A density that is a mixture of Gaussians, or one for each class, and so knows some dimensions given others exactly."""
 
-    Arguments:
-        components: The mixture of a class.
-        classes: Number of the class of each vector, with shape (B,).
-        z: The vectors, with shape (B, D).
-        given: Which of their numbers are observed, booleans with shape (B, D).
-    """
+    def _components(self, c: int | None = None) -> GaussianComponents:
+        """The mixture of codes standardised by shift and scale alone; of a class if there are several."""
+        raise NotImplementedError
 
-    def of_class(c: int, rows: Tensor) -> Tensor:
-        values, mask = rows.chunk(2, dim=1)
-        return torch.stack(components(c).log_prob(values, mask.bool()), dim=1)
+    @property
+    def has_given(self) -> bool:
+        """True: in closed form."""
+        return True
 
-    observed, missing = by_class(classes, torch.cat([z, given.to(z)], dim=1), of_class).unbind(dim=1)
-    return observed, missing
+    def _log_prob_given(self, z: Tensor, given: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if context is None or self.context is None:
+            return self._components().log_prob(z, given)
 
+        def of_class(c: int, rows: Tensor) -> Tensor:
+            values, mask = rows.chunk(2, dim=1)
+            return torch.stack(self._components(c).log_prob(values, mask.bool()), dim=1)
 
-def sample_of_classes(
-    components: Callable[[int], GaussianComponents],
-    classes: Tensor,
-    n: int,
-    z: Tensor,
-    given: Tensor,
-    generator: Generator | None,
-) -> Tensor:
-    """`GaussianComponents.sample` of the mixture of each vector's class, with shape (n, B, D); arguments as there."""
+        classes = self.context.classes(context)
+        observed, missing = by_class(classes, torch.cat([z, given.to(z)], dim=1), of_class).unbind(dim=1)
+        return observed, missing
 
-    def of_class(c: int, rows: Tensor) -> Tensor:
-        values, mask = rows.chunk(2, dim=1)
-        return components(c).sample(n, values, mask.bool(), generator).transpose(0, 1)
+    def _sample_given(
+        self, n: int, z: Tensor, given: Tensor, generator: Generator | None, context: Tensor | None = None
+    ) -> Tensor:
+        if context is None or self.context is None:
+            return self._components().sample(n, z, given, generator)
 
-    return by_class(classes, torch.cat([z, given.to(z)], dim=1), of_class).transpose(0, 1)
+        def of_class(c: int, rows: Tensor) -> Tensor:
+            values, mask = rows.chunk(2, dim=1)
+            return self._components(c).sample(n, values, mask.bool(), generator).transpose(0, 1)
+
+        classes = self.context.classes(context)
+        return by_class(classes, torch.cat([z, given.to(z)], dim=1), of_class).transpose(0, 1)
