@@ -43,12 +43,12 @@ import torch
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401
 from sklearn.impute import IterativeImputer, KNNImputer
 
+from benchmarks.recorded import Recorded
 from benchmarks.tables import TABLES, _patches, split_of  # also sets the clock to CPU time
 from pipeline.errors import PipelineError
 from pipeline.estimators import CodeDensity
 from pipeline.settings import build
 from pipeline.sources import bsds300
-from pipeline.system.files import read_json, write_json
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "imputation.json"
@@ -242,11 +242,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    runs: list[dict[str, Any]] = read_json(options.results)["runs"] if options.results.exists() else []
+    recorded = Recorded(options.results, markdown, ("set", "method", "split"))
     asked = [(split, name, method) for split in range(options.splits) for name in options.sets for method in options.methods]
     for split, name, method in asked:
-        key = {"set": name, "method": method, "split": split}
-        if any((key | {"seconds": options.seconds}).items() <= run.items() for run in runs):
+        key = {"set": name, "method": method, "split": split, "seconds": options.seconds}
+        if recorded.holds(key):
             continue
         protocol = PROTOCOLS.get(name, Protocol())
         train, test = patches(split) if name == PATCHES else split_of(name, split, 0)
@@ -259,11 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (PipelineError, ValueError) as error:
             print(f"{name}, split {split}, {method}: {error}", flush=True)
             continue
-        run = key | {"seconds": options.seconds, "cpu_seconds": round(time.process_time() - started, 2)} | found
-        print(run, flush=True)
-        runs = [other for other in runs if not key.items() <= other.items()] + [run]
-        write_json(options.results, {"runs": runs})
-        options.results.with_suffix(".md").write_text(markdown(runs))
+        recorded.add(key | {"cpu_seconds": round(time.process_time() - started, 2)} | found)
 
 
 if __name__ == "__main__":

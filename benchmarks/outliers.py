@@ -37,12 +37,12 @@ from sklearn.ensemble import IsolationForest
 from sklearn.mixture import GaussianMixture
 
 import benchmarks.tables  # noqa: F401  sets the clock to CPU time
+from benchmarks.recorded import Recorded
 from pipeline.detection import calibrated, load_scorer, strange
 from pipeline.evaluation.detection import detect
 from pipeline.sources.common.archives import file_stamp
 from pipeline.sources.common.idx import read_idx
 from pipeline.storage.shards import ShardReader
-from pipeline.system.files import read_json, write_json, write_text
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "outliers.json"
@@ -136,7 +136,7 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         seconds = np.mean([run["cpu_seconds"] for run in chosen])
         lines += [
             "",
-            f"## {name}: {len(chosen)} classes, {chosen[0]['epochs']} epochs, {chosen[0]['filters']} filters, "
+            f"## {name}: {len(chosen)} of 10 classes, {chosen[0]['epochs']} epochs, {chosen[0]['filters']} filters, "
             f"{chosen[0]['dim']} numbers per code, {seconds:.0f} CPU seconds per class",
             "",
             f"| class | {' | '.join(METHODS.values())} |",
@@ -174,22 +174,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     os.environ |= {"TRACKING": "off", "DEVICE": "cpu"}
     torch.set_num_threads(1)
-    output = options.output.resolve()
-    runs: list[dict[str, Any]] = read_json(output)["runs"] if output.exists() else []
+    recorded = Recorded(options.output, markdown, ("set", "class"))
     for label in options.classes:
         for name in options.names:
             key = {"set": name, "class": label} | {k: getattr(options, k) for k in ("dim", "epochs", "filters", "seconds")}
-            if any(run.items() >= key.items() for run in runs):
+            if recorded.holds(key):
                 continue
             started = time.process_time()
             images, labels = test_images(name)
             with workspace(name, label, options):
-                row = measured(images, labels != label, options.dim)
-            row = key | row | {"cpu_seconds": round(time.process_time() - started, 1)}
-            runs = [run for run in runs if (run["set"], run["class"]) != (name, label)] + [row]
-            write_json(output, {"runs": runs})
-            write_text(output.with_suffix(".md"), markdown(runs))
-            print(row, flush=True)
+                found = measured(images, labels != label, options.dim)
+            recorded.add(key | found | {"cpu_seconds": round(time.process_time() - started, 1)})
 
 
 if __name__ == "__main__":
