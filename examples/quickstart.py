@@ -72,7 +72,8 @@ density = CodeDensity(family="lde", minutes=0.3, seed=0, settings={"components":
 generator = Generator(density.density_.float(), autoencoder.decoder, autoencoder.encoder)
 save_figure(image_grid(generator.sample(100, seed=0)), OUTPUT / "samples.png")
 scores = generator.score(test)
-print(f"test images: log-density of codes {scores.log_prob.mean():.2f} nats, squared error {scores.squared_error.mean():.4f}")
+error = scores.reconstruction_error.mean()
+print(f"test images: log-density of codes {scores.log_prob.mean():.2f} nats, squared error {error:.1f}")
 
 # Images that don't belong: digits upside down are rarer among the codes, and noise can't be rebuilt at all.
 for name, strange in (
@@ -80,7 +81,7 @@ for name, strange in (
     ("noise", np.random.default_rng(0).integers(256, size=test.shape, dtype=np.uint8)),
 ):
     other = generator.score(strange)
-    print(f"{name}: log-density {other.log_prob.mean():.2f} nats, squared error {other.squared_error.mean():.4f}")
+    print(f"{name}: log-density {other.log_prob.mean():.2f} nats, squared error {other.reconstruction_error.mean():.1f}")
 unusual = np.argsort(scores.log_prob)[:20]
 save_figure(image_grid(test[unusual] / 255), OUTPUT / "unusual.png")
 print(f"pictures: {OUTPUT}/samples.png, {OUTPUT}/unusual.png")

@@ -11,8 +11,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from pipeline.autoencoders.common.network import Decoder, Encoder
 from pipeline.completion import MEAN_DRAWS, complete_table, means_of
@@ -32,20 +32,23 @@ __all__ = ["Generator", "Scores", "Strangeness", "save_calibration"]
 
 COLUMNS = "columns.json"  # of an exported table
 CALIBRATION = "calibration.safetensors"  # of an export: what validation examples score
+RELATIVE = "relative_error"  # of its metadata: whether reconstruction errors are relative to the image
+NO_ENCODER = "this folder holds no encoder: export the row again"
 AT_ONCE = 250  # images in memory on the way through the networks
 FILES = {"density": "density.safetensors", "decoder": "decoder.safetensors", "encoder": "encoder.safetensors"}
 
 
 class Scores(NamedTuple):
-    """What a generator makes of images, each with shape (n,).
+    """What a generator makes of examples, each with shape (n,).
 
     Attributes:
         log_prob: Log-density of the codes, in nats: low for images of an unusual composition.
-        squared_error: Squared error of the reconstructions, mean over pixels: high for images unlike all it was trained on.
+        reconstruction_error: Squared error of the decoded images, summed over pixels in 0..1, or relative to the image: high
+            for images unlike all it was trained on. 0 where codes are the data.
     """
 
     log_prob: NDArray[np.float64]
-    squared_error: NDArray[np.float64]
+    reconstruction_error: NDArray[np.float64]
 
 
 class Strangeness(NamedTuple):
@@ -72,6 +75,7 @@ class Generator:
         encoder: From images to codes; None if codes are the data, or if it is only to draw.
         columns: Columns of the table that the codes are rows of; examples are then its rows, in its units.
         calibration: What validation examples score, which strangeness is compared with; None if it isn't known.
+        relative_error: Whether reconstruction errors are relative to the image, as in the detections of the row.
 
     Example:
         >>> from pipeline.densities import LatentDensityEstimator
@@ -88,12 +92,13 @@ class Generator:
         encoder: Encoder | None = None,
         columns: Sequence[Column] = (),
         calibration: Calibration | None = None,
+        relative_error: bool = False,
     ) -> None:
         for network in (decoder, encoder):
             if network is not None and network.latent_dim != density.dim:
                 raise DataError(f"the density is of {density.dim} numbers per code, the autoencoder of {network.latent_dim}")
         self.density, self.decoder, self.encoder, self.columns = density, decoder, encoder, tuple(columns)
-        self.calibration = calibration
+        self.calibration, self.relative_error = calibration, relative_error
 
     @classmethod
     def load(cls, source: str | os.PathLike[str], device: str | torch.device = "cpu") -> Self:
@@ -108,16 +113,17 @@ class Generator:
         """
         folder = Path(source)
         columns: tuple[Column, ...] = ()
-        calibration: Calibration | None = None
+        calibration, relative_error = None, False
         if (folder / FILES["density"]).is_file():
             paths = {name: folder / file for name, file in FILES.items()}
             if (folder / COLUMNS).is_file():
                 columns = load_columns(folder / COLUMNS)
             if (folder / CALIBRATION).is_file():
-                calibration = _load_calibration(folder / CALIBRATION)
+                calibration, relative_error = _load_calibration(folder / CALIBRATION)
         elif Path("params.yaml").is_file():
             row = str(source)
-            codes = read_params().density(row).codes
+            params = read_params()
+            codes, relative_error = params.density(row).codes, params.relative_error(row)
             paths = {
                 "density": Path("data/densities") / row / FILES["density"],
                 "decoder": Path("data/codes") / codes / FILES["decoder"],
@@ -137,6 +143,7 @@ class Generator:
             Encoder.load(paths["encoder"], device) if paths["encoder"].is_file() else None,
             columns,
             calibration,
+            relative_error,
         )
 
     def sample(
@@ -178,7 +185,7 @@ class Generator:
         if self.decoder is None:
             return self._rows(images)
         if self.encoder is None:
-            raise DataError("this folder holds no encoder: export the row again")
+            raise DataError(NO_ENCODER)
         value_range = self.decoder.value_range
         codes = [self.encoder(from_unit(part, value_range)).float().cpu() for part in self._images(images)]
         return torch.cat(codes).numpy()
@@ -206,15 +213,14 @@ class Generator:
         return values + log_volume(self.columns)
 
     def score(self, examples: ArrayLike) -> Scores:
-        """How likely examples are, and how well they are reconstructed; the error of codes that are the data is 0."""
-        if self.decoder is None:
-            values = self.log_prob(examples)
-            return Scores(values, np.zeros(len(values)))
-        codes = self.encode(examples)
-        images = torch.cat([part.cpu() for part in self._images(examples)]).numpy()
-        errors = np.square(self.decode(codes) - images).reshape(len(images), -1).mean(1, dtype=np.float64)
-        scores = self.density.log_prob(torch.from_numpy(codes).to(self.density.shift.device)).detach()
-        return Scores(scores.double().cpu().numpy(), errors)
+        """How likely examples are, and how well they are reconstructed, as `python -m stages score` lists them.
+
+        Raises:
+            PipelineError: When the density has no likelihood.
+        """
+        scores = self._scores(examples)
+        values = scores["log_likelihood"]
+        return Scores(values, scores.get("reconstruction_error", np.zeros(len(values))))
 
     def strangeness(self, examples: ArrayLike) -> Strangeness:
         """How strange examples are, as `python -m stages score` says.
@@ -225,12 +231,21 @@ class Generator:
         """
         if self.calibration is None:
             raise DataError("it isn't known how strange validation examples are: export the row again, and load that folder")
+        joined = self.calibration.join(strange(self._scores(examples)))
+        return Strangeness(joined, self.calibration.p_values(joined))
+
+    def _scores(self, examples: ArrayLike) -> dict[str, NDArray[np.float64]]:
+        """The scores of examples by name, each with shape (n,)."""
+        if self.decoder is not None and self.encoder is None:
+            raise DataError(NO_ENCODER)
         given = self._rows(examples, noisy=True) if self.decoder is None else torch.cat(self._images(examples)).cpu().numpy()
         value_range = (0.0, 1.0) if self.decoder is None else self.decoder.value_range
-        scorer = Scorer(self.density, self.encoder, self.decoder, value_range, log_volume=log_volume(self.columns))
-        parts = [strange(scorer(given[start : start + AT_ONCE])) for start in range(0, len(given), AT_ONCE)]
-        joined = self.calibration.join({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-        return Strangeness(joined, self.calibration.p_values(joined))
+        volume = log_volume(self.columns)
+        scorer = Scorer(
+            self.density, self.encoder, self.decoder, value_range, log_volume=volume, relative_error=self.relative_error
+        )
+        parts = [scorer(given[start : start + AT_ONCE]) for start in range(0, max(len(given), 1), AT_ONCE)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def complete(self, rows: ArrayLike, draws: int, seed: int = 0) -> NDArray[np.float64]:
         """Rows with their missing values drawn, given the others.
@@ -298,14 +313,18 @@ class Generator:
         return parts
 
 
-def save_calibration(scores: Mapping[str, NDArray[np.float64]], path: Path) -> None:
-    """Writes what validation examples score, by score, each with shape (N,)."""
-    save_file({name: np.ascontiguousarray(values) for name, values in scores.items()}, path)
+def save_calibration(scores: Mapping[str, NDArray[np.float64]], path: Path, relative_error: bool) -> None:
+    """Writes what validation examples score, by score, each with shape (N,), and whether errors are relative to the image."""
+    parts = {name: np.ascontiguousarray(values) for name, values in scores.items()}
+    save_file(parts, path, {RELATIVE: str(relative_error).lower()})
 
 
-def _load_calibration(path: Path) -> Calibration:
+def _load_calibration(path: Path) -> tuple[Calibration, bool]:
+    """What validation examples score, and whether errors are relative to the image; files without a word on it: absolute."""
     try:
-        scores = load_file(path)
-        return Calibration(strange({name: values.astype(np.float64) for name, values in scores.items()}))
+        with safe_open(path, "np") as file:
+            scores = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}  # noqa: SIM118
+            relative_error = (file.metadata() or {}).get(RELATIVE) == "true"
+        return Calibration(strange(scores)), relative_error
     except (OSError, SafetensorError, ValueError, PipelineError) as error:
         raise DataError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); export the row again") from None

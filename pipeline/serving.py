@@ -61,7 +61,7 @@ def answer(generator: Generator, requests: Sequence[Request], limits: Limits | N
       `request`, the number of its request; `sample`, its values as one list (of an image C * H * W pixels in 0..1, of a table
       all columns in its units), and their `shape`; or `png`, the image as a PNG file in base64; and `context`, if there is one.
     - of `score`: `example`, a list of values at any depth, or for images a file in base64; `false_alarms`, by default 0.01. The
-      answer has one row for each: `log_likelihood` in nats; of an image `reconstruction_error`, the sum over pixels; and where
+      answer has one row for each: `log_likelihood` in nats; of an image `reconstruction_error`; and where
       the scores of validation examples are known `strangeness`, `p_value` and `outlier`, see docs/outliers.md.
     - of `complete`: `example`, a row of a table with null where a value is missing; `count` and `seed` as above. The answer has
       `count` rows for each, with `sample`; without a count one row with means of draws as `sample`, and their `spread`.
@@ -173,7 +173,7 @@ def _score(generator: Generator, requests: Sequence[Request], limits: Limits) ->
     scores = generator.score(examples)
     columns: dict[str, list[Any]] = {"log_likelihood": scores.log_prob.tolist()}
     if generator.decoder is not None:
-        columns["reconstruction_error"] = (scores.squared_error * _width(generator)).tolist()
+        columns["reconstruction_error"] = scores.reconstruction_error.tolist()
     if generator.calibration is not None:
         compared = generator.strangeness(examples)
         columns |= {"strangeness": compared.strangeness.tolist(), "p_value": compared.p_value.tolist()}

@@ -42,8 +42,12 @@ def test_codes_and_scores_are_those_of_its_parts(generator: Generator) -> None:
     assert np.allclose(generator.log_prob(images), expected, atol=1e-4)
     scores = generator.score(images)
     assert np.allclose(scores.log_prob, expected, atol=1e-4)
-    errors = np.square(generator.decode(codes.numpy()) - images).mean((1, 2, 3))
-    assert np.allclose(scores.squared_error, errors, atol=1e-7)
+    errors = np.square(generator.decode(codes.numpy()) - images).sum((1, 2, 3))
+    assert np.allclose(scores.reconstruction_error, errors, rtol=1e-5)
+    parts = generator.density, generator.decoder, generator.encoder
+    relative = Generator(*parts, relative_error=True).score(images)
+    assert np.allclose(relative.reconstruction_error, errors / (1 + np.square(images).sum((1, 2, 3))), rtol=1e-5)
+    assert np.array_equal(relative.log_prob, scores.log_prob)
     grey = np.rint(images[:, 0] * 255).astype(np.uint8)  # (n, H, W)
     assert np.allclose(generator.encode(grey), generator.encode((grey / 255)[:, None]), atol=1e-6)
 
@@ -64,6 +68,8 @@ def test_it_is_loaded_from_a_folder(generator: Generator, tmp_path: Path, monkey
     assert np.array_equal(loaded.sample(4, seed=1), generator.sample(4, seed=1))
     with pytest.raises(DataError, match="no encoder"):
         loaded.encode(loaded.sample(2))
+    with pytest.raises(DataError, match="no encoder"):
+        loaded.score(loaded.sample(2))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PipelineError, match="neither an exported folder nor a row"):
         Generator.load("nothing")

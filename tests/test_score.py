@@ -16,7 +16,11 @@ from pipeline.autoencoders.common.network import Decoder, Encoder
 from pipeline.densities import load_density
 from pipeline.detection import calibrated, fitted, load_scorer, strange
 from pipeline.errors import DataError
+from pipeline.evaluation.detection import detect
+from pipeline.generator import Generator
+from pipeline.serving import answer
 from pipeline.storage.shards import ShardReader, scale_pixels
+from pipeline.system.files import read_json
 
 DENSITIES = {"blobs-lde": "blobs-ae", "points-lde": "points"}
 
@@ -104,6 +108,46 @@ def test_errors_relative_to_the_image() -> None:
     by_name = {line["example"]: float(line["reconstruction_error"]) for line in lines}
     alone = load_scorer(*files, reader, relative_error=True)(np.asarray(Image.open("raw/blobs/000007.png"))[None, None])
     assert by_name["000007.png"] == pytest.approx(alone["reconstruction_error"][0], rel=1e-4)
+
+
+def test_detect_score_export_and_a_served_model_have_the_same_errors() -> None:
+    """Those of the row's detection, relative to the image."""
+    text = Path("params.yaml").read_text()
+    shutil.copytree("raw/blobs", "new/raw/blobs")
+    for path in list(Path("new/raw/blobs").iterdir())[:100]:
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    table = "{density: blobs-lde, family: lde, codes: blobs-ae, dataset: blobs, outliers: mixed"
+    table += ", error: relative, false_alarms: 0.05}"
+    mixed = "  mixed: {source: images, root: new/raw/blobs, image_px: 8, channels: 1, valid_share: 0.2, test_share: 0.4}\n"
+    text = text.replace("datasets:\n", f"datasets:\n{mixed}")
+    Path("params.yaml").write_text(text.replace("detections: {}", f"detections:\n  found: {table}"))
+    try:
+        for arguments in (("prepare", "mixed"), ("detect", "found"), ("export", "blobs-lde", "--to", "new/export")):
+            assert small.run(*arguments).exit_code == 0
+        _, lines = score("blobs-lde", "raw/blobs", "--false-alarms", "0.05")
+        _, absolute = score("blobs-lde", "raw/blobs", "--absolute-error", "--false-alarms", "0.05")
+        row = Generator.load("blobs-lde")
+    finally:
+        Path("params.yaml").write_text(text.replace(mixed, ""))
+    listed = {key: [float(line[key]) for line in lines] for key in ("reconstruction_error", "strangeness")}
+    pixels = np.stack([np.asarray(Image.open(Path("raw/blobs", line["example"])))[None] for line in lines])
+    generator = Generator.load("new/export")
+    scores, compared = generator.score(pixels), generator.strangeness(pixels)
+    requests = [{"query": "score", "example": (image / 255).tolist()} for image in pixels]
+    served = answer(generator, requests)
+    for name, values in (
+        ("reconstruction_error", scores.reconstruction_error), ("reconstruction_error", row.score(pixels).reconstruction_error),
+        ("strangeness", compared.strangeness),
+    ):  # fmt: skip
+        assert np.allclose(values, listed[name], rtol=1e-4, atol=1e-6), name
+        assert np.allclose([found[name] for found in served], listed[name], rtol=1e-4, atol=1e-6), name
+        assert not np.allclose([float(line[name]) for line in absolute], listed[name], rtol=0.1), name
+
+    kinds = [
+        generator.strangeness(ShardReader(f"data/shards/{name}").first("test", 1000)["examples"]) for name in ("blobs", "mixed")
+    ]
+    measured = read_json(Path("reports/metrics/detect/found.json"))
+    assert measured["auroc"] == pytest.approx(detect(*(kind.strangeness for kind in kinds)).auroc, abs=1e-4)
 
 
 @pytest.mark.parametrize("ending", [".npy", ".csv"])

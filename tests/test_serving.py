@@ -71,7 +71,7 @@ def generator(folder: Path) -> Generator:
     """The same, which knows how strange its own samples are."""
     found = Generator.load(folder)
     scores = found.score(found.sample(200, seed=1))
-    own = {"log_likelihood": -scores.log_prob, "reconstruction_error": 64 * scores.squared_error}
+    own = {"log_likelihood": -scores.log_prob, "reconstruction_error": scores.reconstruction_error}
     found.calibration = Calibration(own)
     return found
 
@@ -117,7 +117,7 @@ def test_scores_are_those_of_the_library(generator: Generator) -> None:
     answers = answer(generator, [{"query": "score", "example": example} for example in examples])
     scores, compared = generator.score(images), generator.strangeness(images)
     for name, values in (
-        ("log_likelihood", scores.log_prob), ("reconstruction_error", 64 * scores.squared_error),
+        ("log_likelihood", scores.log_prob), ("reconstruction_error", scores.reconstruction_error),
         ("strangeness", compared.strangeness), ("p_value", compared.p_value), ("outlier", compared.p_value <= 0.01),
     ):  # fmt: skip
         assert np.allclose([row[name] for row in answers], values, atol=1e-4), name

@@ -216,6 +216,12 @@ FAULTS = [
     ("detections/sevens/outliers", "grid", r"outliers: examples of 'grid' have shape \(2,\), .* they can't be compared"),
     ("detections/sevens/outlier_classes", [-1], r"detections\.sevens\.outlier_classes: must be numbers from 0"),
     ("detections/sevens/false_alarms", 0.0, r"detections\.sevens\.false_alarms: must be between 0 and 1"),
+    (
+        "detections/again",
+        {"density": "digits-iae-lde", "family": "lde", "codes": "digits-iae", "dataset": "digits", "outliers": "sevens"}
+        | {"error": "relative"},
+        r"detections\.sevens\.error: 'absolute', but detections\.again\.error is 'relative', of the same density",
+    ),
     ("detections/sevens/threshold", 0.5, r"detections\.sevens\.threshold: unknown key"),
     ("detections/grid-lde", {"outliers": "grid"}, r"detections\.grid-lde\.density: missing; it must be a string"),
     ("datasets/sevens/classes", [7, 7], r"datasets\.sevens\.classes: names one twice"),

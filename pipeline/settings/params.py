@@ -216,7 +216,22 @@ class Params:
                 f"{where}.outliers: examples of '{settings.outliers}' have shape {other.shape}, and those of "
                 f"'{settings.dataset}' {own.shape}: they can't be compared"
             )
+        for same in self._detections_of(settings.density):
+            error = self.tables["detections"][same].get("error", "absolute")
+            if error != settings.error:
+                raise SettingsError(
+                    f"{where}.error: '{settings.error}', but detections.{same}.error is '{error}', of the same density: its "
+                    "scores have one definition"
+                )
         return settings
+
+    def _detections_of(self, density: str) -> list[str]:
+        """Names of the rows of `detections` that name a row of `densities`."""
+        return [name for name, values in self.tables["detections"].items() if values.get("density") == density]
+
+    def relative_error(self, density: str) -> bool:
+        """Whether scores of a row of `densities` take reconstruction errors relative to the image, as its detections do."""
+        return any(self.detection(name).error == "relative" for name in self._detections_of(density))
 
     def row(self, table: str, name: str) -> Any:
         """The settings of a row of any table, checked; `sampling`, which has no rows, takes any name."""

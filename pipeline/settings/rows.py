@@ -382,7 +382,7 @@ class DetectionSettings(Checked):
         outliers: Row of `datasets` whose test examples are the outliers. Images are resized to those of `dataset`, patches too.
         outlier_classes: Numbers of the labels whose examples are outliers, counted from 0; by default all.
         error: How reconstruction errors are measured: `absolute`, the sum over pixels, or `relative` to the image, for images
-            of which some hold much less than others.
+            of which some hold much less than others. Rows of one density agree, since `score` and `export` follow them.
         false_alarms: Share of the inliers that may be taken for outliers, by which the threshold is set on validation examples.
         seed: Seed of the bootstrap that gives standard errors.
     """

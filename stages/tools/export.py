@@ -99,7 +99,7 @@ def _register(row: str, params: Params, folder: Path) -> str | None:
         return tracker.registered if tracker.finish() is not None else None  # waits until everything is logged
 
 
-def _calibrate(row: str, settings: DensitySettings, folder: Path) -> bool:
+def _calibrate(row: str, settings: DensitySettings, relative_error: bool, folder: Path) -> bool:
     """Puts the scores of validation examples into the folder, so that others can be compared with them; whether it could."""
     from pipeline.densities import load_density
     from pipeline.detection import calibrated, load_scorer
@@ -113,18 +113,20 @@ def _calibrate(row: str, settings: DensitySettings, folder: Path) -> bool:
         click.echo(f"without {shards} scores come without p-values; `dvc repro prepare@{settings.dataset}` makes it", err=True)
         return False
     reader = ShardReader(shards)
-    scorer = load_scorer(workspace.density_file(row), workspace.autoencoder_folder(settings.codes), reader)
-    save_calibration(calibrated(scorer, reader)[1], folder / CALIBRATION)
+    files = workspace.density_file(row), workspace.autoencoder_folder(settings.codes)
+    scorer = load_scorer(*files, reader, relative_error=relative_error)
+    save_calibration(calibrated(scorer, reader)[1], folder / CALIBRATION, relative_error)
     return True
 
 
-def _copy(row: str, settings: DensitySettings, folder: Path) -> bool:
+def _copy(row: str, params: Params, folder: Path) -> bool:
     """Puts the files of a generator into a folder; whether it knows what validation examples score."""
     from pipeline.autoencoders.common.network import Decoder, Encoder
     from pipeline.errors import PipelineError
     from pipeline.storage.codes import CodeReader
     from pipeline.storage.columns import save_columns
 
+    settings = params.density(row)
     codes = CodeReader(workspace.codes_folder(settings.codes))
     shutil.copyfile(workspace.density_file(row), folder / "density.safetensors")
     if codes.decoder_path is not None:
@@ -137,10 +139,10 @@ def _copy(row: str, settings: DensitySettings, folder: Path) -> bool:
         shutil.copyfile(encoder, folder / encoder.name)
     if codes.index.columns:
         save_columns(codes.index.columns, folder / "columns.json")
-    return _calibrate(row, settings, folder)
+    return _calibrate(row, settings, params.relative_error(row), folder)
 
 
-def _write_onnx(row: str, settings: DensitySettings, folder: Path) -> None:
+def _write_onnx(row: str, params: Params, folder: Path) -> None:
     """Writes ONNX files and how to use them."""
     from tempfile import TemporaryDirectory
 
@@ -151,7 +153,7 @@ def _write_onnx(row: str, settings: DensitySettings, folder: Path) -> None:
 
     score_network(load_density(workspace.density_file(row)))  # refuses before anything is computed
     with TemporaryDirectory() as scratch:
-        _copy(row, settings, Path(scratch))
+        _copy(row, params, Path(scratch))
         generator = Generator.load(scratch)
         differences = write_onnx(generator, folder)
         if (Path(scratch) / COLUMNS).is_file():
@@ -233,13 +235,13 @@ def export(row: str, target: str | None, form: str, register: bool) -> None:
             raise PipelineError(f"{folder} exists and is no exported generator; name another folder")
         if form == "onnx":
             with atomic_folder(folder) as temporary:
-                _write_onnx(row, settings, temporary)
+                _write_onnx(row, params, temporary)
             differences = read_json(folder / "generator.json")["largest_difference"]
             shown = ", ".join(f"{name} {value:.1g}" for name, value in differences.items())
             click.echo(f"exported to {folder}; largest differences from the library: {shown}")
             return
         with atomic_folder(folder) as temporary:
-            calibrated = _copy(row, settings, temporary)
+            calibrated = _copy(row, params, temporary)
             digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
             write_json(temporary / "generator.json", {"row": row, "codes": codes.index.digest, "sha256": digests})
             write_text(temporary / "README.md", _readme(row, codes.decoder_path is not None, calibrated))

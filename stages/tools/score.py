@@ -36,9 +36,13 @@ DIMENSIONS = 3  # of a vector that are named
     show_default=True,
     help="Share of examples that belong which may be taken for outliers.",
 )
-@click.option("--relative-error", is_flag=True, help="Measure reconstruction errors relative to the image.")
+@click.option(
+    "--relative-error/--absolute-error",
+    default=None,
+    help="Whether reconstruction errors are relative to the image.  [default: as in the row's detections, else absolute]",
+)
 @click.option("--manifold", is_flag=True, help="Also score decoded images on the decoder's manifold, which takes long.")
-def score(row: str, path: Path, output: Path | None, false_alarms: float, relative_error: bool, manifold: bool) -> None:
+def score(row: str, path: Path, output: Path | None, false_alarms: float, relative_error: bool | None, manifold: bool) -> None:
     """Score new examples, and tell which of them don't belong to what a row was fitted on.
 
     NAME is a row of `densities`. PATH is what it was fitted on, any number of them: a folder, zip or file of images, or a
@@ -50,7 +54,7 @@ def score(row: str, path: Path, output: Path | None, false_alarms: float, relati
         _score(row, path, output or Path("data/scores") / f"{row}.csv", false_alarms, manifold, relative_error)
 
 
-def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bool, relative_error: bool) -> None:
+def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bool, relative_error: bool | None) -> None:
     import csv
 
     from pipeline.detection import Extremes, calibrated, load_scorer, strange
@@ -68,7 +72,8 @@ def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bo
     reader = ShardReader(workspace.shards_folder(settings.dataset))
     examples = open_examples(path, dataset, reader.index.shape, reader.index.columns)
     files = workspace.density_file(row), workspace.autoencoder_folder(settings.codes)
-    scorer = load_scorer(*files, reader, join().device, manifold, relative_error)
+    relative = params.relative_error(row) if relative_error is None else relative_error
+    scorer = load_scorer(*files, reader, join().device, manifold, relative)
     calibration, _ = calibrated(scorer, reader)
     threshold = calibration.threshold(false_alarms)
     usual = _usual_terms(scorer, reader) if examples.dimensions and scorer.density.has_terms else None
