@@ -74,6 +74,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "mnist-codes": Experiment(
         "MNIST, the codes of one autoencoder: two minutes of a core for each density", leading="code_log_likelihood"
     ),
+    "mnist-labels": Experiment("MNIST, labels read from the codes of one small autoencoder, D = 8", leading="class_accuracy"),
     "bsds300": Experiment("BSDS300 (Table 1)", ("bsds300-rnade", "bsds300-maf")),
     "faces48-parzen": Experiment("Faces of 48x48 pixels, not those of TFD, Parzen window (Table 2)", ("tfd",)),
     "grid": Experiment("Grid density (Figure 5)"),
