@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -307,3 +308,5 @@ def test_the_readme_holds_the_tables_of_its_lines():
     assert {line.experiment for line in kept} <= set(EXPERIMENTS)
     assert all(line.samples.isdecimal() for line in kept)
     assert markdown_tables(kept) in (ROOT / "reports/paper/README.md").read_text()
+    for table in re.findall(r"(?:^\|.*\n)+", markdown_tables(kept), flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table

@@ -443,7 +443,8 @@ def _cell(line: Line | None) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+    titles = [head.replace("|", "\\|") for head in heads]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(heads), *rows])
 
 
 def _write_tables(folder: Path) -> None:
