@@ -4,8 +4,9 @@
 2. Kernel density estimates behind none and behind the best map, of kernels with the shape of the covariance and without.
 3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains;
    then the ridge or the pooled codes follow, until held-out codes become less likely for several K. Heats of two and three
-   Gaussians come first, since a few often do without a map that one needs; maps that are far behind in them come last. Then
-   the lane with the best score so far continues, before new ones.
+   Gaussians come first, since a few often do without a map that one needs; maps that are far behind in them come last. Where
+   there is too little time for heats, the map that suits one Gaussian goes on. Then the lane with the best score so far
+   continues, before new ones.
 4. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
    of the time, or more while they clearly gain.
 5. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
@@ -72,6 +73,7 @@ FAR = 4  # standard errors of paired differences by which a contestant is far be
 CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussians are passed over
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 HEATS = 2  # numbers of Gaussians behind each map before the best goes on
+HEAT_SHARE = 0.1  # of the time that these may take behind a map, for other maps to have theirs
 KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
 TRIAL = {"train": 2_000, "valid": 500}  # codes of a set without folds on which kernels are tried before all
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
@@ -359,14 +361,18 @@ class _Judge:
         Returns:
             The lanes to go on in.
         """
-        firsts = [lane for lane in lanes if lane.covariance == lanes[0].covariance]
+        firsts, heated = [lane for lane in lanes if lane.covariance == lanes[0].covariance], list[_Lane]()
         for lane in sorted(firsts, key=lambda lane: -lane.score):
+            before = self._spent()
             for components in range(1, 1 + HEATS):
                 if self._spent() < self.mixture_share and self._supported(components):
                     lane.components = components
                     self._advance(lane)
-        for lane in firsts:
-            gain = _gain(lane.best, max(firsts, key=lambda first: first.score).best)
+            heated.append(lane)
+            if self._spent() - before > HEAT_SHARE:
+                break  # too little time to compare maps: the one that suits one Gaussian goes on
+        for lane in heated:
+            gain = _gain(lane.best, max(heated, key=lambda first: first.score).best)
             if gain.mean < -FAR * gain.standard_error:
                 for other in lanes:
                     other.behind |= other.transform == lane.transform

@@ -179,6 +179,33 @@ def test_mixtures_that_gain_when_their_half_of_the_time_is_over_go_on(monkeypatc
     assert "none, 5 Gaussians" in str(training.contest[0]["family"])
 
 
+def test_maps_are_only_compared_where_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, values in {
+        "COMPONENTS": (1, 2, 3, 4, 5),
+        "COVARIANCES": {"full": [{"ridge": [1e-6]}]},
+        "TRANSFORMS": ("none", "asinh"),
+    }.items():
+        monkeypatch.setattr(contest, key, values)
+    tried: list[str] = []
+    enter = contest._Judge._enter
+
+    def noted(judge: contest._Judge, name: str, family: str, **values: object) -> contest.Contestant | None:
+        tried.append(name)
+        return enter(judge, name, family, **values)
+
+    monkeypatch.setattr(contest._Judge, "_enter", noted)
+    generator = np.random.default_rng(0)
+    codes = 10.0 * generator.integers(5, size=(300, 1)) + generator.normal(size=(300, 2))
+    # Each fit takes a share of the time: a tenth for two numbers behind a map is too much.
+    for share, third in ((0.01, "asinh, 2 "), (0.1, "none, ")):
+        tried.clear()
+        monkeypatch.setattr(contest._Judge, "_spent", lambda judge, share=share: share * len(tried))
+        held(codes, max_minutes=5, families=["gmm"])
+        numbered = [name for name in tried if "Gaussians" in name]
+        assert [name.partition(" Gaussians")[0] for name in numbered[:2]] == ["none, 2", "none, 3"]
+        assert numbered[2].startswith(third)
+
+
 def test_kernels_take_part_in_the_shape_of_the_codes_and_without(few: None) -> None:
     generator = np.random.default_rng(0)
     angle = generator.uniform(0, 2 * np.pi, 600)

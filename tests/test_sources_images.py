@@ -367,7 +367,8 @@ def test_folder_and_zip_agree(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", TWENTY | noise)
     (tmp_path / "in").mkdir()
     archive = write_zip(tmp_path / "in" / "my.zip", TWENTY | noise)
-    sources = [open_row("images", root, valid_share=0.2) for root in (folder, archive, archive.parent)]
+    (tmp_path / "mine").symlink_to(archive)
+    sources = [open_row("images", root, valid_share=0.2) for root in (folder, archive, archive.parent, tmp_path / "mine")]
     for source in sources:
         assert source.counts == {"train": 14, "valid": 4, "test": 2}
         assert [levels(source, split) for split in SPLITS] == [levels(sources[0], split) for split in SPLITS]

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,8 @@ def find_images(root: Path, wanted: str, preferred: Sequence[str] = ()) -> Path:
     if not root.exists():
         raise DataError(f"{root} is missing; {wanted}")
     if root.is_file():
-        if root.suffix.lower() != ".zip":
+        # A link such as data/raw/mine often lacks the ending of what it leads to.
+        if root.suffix.lower() != ".zip" and not zipfile.is_zipfile(root):
             raise DataError(f"{root}: expected a folder or a .zip; {wanted}")
         return root
     for below in preferred:
