@@ -1,6 +1,6 @@
 """The contest of families on the same codes, cheapest first, that the family `auto` runs.
 
-1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`.
+1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`; of few codes a shrunk one as well.
 2. Kernel density estimates behind none and behind the best map, of kernels with the shape of the covariance and without.
 3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains;
    then the ridge or the pooled codes follow, until held-out codes become less likely for several K. Heats of two and three
@@ -74,6 +74,7 @@ CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussian
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 HEATS = 2  # numbers of Gaussians behind each map before the best goes on
 HEAT_SHARE = 0.1  # of the time that these may take behind a map, for other maps to have theirs
+SHRUNK = 10  # codes for each dimension up to which a shrunk Gaussian takes part
 KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
 TRIAL = {"train": 2_000, "valid": 500}  # codes of a set without folds on which kernels are tried before all
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
@@ -297,8 +298,17 @@ class _Judge:
             if gaussian is None or any(np.abs(gaussian.held_out - other.held_out).mean() < SAME for other in kept):
                 continue
             kept.append(gaussian)
-            lanes += [_Lane(transform, kind, gaussian) for kind in self._kinds()]
+            shrunk = self._enter_shrunk(transform) or gaussian
+            best = max(gaussian, shrunk, key=lambda contestant: contestant.score.mean)
+            lanes += [_Lane(transform, kind, best) for kind in self._kinds()]
         return lanes
+
+    def _enter_shrunk(self, transform: str) -> Contestant | None:
+        """The Gaussian with correlations shrunk towards 0, where codes are few for its covariances."""
+        if min(fold.index.count("train") for fold in self.folds) > SHRUNK * self.dim or self.dim == 1:
+            return None
+        name, shape = f"{transform}, Gaussian, shrunk", {"standardise": "cholesky", "shrinkage": True, "covariance": "diagonal"}
+        return self._enter(name, "gmm", transform=transform, components=[1], ridge=[1e-6], **shape)
 
     def _kinds(self) -> list[str]:
         """The kinds of covariances: no large matrices, and none pooled where the codes of a Gaussian tell its few numbers."""

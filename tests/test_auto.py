@@ -308,3 +308,13 @@ def test_few_codes_of_many_dimensions(few: None) -> None:
     density, training = held(np.random.default_rng(0).normal(size=(12, 20)), folds=5, families=["kde", "gmm", "lde"])
     assert any("2 Gaussians" in str(row["family"]) for row in training.contest)
     assert np.isfinite(density.log_prob(torch.zeros(1, 20)).item())
+
+
+def test_few_codes_of_many_dimensions_have_a_shrunk_gaussian(few: None) -> None:
+    generator = np.random.default_rng(0)
+    density, training = held(generator.normal(size=(75, 60)), folds=3, families=["gmm"], max_minutes=0.05)
+    fresh = torch.from_numpy(generator.normal(size=(1000, 60)).astype(np.float32))
+    truth = -0.5 * (fresh.square().sum(dim=1).mean().item() + 60 * np.log(2 * np.pi))
+    assert density.log_prob(fresh).mean().item() > truth - 0.06 * 60  # the sample covariance has 2 nats per dimension less
+    scores = {str(row["family"]): float(row["valid_log_likelihood"]) for row in training.contest}
+    assert scores["none, Gaussian, shrunk"] > scores["none, Gaussian"] + 60
