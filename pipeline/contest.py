@@ -307,7 +307,8 @@ class _Judge:
         """The Gaussian with correlations shrunk towards 0, where codes are few for its covariances."""
         if min(fold.index.count("train") for fold in self.folds) > SHRUNK * self.dim or self.dim == 1:
             return None
-        name, shape = f"{transform}, Gaussian, shrunk", {"standardise": "cholesky", "shrinkage": True, "covariance": "diagonal"}
+        name = f"{transform}, Gaussian, shrunk"
+        shape: dict[str, Any] = {"standardise": "cholesky", "shrinkage": True, "covariance": "diagonal"}
         return self._enter(name, "gmm", transform=transform, components=[1], ridge=[1e-6], **shape)
 
     def _kinds(self) -> list[str]:
