@@ -738,6 +738,28 @@ def test_pipeline_run_in_mlflow(workspace, monkeypatch):
     assert names >= {"index.html", "report.md", "scoreboard.csv"}
 
 
+def test_own_images_are_compared_with_training_images(workspace):
+    tables = YAML(typ="safe").load(Path("params.yaml"))
+    tables["evaluations"]["digits"] = {"quality": {"network": "classifier", "samples": 100}}
+    YAML().dump(tables, Path("params.yaml"))
+    scores = {f"classifier_{key}": 0.5 for key in QUALITY if "class" not in key}
+    for row in ("digits-ae-lde", "digits-iae-lde"):
+        file = Path(f"reports/metrics/evaluate/{row}.json")
+        kept = {key: value for key, value in json.loads(file.read_text()).items() if "parzen" not in key}
+        write(str(file), kept | {"test_log_likelihood": -5.0, "test_log_likelihood_se": 0.1, "test_scored": 500} | scores)
+    write("reports/metrics/control/digits.json", {f"training_images_{key}": value for key, value in scores.items()})
+    board = build_scoreboard(read_params())
+    control = board[board["kind"] == "control"]
+    assert list(control["row"]) == ["digits-training-images"]
+    assert list(control["classifier_kid"]) == [0.5]
+    assert "digits: test log-likelihood of the codes" in as_text(board)
+    assert command().exit_code == 0
+    text = Path("reports/index.html").read_text()
+    assert "training images 0.5" in text
+    assert "KID within classes" not in text.split("<h3>Samples and test images compared")[1].split("</table>")[0]
+    assert "can be gamed" not in text
+
+
 def test_an_autoencoder_that_time_ends_is_said_to_be(workspace):
     tables = YAML(typ="safe").load(Path("params.yaml"))
     tables["autoencoders"]["digits-ae"] |= {"max_minutes": 1.5, "epochs": 10_000}
@@ -782,6 +804,15 @@ def test_a_verdict_speaks_of_score_controls_pictures_and_chance(workspace):
     )
     assert "cover 20 % of the test images (recall), training images 90 %" in text
     assert "The next one, digits-ae-lde, is level with it" in text  # 6.3 nats with errors of 5 each
+    # A small classifier may find blurred samples close, so it doesn't make a result good.
+    real["training_images_classifier_kid"] = 0.7
+    write("reports/metrics/control/digits.json", control | real)
+    tone, text = said()
+    assert "are as close to test images as training images are: KID 0.700 ± 0.010, training images 0.700" in text
+    assert "look at the pictures, too" in text
+    write("reports/metrics/control/digits.json", control)
+    assert said()[0] == tone == "good"  # by its score alone
+    write("reports/metrics/control/digits.json", control | real)
     points = np.random.default_rng(0).normal(200, 100, 500)
     for row, shift in (("digits-ae-lde", 0.0), ("digits-iae-lde", 6.3)):
         values = points + shift + np.random.default_rng(len(row)).normal(size=500)

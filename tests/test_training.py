@@ -217,6 +217,22 @@ def test_curve_rows_are_means_over_all_steps(monkeypatch: pytest.MonkeyPatch) ->
     assert math.isclose(np.mean([row["loss"] for row in fine.curve[:10]]), record.curve[0]["loss"], rel_tol=1e-6)
 
 
+def test_a_training_that_time_may_end_has_a_row_of_the_curve_for_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CURVE_POINTS", 1)
+    epochs = SETTINGS.epochs
+    steps = [epochs * batches().steps_per_epoch // epochs * number for number in range(1, 1 + epochs)]
+    for minutes, expected in ((0.0, steps[-1:]), (10.0, steps)):
+        record = train(
+            Toy(),
+            batches(),
+            SETTINGS,
+            ALONE,
+            prepare=lambda arrays: {"x": torch.from_numpy(arrays["x"])},
+            max_minutes=minutes,
+        )
+        assert [row["step"] for row in record.curve] == expected
+
+
 # Resume ---------------------------------------------------------------------------------------------------------------
 
 

@@ -203,7 +203,9 @@ class _Run:
 
     @property
     def _curve_steps(self) -> int:
-        return max(self.total // CURVE_POINTS, 1)
+        """Steps between rows of the curve; at most an epoch where time may end the training long before the last one."""
+        steps = max(self.total // CURVE_POINTS, 1)
+        return min(steps, self.steps_per_epoch) if self.limit < math.inf else steps
 
     def is_time_to_look(self, validate_steps: int, received: list[int]) -> bool:
         """Whether something is due that needs the losses, or that all ranks must decide together.

@@ -228,11 +228,15 @@ def _quality(best: Line, controls: Sequence[Line], network: str) -> tuple[Tone, 
         told = "as close to test images as training images are"
     else:
         told = "further from test images than training images are, by more than chance"
-    return (
-        "good" if close else "bad",
+    text = (
         f"The samples of {_named(best)} are {told}: {score}, {real} (lower is closer; features of {network}). They cover "
-        f"{covered} of the test images (recall), training images {_percent(reference[recall])}.",
+        f"{covered} of the test images (recall), training images {_percent(reference[recall])}."
     )
+    if not close:
+        return "bad", text
+    if network == "classifier":  # too small a network to call blurred samples good
+        return "none", f"{text} This small network sees shapes rather than sharpness: look at the pictures, too."
+    return "good", text
 
 
 def _percent(share: float) -> str:

@@ -251,7 +251,8 @@ def _epochs(number: float) -> str:
 
 def _density_summary(params: Params, name: str, line: Mapping[Any, Any]) -> str:
     settings = params.density(name)
-    words = [f"{settings.family.upper()} of the codes of {settings.codes}"]
+    family = "Contest of families (auto) on" if settings.family == "auto" else f"{settings.family.upper()} of"
+    words = [f"{family} the codes of {settings.codes}"]
     words += [] if is_missing(line["components"]) else [f"K = {line['components']}"]
     words += [] if is_missing(line["density_parameters"]) else [f"{line['density_parameters']:,} parameters"]
     score = f"{line['score']} {plus_minus(line['value'], line['error'])} nats"
@@ -332,6 +333,11 @@ def _quality_cell(line: Mapping[str, Any], metric: Metric, network: str) -> str:
     return plus_minus(value, line[metric.error.replace("NETWORK", network)]) if metric.error else metric.show(value)
 
 
+def _filled(metrics: Sequence[Metric], lines: Sequence[Mapping[str, Any]], network: str) -> list[Metric]:
+    """The metrics in a network's features that some line has."""
+    return [metric for metric in metrics if any(_quality_cell(line, metric, network) for line in lines)]
+
+
 def _environment(html: bool) -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -345,7 +351,7 @@ def _environment(html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {"plus_minus": plus_minus, "duration": duration, "against": against, "remark": remark}
-    environment.filters |= {"score_names": score_names, "initial": _initial, "cell": _quality_cell}
+    environment.filters |= {"score_names": score_names, "initial": _initial, "cell": _quality_cell, "filled": _filled}
     environment.globals |= {"metrics": METRICS, "quality": [metric for metric in METRICS.values() if metric.in_features]}
     environment.globals["given_metrics"] = GIVEN_METRICS
     environment.tests["missing"] = is_missing

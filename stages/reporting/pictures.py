@@ -240,7 +240,7 @@ def _nearest_training_images(_params: Params, row: str) -> Figure | None:
     arrays = load_arrays("evaluate", row, "nearest-training-images")
     if arrays is None:
         return None
-    names = [f"RMSE {distance:.3f}" for distance in arrays.values["distances"].tolist()]
+    names = [f"{distance:.3f}" for distance in arrays.values["distances"].tolist()]
     samples, neighbours = arrays.values["samples"] / 255, arrays.values["neighbours"] / 255
     return image_rows({"sample": samples, "nearest": neighbours}, column_names=names)
 

@@ -269,13 +269,16 @@ def _means(params: Params, models: Sequence[dict[str, Any]]) -> Iterator[dict[st
 def _controls(params: Params, name: str) -> Iterator[dict[str, Any]]:
     dataset = params.control(name).dataset
     scored = read_metrics("control", name)
-    if params.evaluation(dataset).parzen is None:
-        return
+    cost = _cost([read_run("control", name)])
     for prefix, label in CONTROLS.items():
+        quality = _quality(params, dataset, scored, f"{prefix}_")
+        line = {"row": f"{name}-{label}", "kind": "control", "dataset": dataset} | cost | quality
+        if params.evaluation(dataset).parzen is None:
+            if quality:
+                yield line | {"protocol": "images of the data set, taken as samples"}
+            continue
         if f"{prefix}_parzen_test_log_likelihood" not in scored:
             raise PipelineError(f"{workspace.metrics_file('control', name)} lacks scores; run `dvc repro -f control@{name}`")
-        line = {"row": f"{name}-{label}", "kind": "control", "dataset": dataset}
-        line |= _cost([read_run("control", name)]) | _quality(params, dataset, scored, f"{prefix}_")
         yield line | _parzen(params, dataset, scored, f"{prefix}_")
 
 
@@ -482,7 +485,7 @@ def score_names(lines: Iterable[Mapping[str, Any]]) -> str:
         >>> score_names([{"score": PARZEN}, {"score": OF_CODES}])
         'Parzen test log-likelihood, test log-likelihood of the codes (to compare densities of the same codes only)'
     """
-    names = dict.fromkeys(line["score"] for line in lines)
+    names = dict.fromkeys(line["score"] for line in lines if not is_missing(line["score"]))
     return ", ".join(f"{n} (to compare densities of the same codes only)" if n == OF_CODES else n for n in names)
 
 
