@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from project import Project
 
-from pipeline.errors import SettingsError
+from pipeline.errors import PipelineError, SettingsError
 from pipeline.settings import Params, changed_defaults, choices, implementation, read_params
 from stages.__main__ import cli
 from stages.reporting.differences import difference, error_key
@@ -301,5 +301,7 @@ def test_what_the_cache_of_a_fresh_clone_lacks_is_no_error(tmp_path: Path, monke
     Path(".dvc/cache").rename("elsewhere")
     assert files_at("HEAD")(Path("arrays/scores")) is None
     assert files_at("HEAD")(Path("nothing")) is None
+    with pytest.raises(PipelineError, match="unknown Git revision 'nothing'"):
+        files_at("nothing")
     Path("elsewhere").rename(".dvc/cache")
     assert files_at("HEAD")(Path("arrays/scores")) == b"1"

@@ -23,6 +23,7 @@ def files_at(revision: str) -> Callable[[Path], bytes | None]:
 
     try:
         files = DVCFileSystem(rev=revision)
+        _ = files.repo  # opened at first use: an unknown revision is told here, not as a file that isn't there
     except (RevError, SCMError, DvcException) as error:
         raise PipelineError(f"{revision}: {' '.join(str(error).split())}") from None
 
