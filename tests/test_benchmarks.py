@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, lde, simulate, units
+from benchmarks import gpu, images, lde, simulate, units
 from benchmarks.simulate import AFTER, BEFORE, Machines, Stage, Work, play
 
 TOY = "--device cpu --px 28 --precisions float32 --dims 3 --batch 2 --codes 4 --points 8 --steps 1 --rounds 1 --clock cpu"
@@ -26,6 +26,19 @@ def test_the_benchmark_of_a_gpu_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch,
         assert all(value > 0 for name, value in row.items() if isinstance(value, float) and not math.isnan(value)), row
         assert [name for name in row if name.endswith("/s")]
     assert "| px | perceptual |" in capsys.readouterr().out
+
+
+def test_the_table_of_samples_in_the_docs_is_that_on_record() -> None:
+    rows = json.loads(images.RESULTS.read_text())["rows"]
+    table = images.table(rows)
+    assert table.count("\n") == len(rows) + 1
+    assert table in (images.PROJECT / "docs/scores.md").read_text()
+
+
+def test_methods_have_the_same_seconds_for_autoencoder_and_density() -> None:
+    for method in ("ours", "before"):
+        autoencoder, density = images._preset(method, 200.0)
+        assert 60 * (autoencoder["max_minutes"] + density["max_minutes"]) == pytest.approx(200)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -808,7 +808,7 @@ def test_a_verdict_speaks_of_score_controls_pictures_and_chance(workspace):
     real["training_images_classifier_kid"] = 0.7
     write("reports/metrics/control/digits.json", control | real)
     tone, text = said()
-    assert "are as close to test images as training images are: KID 0.700 ± 0.010, training images 0.700" in text
+    assert "are as close to test images as training images are, within the error: KID 0.700 ± 0.010, training" in text
     assert "look at the pictures, too" in text
     write("reports/metrics/control/digits.json", control)
     assert said()[0] == tone == "good"  # by its score alone

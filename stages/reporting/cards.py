@@ -225,7 +225,7 @@ def _quality(best: Line, controls: Sequence[Line], network: str) -> tuple[Tone, 
     close = gap <= SURE * error
     real = f"training images {plus_minus(reference[kid], reference[f'{kid}_se'])}"
     if close:
-        told = "as close to test images as training images are"
+        told = "as close to test images as training images are, within the error"
     else:
         told = "further from test images than training images are, by more than chance"
     text = (
