@@ -213,12 +213,12 @@ class Generator:
         return values + log_volume(self.columns)
 
     def score(self, examples: ArrayLike) -> Scores:
-        """How likely examples are, and how well they are reconstructed, as `python -m stages score` lists them.
+        """How likely examples are, as `log_prob` says, and how well they are reconstructed, as `python -m stages score` lists.
 
         Raises:
             PipelineError: When the density has no likelihood.
         """
-        scores = self._scores(examples)
+        scores = self._scores(examples, noisy=False)
         values = scores["log_likelihood"]
         return Scores(values, scores.get("reconstruction_error", np.zeros(len(values))))
 
@@ -231,14 +231,14 @@ class Generator:
         """
         if self.calibration is None:
             raise DataError("it isn't known how strange validation examples are: export the row again, and load that folder")
-        joined = self.calibration.join(strange(self._scores(examples)))
+        joined = self.calibration.join(strange(self._scores(examples, noisy=True)))
         return Strangeness(joined, self.calibration.p_values(joined))
 
-    def _scores(self, examples: ArrayLike) -> dict[str, NDArray[np.float64]]:
-        """The scores of examples by name, each with shape (n,)."""
+    def _scores(self, examples: ArrayLike, noisy: bool) -> dict[str, NDArray[np.float64]]:
+        """The scores of examples by name, each with shape (n,); `noisy` like the validation rows that they are compared with."""
         if self.decoder is not None and self.encoder is None:
             raise DataError(NO_ENCODER)
-        given = self._rows(examples, noisy=True) if self.decoder is None else torch.cat(self._images(examples)).cpu().numpy()
+        given = self._rows(examples, noisy=noisy) if self.decoder is None else torch.cat(self._images(examples)).cpu().numpy()
         value_range = (0.0, 1.0) if self.decoder is None else self.decoder.value_range
         volume = log_volume(self.columns)
         scorer = Scorer(
