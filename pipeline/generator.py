@@ -235,7 +235,7 @@ class Generator:
         return Strangeness(joined, self.calibration.p_values(joined))
 
     def _scores(self, examples: ArrayLike, noisy: bool) -> dict[str, NDArray[np.float64]]:
-        """The scores of examples by name, each with shape (n,); `noisy` like the validation rows that they are compared with."""
+        """The scores of examples by name, each with shape (n,); `noisy` as validation rows are, to compare with them."""
         if self.decoder is not None and self.encoder is None:
             raise DataError(NO_ENCODER)
         given = self._rows(examples, noisy=noisy) if self.decoder is None else torch.cat(self._images(examples)).cpu().numpy()
