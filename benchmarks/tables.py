@@ -36,11 +36,11 @@ from sklearn import datasets as packaged  # noqa: E402
 from sklearn.mixture import GaussianMixture  # noqa: E402
 from sklearn.neighbors import KernelDensity  # noqa: E402
 
+from benchmarks.recorded import Recorded, Run  # noqa: E402
 from pipeline.errors import PipelineError  # noqa: E402
 from pipeline.estimators import CodeDensity  # noqa: E402
 from pipeline.storage.codes import CodeReader  # noqa: E402
 from pipeline.storage.parts import SPLITS as OF_CODES  # noqa: E402
-from pipeline.system.files import read_json, write_json  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "tables.json"
 TEST_POINTS = 10_000
@@ -251,7 +251,7 @@ METHODS: dict[str, Callable[[np.ndarray, int, float], Score]] = {
 # Results --------------------------------------------------------------------------------------------------------------
 
 
-def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(runs: list[Run]) -> list[dict[str, Any]]:
     """One row per set and method: mean, standard error, difference to the best with its error, rank, truth, seconds.
 
     Arguments:
@@ -290,42 +290,49 @@ def _error(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def markdown(rows: list[dict[str, Any]], protocol: str) -> str:
-    """The table: one line per set, one column per method, and the mean ranks.
-
-    Arguments:
-        rows: Rows of `summary`.
-        protocol: Splits and seconds, as a sentence.
-    """
+def markdown(runs: list[Run]) -> str:
+    """The scores with the mean ranks, and the differences to the best: one line per set, one column per method."""
+    rows = summary(runs)
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    ranks = [np.mean([row["rank"] for row in rows if row["method"] == method]) for method in methods]
     lines = [
         "# Densities of small tables",
         "",
         "Test log-likelihood in nats, mean ± standard error over splits; the best of a set is bold. Written by",
-        f"`python -m benchmarks.tables`, which says what is compared and how. {protocol}",
+        f"`python -m benchmarks.tables`, which says what is compared and how. {protocol(runs)}",
         "",
         f"| set | splits | truth | {' | '.join(methods)} |",
         f"|---|--:|--:|{'--:|' * len(methods)}",
     ]
+    behind = [
+        "",
+        "## Behind the best",
+        "",
+        "The score minus that of the best method of the set on the same splits: mean ± standard error of the differences.",
+        "",
+        f"| set | {' | '.join(methods)} |",
+        f"|---|{'--:|' * len(methods)}",
+    ]
     for name in dict.fromkeys(row["set"] for row in rows):
         of_set = {row["method"]: row for row in rows if row["set"] == name}
         first = next(iter(of_set.values()))
-        cells = []
-        for method in methods:
-            row = of_set.get(method)
-            if row is None:
-                cells.append("-")
-                continue
-            error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.2f}"
-            cells.append(f"**{row['mean']:.2f}**{error}" if row["rank"] == 1 else f"{row['mean']:.2f}{error}")
         truth = "-" if first["truth"] is None else f"{first['truth']:.2f}"
-        lines.append(f"| {name} | {first['splits']} | {truth} | {' | '.join(cells)} |")
-    ranks = [np.mean([row["rank"] for row in rows if row["method"] == method]) for method in methods]
+        scores = [_cell(of_set.get(method), "mean", "standard_error", 2) for method in methods]
+        lines.append(f"| {name} | {first['splits']} | {truth} | {' | '.join(scores)} |")
+        behind.append(f"| {name} | {' | '.join(_cell(of_set.get(m), 'difference', 'difference_error', 3) for m in methods)} |")
     lines.append(f"| mean rank | | | {' | '.join(f'{rank:.1f}' for rank in ranks)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + behind) + "\n"
 
 
-def protocol(runs: list[dict[str, Any]]) -> str:
+def _cell(row: dict[str, Any] | None, value: str, error: str, digits: int) -> str:
+    """A value of a row of `summary`, bold where it is the best of its set, and its error."""
+    if row is None:
+        return "-"
+    text = f"**{row[value]:.{digits}f}**" if row["rank"] == 1 else f"{row[value]:.{digits}f}"
+    return text if row[error] is None else f"{text} ± {row[error]:.{digits}f}"
+
+
+def protocol(runs: list[Run]) -> str:
     """Sets, splits and seconds of runs, next to those of a full run."""
     sets, seconds = {run["set"] for run in runs}, {run["budget"] for run in runs}
     listed = sets & (TABLES.keys() | FORMULAS.keys())
@@ -353,12 +360,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    runs: list[dict[str, Any]] = read_json(options.results)["runs"] if options.results.exists() else []
+    recorded = Recorded(options.results, markdown, ("set", "method", "split"))
     names = options.codes or options.sets
     asked = [(split, name, method) for split in range(options.splits) for name in names for method in options.methods]
     for split, name, method in asked:
         key = {"set": name, "method": method, "split": split, "budget": options.seconds, "points": options.points}
-        if any(key.items() <= run.items() for run in runs):
+        if recorded.holds(key):
             continue
         rows, test = split_of(name, split, options.points)
         started = time.process_time()
@@ -369,12 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         run = key | {"score": float(scores.mean()), "seconds": round(time.process_time() - started, 2)}
         truth = FORMULAS[name][1] if name in FORMULAS else None
-        run |= {} if truth is None else {"truth": float(truth(test).mean())}
-        print(f"{name}, split {split}, {method}: {run['score']:.3f} nats, {run['seconds']} CPU seconds", flush=True)
-        runs = [other for other in runs if not {"set": name, "method": method, "split": split}.items() <= other.items()] + [run]
-        rows_of_table = summary(runs)
-        write_json(options.results, {"summary": rows_of_table, "runs": runs})
-        options.results.with_suffix(".md").write_text(markdown(rows_of_table, protocol(runs)))
+        recorded.add(run if truth is None else run | {"truth": float(truth(test).mean())})
 
 
 if __name__ == "__main__":
