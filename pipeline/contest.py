@@ -2,11 +2,11 @@
 
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`; of few codes a shrunk one as well.
 2. Kernel density estimates behind none and behind the best map, of kernels with the shape of the covariance and without.
-3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains;
-   then the ridge or the pooled codes follow, until held-out codes become less likely for several K. Heats of two and three
-   Gaussians come first, since a few often do without a map that one needs; maps that are far behind in them come last. Where
-   there is too little time for heats, the map that suits one Gaussian goes on. Then the lane with the best score so far
-   continues, before new ones.
+3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains,
+   and by what was passed over where it no longer does; then the ridge or the pooled codes follow, until held-out codes become
+   less likely for several K. Heats of two and three Gaussians come first, since a few often do without a map that one needs;
+   maps that are far behind in them come last, but for none up to 3 dimensions. Where there is too little time for heats, the
+   map that suits one Gaussian goes on. Then the lane with the best score so far continues, before new ones.
 4. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
    of the time, or more while they clearly gain.
 5. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
@@ -58,7 +58,7 @@ TRANSFORMS = ("none", "power", "quantile", "asinh")
 SAME = 0.02  # nats by which the Gaussians of two maps differ for a code, where the maps count as one
 FULL_DIM = 256  # dimensions up to which mixtures with full covariances take part: all contestants are in memory
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320)
-RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 0.4)
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 0.4)
 POOLED_CODES = (3, 10, 30, 100, 300)
 # Kinds of covariances, in the order in which they are tried; each with its settings from the least regularised on.
 COVARIANCES: dict[str, list[dict[str, Any]]] = {
@@ -130,6 +130,7 @@ class _Lane:
     best: Contestant
     behind: bool = False  # whether this map is far behind others with few Gaussians
     components: int = 1  # index of the next in COMPONENTS: one Gaussian is the start
+    reached: int = 0  # index in COMPONENTS of the best so far
     strength: int = 0  # index of the best so far in COVARIANCES[covariance]
     fruitless: int = 0
     climbing: bool = False  # whether the last number of Gaussians clearly gained
@@ -383,6 +384,8 @@ class _Judge:
             if self._spent() - before > HEAT_SHARE:
                 break  # too little time to compare maps: the one that suits one Gaussian goes on
         for lane in heated:
+            if lane.transform == "none" and self.dim <= PLANE_DIM:
+                continue  # a few Gaussians can't tell: maps bend shapes that many of them follow
             gain = _gain(lane.best, max(heated, key=lambda first: first.score).best)
             if gain.mean < -FAR * gain.standard_error:
                 for other in lanes:
@@ -395,12 +398,18 @@ class _Judge:
         return MIXTURE_SHARE_ALONE if climbs else self.mixture_share
 
     def _advance(self, lane: _Lane) -> None:
-        """Fits the next number of Gaussians of a lane."""
-        before, best = lane.best, self._of_best_strength(lane)
-        gain = _gain(best, before)
-        lane.climbing = gain.mean > CLEAR * gain.standard_error
+        """Fits the next number of Gaussians of a lane; where it doesn't clearly gain, also what was passed over."""
+        before, fits = lane.best, {lane.components: self._of_best_strength(lane)}
+        gains = {lane.components: _gain(fits[lane.components], before)}
+        lane.climbing = gains[lane.components].mean > CLEAR * gains[lane.components].standard_error
+        for number in () if lane.climbing else (lane.reached - 1, lane.reached + 1):
+            if 0 < number < lane.components and number not in {components for components, _ in lane.tried}:
+                fits[number] = self._enter_mixture(lane, number, lane.strength, before)
+                gains[number] = _gain(fits[number], before)
+        number = max(gains, key=lambda number: gains[number].mean)
+        best, gain = fits[number], gains[number]
         if best is not None and gain.mean > 0:
-            lane.best, lane.fruitless = best, 0
+            lane.best, lane.reached, lane.fruitless = best, number, 0
         else:
             lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
         lane.components += 2 if lane.climbing else 1

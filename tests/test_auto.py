@@ -154,6 +154,43 @@ def test_few_gaussians_behind_each_map_tell_which_goes_on(few: None, monkeypatch
     assert sorted(order[-2:]) == ["asinh", "quantile"]  # both far behind
 
 
+@pytest.mark.parametrize("dim", [2, 4])
+def test_shapes_without_a_map_go_on_though_a_few_gaussians_are_far_behind(
+    dim: int, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Clusters on a circle: few Gaussians behind quantiles are ahead of few Gaussians without a map, and eight are behind.
+    found = dict[str, list[contest._Lane]]()
+    heats = contest._Judge._heats
+
+    def noted(judge: contest._Judge, lanes: list[contest._Lane]) -> list[contest._Lane]:
+        running = heats(judge, lanes)
+        found.update({transform: [lane for lane in lanes if lane.transform == transform] for transform in contest.TRANSFORMS})
+        return running
+
+    monkeypatch.setattr(contest._Judge, "_heats", noted)
+    generator = np.random.default_rng(0)
+    angle = generator.integers(0, 8, 3_000) * np.pi / 4
+    codes = 4 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.5 * generator.normal(size=(3_000, 2))
+    held(np.concatenate([codes, generator.normal(size=(3_000, dim - 2))], axis=1))
+    gain = contest._gain(found["quantile"][0].best, found["none"][0].best)
+    assert gain.mean > contest.FAR * gain.standard_error
+    assert [lane.behind for lane in found["none"]] == [dim > contest.PLANE_DIM]
+
+
+def test_a_number_of_gaussians_next_to_the_best_is_tried_where_more_do_not_gain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, values in {
+        "COMPONENTS": (1, 2, 3, 4, 5, 6, 7, 8),
+        "COVARIANCES": {"full": [{"ridge": [1e-6]}]},
+        "TRANSFORMS": ("none",),
+    }.items():
+        monkeypatch.setattr(contest, name, values)
+    _, training = held(np.random.default_rng(0).normal(size=(3_000, 1)) + 20 * np.arange(3_000)[:, None] % 80)
+    sizes = [str(row["family"]).split()[1] for row in training.contest if "Gaussians" in str(row["family"])]
+    assert {"2", "3", "4", "5", "6", "7"} <= set(sizes)  # 5 clearly gains, so 4 and 6 are passed over; 7 doesn't
+
+
 def test_mixtures_that_gain_when_their_half_of_the_time_is_over_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, values in {
         "COMPONENTS": (1, 2, 3, 4, 5),
