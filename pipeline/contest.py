@@ -58,7 +58,7 @@ TRANSFORMS = ("none", "power", "quantile", "asinh")
 SAME = 0.02  # nats by which the Gaussians of two maps differ for a code, where the maps count as one
 FULL_DIM = 256  # dimensions up to which mixtures with full covariances take part: all contestants are in memory
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320)
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 0.4)
+RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 0.4)
 POOLED_CODES = (3, 10, 30, 100, 300)
 # Kinds of covariances, in the order in which they are tried; each with its settings from the least regularised on.
 COVARIANCES: dict[str, list[dict[str, Any]]] = {
