@@ -12,7 +12,7 @@ import torch
 from pipeline.densities import Density
 from pipeline.errors import DataError
 from pipeline.settings import DatasetSettings
-from pipeline.sources.common.tables import Table, open_table
+from pipeline.sources.common.tables import Table, open_table, shared_names
 from pipeline.storage.columns import Column, from_codes, on_levels, to_codes, varying
 from pipeline.system.files import atomic_file
 from pipeline.system.progress import Progress
@@ -31,6 +31,7 @@ class Incomplete:
         path: The file: `.npy`, `.safetensors`, `.csv`, `.tsv` or Parquet.
         settings: The row of `datasets`: which columns are the dimensions, and which are labels or groups.
         dim: The number of columns that the density takes.
+        columns: Their names. Where they and those of the file have names, these count, in any order; else the order.
 
     Attributes:
         count: The number of rows.
@@ -43,11 +44,12 @@ class Incomplete:
         DataError: When the file is missing or unreadable, has other columns, or holds infinite values.
     """
 
-    def __init__(self, path: Path, settings: DatasetSettings, dim: int) -> None:
-        self.path, self._tensor, self._wanted = path, getattr(settings, "tensor", ""), getattr(settings, "columns", ())
+    def __init__(self, path: Path, settings: DatasetSettings, dim: int, columns: Sequence[str] = ()) -> None:
+        self.path, self._tensor = path, getattr(settings, "tensor", "")
         named = (getattr(settings, "labels", ""), getattr(settings, "groups", ""))
         carried = (*getattr(settings, "categories", ()), *getattr(settings, "numbers", ()))
         extras = tuple(dict.fromkeys(filter(None, (*named, *carried))))
+        self._wanted = getattr(settings, "columns", ()) or shared_names(path, self._tensor, columns, extras)
         try:
             self._extras = extras
             self.copied = {name: self._table().text(name) for name in extras}
@@ -57,10 +59,8 @@ class Incomplete:
         self.count = table.count
         self.names = self._wanted or tuple(name for name in table.names if name not in extras)
         if len(self.names) != dim:
-            raise DataError(
-                f"{path} has {len(self.names)} columns of numbers, and the density takes {dim}; name those of the data set by "
-                "its setting 'columns'"
-            )
+            remedy = "; name those of the data set by its setting 'columns'" if len(self.names) > dim else ""
+            raise DataError(f"{path} has {len(self.names)} columns of numbers, and the density takes {dim}{remedy}")
         self.missing, self.incomplete_rows = np.zeros(dim, np.int64), 0
         for start, rows in self.blocks():
             with np.errstate(over="ignore"):

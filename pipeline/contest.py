@@ -59,6 +59,7 @@ SAME = 0.02  # nats by which the Gaussians of two maps differ for a code, where 
 FULL_DIM = 256  # dimensions up to which mixtures with full covariances take part: all contestants are in memory
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320)
 RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 0.4)
+FINE_RIDGE = 1e-4  # between the first two, where codes are shapes
 POOLED_CODES = (3, 10, 30, 100, 300)
 # Kinds of covariances, in the order in which they are tried; each with its settings from the least regularised on.
 COVARIANCES: dict[str, list[dict[str, Any]]] = {
@@ -209,6 +210,8 @@ class _Judge:
         # Networks read all training codes.
         self.network_folds = self.folds if len(self.folds) > 1 else [_AllTraining(codes, self.folds[0].load("valid", 0))]
         self.held_out = [fold.load("valid", 0)["codes"] for fold in self.folds]
+        shapes = self.dim <= PLANE_DIM and len(self.folds) == 1
+        self.covariances = {kind: _with_fine_ridge(values) if shapes else values for kind, values in COVARIANCES.items()}
         self.mixtures = "gmm" in settings.families
         self.networks = "lde" in settings.families and self._in_time_for_networks()
         self.mixture_share = (MIXTURE_SHARE if self.networks else MIXTURE_SHARE_ALONE) if self.mixtures else 0.0
@@ -361,7 +364,7 @@ class _Judge:
         lanes.sort(key=lambda lane: -lane.score)
         for components in range(len(COMPONENTS)) if len(self.folds) > 1 else ():
             for lane in lanes:
-                for strength in range(len(COVARIANCES[lane.covariance])):
+                for strength in range(len(self.covariances[lane.covariance])):
                     if (components, strength) not in lane.tried and self._supported(components):
                         if self._spent() >= self.mixture_share:
                             return
@@ -426,7 +429,7 @@ class _Judge:
             return best
         for step in (-1, 1):
             number = start + step
-            while 0 <= number < len(COVARIANCES[lane.covariance]) and self._spent() < self.mixture_share:
+            while 0 <= number < len(self.covariances[lane.covariance]) and self._spent() < self.mixture_share:
                 contestant = self._enter_mixture(lane, lane.components, number, best)
                 if contestant is None or (best is not None and contestant.score.mean <= best.score.mean):
                     break
@@ -439,7 +442,7 @@ class _Judge:
     def _enter_mixture(self, lane: _Lane, components: int, strength: int, rival: Contestant | None) -> Contestant | None:
         count, started = COMPONENTS[components], time.monotonic()
         lane.tried.add((components, strength))
-        values = COVARIANCES[lane.covariance][strength]
+        values = self.covariances[lane.covariance][strength]
         name = f"{lane.transform}, {count} Gaussian{'s' * (count > 1)}, {values.get('covariance', 'full')}"
         if "pooled_codes" in values:
             name += f", {values['pooled_codes']} pooled codes"
@@ -552,6 +555,12 @@ def _steps(dim: int, network: dict[str, Any], seconds: float) -> float:
     weights = width * (3 * width * layers + 3 * network["components"])  # of a dimension
     # Each is used twice forward and four times backward.
     return float(seconds * OPERATIONS / (6 * weights * dim * network["batch_size"]))
+
+
+def _with_fine_ridge(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Settings of covariances with one in between, for many codes of few dimensions: they can be as thin as a line."""
+    finest, *others = values
+    return [finest, finest | {"ridge": [FINE_RIDGE]}, *others]
 
 
 class _AllTraining(CodeReader):

@@ -18,7 +18,7 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.evaluation.detection import Calibration
 from pipeline.evaluation.manifold import manifold_log_likelihood
 from pipeline.sources.common.patches import restore
-from pipeline.storage.columns import Column, from_codes, log_volume, to_codes, varying
+from pipeline.storage.columns import Column, are_named, from_codes, log_volume, to_codes, varying
 from pipeline.storage.shards import ShardReader, from_unit, scale_pixels, to_unit
 from pipeline.system.progress import track
 from pipeline.system.streams import stream
@@ -277,6 +277,8 @@ def recoded(
 ) -> NDArray[np.generic]:
     """Codes of the rows of another table as codes of one's own columns, which may be stored by other shifts and scales.
 
+    Where both tables have names of columns, these count, in any order; else the order.
+
     Arguments:
         codes: Codes of the other table, with shape (n, D).
         theirs: Columns of the other table; empty if the codes are the values.
@@ -285,11 +287,16 @@ def recoded(
         number: Number of the block, for the noise of dequantised columns.
 
     Raises:
-        DataError: When the tables have different numbers of columns.
+        DataError: When the tables have different columns.
     """
     if tuple(theirs) == tuple(own):
         return codes
     rows = from_codes(theirs, codes)  # (n, C)
+    names, wanted = [column.name for column in theirs], [column.name for column in own]
+    if are_named(names) and are_named(wanted):
+        if absent := [column for column in wanted if column not in names]:
+            raise DataError(f"'{name}' has no column '{absent[0]}'; it has {', '.join(names)}")
+        rows = rows[:, [names.index(column) for column in wanted]]
     if not own:
         return rows.astype(np.float32)
     if rows.ndim != 2 or rows.shape[1] != len(own):

@@ -16,7 +16,7 @@ from pipeline.settings import DatasetSettings
 from pipeline.sources.common.archives import file_stamp, open_files
 from pipeline.sources.common.idx import read_idx
 from pipeline.sources.common.image_files import ENDINGS, WHITE, decode, find_images, fit, image_names
-from pipeline.sources.common.tables import Table, open_table
+from pipeline.sources.common.tables import Table, open_table, shared_names
 from pipeline.storage.columns import Column, to_codes, varying
 from pipeline.system.streams import stream
 
@@ -54,7 +54,8 @@ def open_examples(path: Path, settings: DatasetSettings, shape: tuple[int, ...],
             file or folder of a table (`.npy`, `.safetensors`, Parquet, `.csv`, `.tsv`).
         settings: The data set's row: how its images were cut, which columns its vectors are.
         shape: Shape of its examples, (C, H, W) or (D,).
-        columns: The columns of the table that its vectors are rows of, by which new rows become vectors; empty for none.
+        columns: The columns of the table that its vectors are rows of, by which new rows become vectors; empty for none. Where
+            they and those of the file have names, these count, in any order; else the order.
 
     Raises:
         DataError: When there is nothing of the kind, or it has another shape.
@@ -127,10 +128,11 @@ class _Vectors(Examples):
     """The rows of a table, named by their numbers, as codes of the data set's columns; dequantised as the data set was."""
 
     def __init__(self, path: Path, settings: DatasetSettings, dim: int, columns: Sequence[Column]) -> None:
-        tensor, named = getattr(settings, "tensor", ""), getattr(settings, "columns", ())
+        tensor = getattr(settings, "tensor", "")
         carried = [getattr(settings, key, "") for key in ("labels", "groups")]
         carried += [name for key in ("categories", "numbers") for name in getattr(settings, key, ())]
         extras = tuple(dict.fromkeys(name for name in carried if name))  # columns that are no dimensions
+        named = getattr(settings, "columns", ()) or shared_names(path, tensor, [column.name for column in columns], extras)
         dropped = {column.name: column.constant for column in columns if column.constant is not None}
         self._table = _table(path, tensor, named, extras, tuple(name for name in named if name not in dropped))
         wanted = named or tuple(name for name in self._table.names if name not in extras)
@@ -141,7 +143,8 @@ class _Vectors(Examples):
             absent = [column.name for column in columns if column.constant is None and column.name not in self._table.names]
         if absent or len(wanted) != number:
             problem = f"no column '{absent[0]}'" if absent else f"{len(wanted)} columns of numbers"
-            remedy = "; name those of the data set by its setting 'columns'" if hasattr(settings, "columns") else ""
+            chosen = hasattr(settings, "columns") and len(wanted) > number
+            remedy = "; name those of the data set by its setting 'columns'" if chosen else ""
             raise DataError(f"{path} has {problem}, and the row takes vectors of {number} numbers{remedy}")
         dims = varying(columns) or list(range(dim))
         names = tuple(wanted[i] for i in dims)

@@ -170,6 +170,8 @@ def _score(generator: Generator, requests: Sequence[Request], limits: Limits) ->
     shares = [request.get("false_alarms", FALSE_ALARMS) for request in requests]
     if not all(isinstance(share, float) and 0 < share < 1 for share in shares):
         raise DataError("false_alarms must be a share between 0 and 1")
+    if generator.calibration is not None:
+        generator.calibration.threshold(min(shares))  # refuses a share that too few examples are there for
     scores = generator.score(examples)
     columns: dict[str, list[Any]] = {"log_likelihood": scores.log_prob.tolist()}
     if generator.decoder is not None:
@@ -182,6 +184,8 @@ def _score(generator: Generator, requests: Sequence[Request], limits: Limits) ->
 
 
 def _complete(generator: Generator, requests: Sequence[Request], limits: Limits) -> Rows:
+    if generator.decoder is not None:
+        raise DataError("only rows of a table can be completed, not images")
     examples = _examples(generator, requests, limits, missing=True)
     counts = [_count(request) if "count" in request else 0 for request in requests]
     _within(sum(max(count, 1) for count in counts), _width(generator), limits)
@@ -231,6 +235,7 @@ def _image(text: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
     except (binascii.Error, OSError, ValueError, MemoryError):
         raise DataError("example is no image file in base64") from None
     if picture.size != (width, height):
-        raise DataError(f"the image of example has {picture.width}x{picture.height} pixels, expected {width}x{height}")
+        size = f"{picture.width}x{picture.height}"
+        raise DataError(f"the image of example has {size} pixels, expected {width}x{height}: scale it before")
     pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.float64) / 255
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)

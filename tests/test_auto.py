@@ -159,11 +159,12 @@ def test_shapes_without_a_map_go_on_though_a_few_gaussians_are_far_behind(
     dim: int, few: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Clusters on a circle: few Gaussians behind quantiles are ahead of few Gaussians without a map, and eight are behind.
-    found = dict[str, list[contest._Lane]]()
+    found, ridges = dict[str, list[contest._Lane]](), list[float]()
     heats = contest._Judge._heats
 
     def noted(judge: contest._Judge, lanes: list[contest._Lane]) -> list[contest._Lane]:
         running = heats(judge, lanes)
+        ridges.extend(values["ridge"][0] for values in judge.covariances["full"])
         found.update({transform: [lane for lane in lanes if lane.transform == transform] for transform in contest.TRANSFORMS})
         return running
 
@@ -175,6 +176,7 @@ def test_shapes_without_a_map_go_on_though_a_few_gaussians_are_far_behind(
     gain = contest._gain(found["quantile"][0].best, found["none"][0].best)
     assert gain.mean > contest.FAR * gain.standard_error
     assert [lane.behind for lane in found["none"]] == [dim > contest.PLANE_DIM]
+    assert ridges == ([1e-6, 1e-4] if dim <= contest.PLANE_DIM else [1e-6])
 
 
 def test_a_number_of_gaussians_next_to_the_best_is_tried_where_more_do_not_gain(

@@ -166,7 +166,7 @@ def test_rows_of_another_table_are_compared_in_ones_own_units() -> None:
         Column(name="one", constant=1.0),
         Column(name="die", levels=(1.0, 2.0)),
     ]
-    theirs = [Column(name="a", shift=-5.0, scale=2.0), Column(name="b"), Column(name="c", levels=(2.0, 4.0))]
+    theirs = [Column(name="0", shift=-5.0, scale=2.0), Column(name="1"), Column(name="2", levels=(2.0, 4.0))]
     rows = np.array([[120.0, 1.5, 2.0], [90.0, 0.5, 4.0]])
     found = recoded(to_codes(theirs, rows), theirs, own, "other")
     assert found[:, 0].tolist() == [2.0, -1.0]
@@ -176,6 +176,36 @@ def test_rows_of_another_table_are_compared_in_ones_own_units() -> None:
     assert recoded(to_codes(theirs, rows), theirs, (), "other") == pytest.approx(rows)
     with pytest.raises(DataError, match=r"'other' holds examples with shape \(2,\), which can't be compared with \(3,\)"):
         recoded(rows[:, :2], (), own, "other")
+
+
+def test_columns_of_new_rows_go_by_their_names(tmp_path: Path) -> None:
+    columns = [Column(name="x", scale=2.0), Column(name="one", constant=1.0), Column(name="y")]
+    settings = build(
+        implementation("pipeline.sources", "vectors", "source").Settings, {"source": "vectors", "root": "a"}, "table"
+    )
+    for name, text in {
+        "reversed": "y,one,x\n2,1,1\n4,1,3\n",
+        "with others": "note,y,extra,x\na,2,9,1\nb,4,9,3\n",
+        "by order": "1,1,2\n3,1,4\n",
+    }.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+        examples = open_examples(tmp_path / f"{name}.csv", settings, (2,), columns)
+        assert examples.dimensions == (("0", "2") if name == "by order" else ("x", "y"))
+        assert np.concatenate([block for _, block in examples.blocks()]).tolist() == [[0.5, 2], [1.5, 4]]
+    (tmp_path / "others.csv").write_text("x,one,z\n1,1,2\n")
+    with pytest.raises(DataError, match=r"others\.csv has no column 'y'; it has x, one, z"):
+        open_examples(tmp_path / "others.csv", settings, (2,), columns)
+    (tmp_path / "short.csv").write_text("1\n3\n")
+    with pytest.raises(DataError, match=r"has 1 columns of numbers, and the row takes vectors of 3 numbers$"):
+        open_examples(tmp_path / "short.csv", settings, (2,), columns)
+
+
+def test_columns_of_another_table_go_by_their_names() -> None:
+    own = [Column(name="x", scale=2.0), Column(name="y")]
+    theirs = [Column(name="y"), Column(name="more"), Column(name="x")]
+    assert recoded(np.array([[2.0, 9.0, 1.0]]), theirs, own, "other").tolist() == [[0.5, 2.0]]
+    with pytest.raises(DataError, match="'other' has no column 'x'; it has y, more"):
+        recoded(np.array([[2.0, 9.0]]), theirs[:2], own, "other")
 
 
 def test_a_parzen_score_is_in_the_units_of_the_table(tmp_path: Path) -> None:

@@ -140,6 +140,18 @@ def test_words_for_what_can_t_be_completed(fitted: Path, monkeypatch: pytest.Mon
     assert small.run("complete", "mine", "new.csv").exit_code == 0
 
 
+def test_columns_go_by_their_names(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(fitted)
+    outputs = []
+    for name, text in (("fitted", "a,b,c\n1,,2\n"), ("reversed", "c,note,b,a\n2,x,,1\n")):
+        (tmp_path / f"{name}.csv").write_text(text)
+        outputs.append(tmp_path / f"{name}-completed.csv")
+        done = small.run("complete", "mine", str(tmp_path / f"{name}.csv"), "--output", str(outputs[-1]))
+        assert done.exit_code == 0, done.output
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert read(outputs[0])[0] == ["a", "b", "c", "b spread"]
+
+
 def test_vectors_with_missing_values_name_the_command(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(50, 2))
     rows[[3, 7, 9], [0, 1, 1]] = np.nan

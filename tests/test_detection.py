@@ -78,8 +78,9 @@ def test_calibrating_examples_are_others_than_those_that_scores_are_ranked_by() 
 
 def test_too_small_a_share_is_refused_with_what_it_takes() -> None:
     calibration = Calibration({"error": np.arange(98.0)})
-    with pytest.raises(DataError, match="takes at least 99 validation examples to calibrate on, and there are 98"):
+    with pytest.raises(DataError, match=r"and there are 98; ask for a share of at least 0\.011$"):
         calibration.threshold(0.01)
+    calibration.threshold(0.011)
     assert Calibration({"error": np.arange(99.0)}).threshold(0.01) == Calibration({"error": np.arange(99.0)}).joined[-1]
 
 

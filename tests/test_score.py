@@ -133,7 +133,7 @@ def test_detect_score_export_and_a_served_model_have_the_same_errors() -> None:
     pixels = np.stack([np.asarray(Image.open(Path("raw/blobs", line["example"])))[None] for line in lines])
     generator = Generator.load("new/export")
     scores, compared = generator.score(pixels), generator.strangeness(pixels)
-    requests = [{"query": "score", "example": (image / 255).tolist()} for image in pixels]
+    requests = [{"query": "score", "false_alarms": 0.05, "example": (image / 255).tolist()} for image in pixels]
     served = answer(generator, requests)
     for name, values in (
         ("reconstruction_error", scores.reconstruction_error), ("reconstruction_error", row.score(pixels).reconstruction_error),

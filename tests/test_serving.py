@@ -123,6 +123,10 @@ def test_scores_are_those_of_the_library(generator: Generator) -> None:
         assert np.allclose([row[name] for row in answers], values, atol=1e-4), name
     noise = np.random.default_rng(0).random(64).tolist()
     assert answer(generator, [{"query": "score", "example": noise, "false_alarms": 0.05}])[0]["outlier"]
+    with pytest.raises(DataError, match="validation examples to calibrate on"):
+        answer(generator, [{"query": "score", "example": noise, "false_alarms": 1e-6}])
+    with pytest.raises(DataError, match="only rows of a table can be completed, not images"):
+        answer(generator, [{"query": "complete", "example": noise}])
     plain = Generator(generator.density, generator.decoder, generator.encoder)
     assert set(answer(plain, [{"query": "score", "example": noise}])[0]) == {
         "request", "log_likelihood", "reconstruction_error",

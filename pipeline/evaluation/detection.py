@@ -119,7 +119,8 @@ class Calibration:
         if rank < 1:
             raise DataError(
                 f"a share of false alarms of {false_alarms:g} takes at least {math.ceil(1 / false_alarms - 1e-9) - 1} "
-                f"validation examples to calibrate on, and there are {count}; ask for a larger share"
+                f"validation examples to calibrate on, and there are {count}; ask for a share of at least "
+                f"{math.ceil(1000 / (count + 1)) / 1000:g}"
             )
         return float(self.joined[count - rank])
 

@@ -32,6 +32,7 @@ from pipeline.system.files import read_json, write_json
 __all__ = [
     "Column",
     "VectorMoments",
+    "are_named",
     "from_codes",
     "load_columns",
     "log_volume",
@@ -73,6 +74,16 @@ class Column:
     def plain(self) -> bool:
         """Whether its values are stored as they are."""
         return (self.shift, self.scale, self.levels, self.constant) == (0.0, 1.0, (), None)
+
+
+def are_named(names: Sequence[str]) -> bool:
+    """Whether columns have names, not only the numbers that columns without names are called by.
+
+    Example:
+        >>> are_named(["age", "height"]), are_named(["0", "1"])
+        (True, False)
+    """
+    return any(name != str(number) for number, name in enumerate(names))
 
 
 def to_codes(columns: Sequence[Column], rows: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:

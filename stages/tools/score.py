@@ -27,7 +27,10 @@ DIMENSIONS = 3  # of a vector that are named
 @click.argument("row", metavar="NAME")
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=None, help="Table of scores.  [default: data/scores/NAME.csv]"
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="Table of scores.  [default: data/scores/NAME.csv]",
 )
 @click.option(
     "--false-alarms",
@@ -106,7 +109,8 @@ def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bo
     click.echo(printable(f"the strangest: {', '.join(strangest)}"))
     if examples.unreadable:
         click.echo(
-            f"{len(examples.unreadable)} files can't be read and have no line; the first: {examples.unreadable[0]}", err=True
+            f"files that can't be read and have no line: {len(examples.unreadable)}; the first: {examples.unreadable[0]}",
+            err=True,
         )
     for name, count in (+examples.deviating).items():
         click.echo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import gzip
@@ -17,8 +18,9 @@ import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.sources.common.archives import file_stamp
+from pipeline.storage.columns import are_named
 
-__all__ = ["ENDINGS", "Table", "open_table"]
+__all__ = ["ENDINGS", "Table", "open_table", "shared_names"]
 
 MAX_TEXT_BYTES = 2**31  # of an unpacked text file, since its numbers are kept in memory
 MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"]
@@ -62,6 +64,8 @@ class Table(ABC):
     def _set_shape(self, dtype: str, shape: Sequence[int], names: Sequence[str] = ()) -> None:
         if dtype not in ("float16", "float32", "float64", "bool") and not dtype.startswith(("int", "uint")):
             raise DataError(f"{self.path} holds {dtype}; expected floats, integers or booleans")
+        if len(shape) == 2 and shape[0] == 0:
+            raise DataError(f"{self.path} has no rows")
         if len(shape) != 2 or min(shape) < 1:
             raise DataError(f"{self.path} has shape {tuple(shape)}; expected (N, D), one vector per row")
         self.dtype, self.count = dtype, int(shape[0])
@@ -304,8 +308,25 @@ def open_table(path: Path, tensor: str = "", columns: tuple[str, ...] = (), extr
     elif not path.name.lower().endswith(ENDINGS):
         raise DataError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
     elif not path.is_file():
-        raise DataError(f"{path} is missing; put vectors with shape (N, D) there ({', '.join(ENDINGS)}) or change 'root'")
+        raise DataError(f"{path} is missing; expected a file of vectors with shape (N, D) ({', '.join(ENDINGS)})")
     return _open_table(path, tensor, columns, extras, file_stamp(path), os.getpid())
+
+
+def shared_names(path: Path, tensor: str, columns: Sequence[str], extras: tuple[str, ...]) -> tuple[str, ...]:
+    """The names by which a new file holds the columns of a data set, in any order; none where either has no names.
+
+    Arguments:
+        path: The new file.
+        tensor: Name of the tensor in a .safetensors file.
+        columns: Names of the data set's columns.
+        extras: Columns that aren't dimensions; the file needn't have them.
+    """
+    if not are_named(columns):
+        return ()
+    for carried in dict.fromkeys((extras, ())):
+        with contextlib.suppress(DataError):
+            return tuple(columns) if are_named(open_table(path, tensor, (), carried).names) else ()
+    return tuple(columns)  # text among other columns: only a file with names has any
 
 
 @functools.lru_cache(maxsize=4)
