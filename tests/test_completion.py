@@ -150,6 +150,10 @@ def test_columns_go_by_their_names(fitted: Path, tmp_path: Path, monkeypatch: py
         assert done.exit_code == 0, done.output
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert read(outputs[0])[0] == ["a", "b", "c", "b spread"]
+    settings = build(vectors.Settings, {"source": "vectors", "root": "a.csv"}, "row")  # that names no columns
+    table = Incomplete(tmp_path / "reversed.csv", settings, 3, ("a", "b", "c"))
+    assert table.names == ("a", "b", "c")
+    np.testing.assert_array_equal(next(table.blocks())[1], [[1, math.nan, 2]])
 
 
 def test_vectors_with_missing_values_name_the_command(tmp_path: Path) -> None:
