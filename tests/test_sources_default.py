@@ -280,7 +280,7 @@ def test_a_tensor_by_name(tmp_path: Path) -> None:
     [
         (np.zeros(30, np.float32), "shape"),
         (np.zeros((30, 3, 3), np.float32), "shape"),
-        (np.zeros((0, 3), np.float32), "shape"),
+        (np.zeros((0, 3), np.float32), "has no rows"),
         (np.zeros((30, 0), np.float32), "shape"),
         (np.zeros((2, 3), np.float32), "too few"),
         (np.zeros((30, 3), np.complex64), "holds complex64"),
@@ -343,7 +343,7 @@ def test_fuzzed_files_never_raise_anything_else(tmp_path: Path, name: str) -> No
 
 
 def test_missing_and_unknown_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"mine\.npy is missing; put vectors"):
+    with pytest.raises(DataError, match=r"mine\.npy is missing; expected a file of vectors"):
         open_vectors(tmp_path / "mine.npy")
     with pytest.raises(DataError, match="expected a file that ends in"):
         open_vectors(tmp_path / "mine.xlsx")
