@@ -2,14 +2,16 @@
 
 1. A Gaussian behind each map of the columns: none, `power`, `quantile`, `asinh`; of few codes a shrunk one as well.
 2. Kernel density estimates behind none and behind the best map, of kernels with the shape of the covariance and without.
-3. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains,
+3. More than 2,500 codes of up to 3 dimensions: boxes, without a map; a few steps say whether they are far behind.
+4. Mixtures of K Gaussians behind each map, of five kinds of covariances. K grows, in larger steps while that clearly gains,
    and by what was passed over where it no longer does; then the ridge or the pooled codes follow, until held-out codes become
    less likely for several K. Heats of two and three Gaussians come first, since a few often do without a map that one needs;
-   maps that are far behind in them come last, but for none up to 3 dimensions. Where there is too little time for heats, the
-   map that suits one Gaussian goes on. Then the lane with the best score so far continues, before new ones.
-4. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
+   maps that are far behind in them come last, but for none up to 3 dimensions, where heats go on to 20 Gaussians: maps bend
+   shapes, which few of them can't tell. Where there is too little time for heats, the map that suits one Gaussian goes on. Then
+   the lane with the best score so far continues, before new ones.
+5. Up to 2,500 codes, all other mixtures, the smallest first: many different fits together beat the best one. Mixtures get half
    of the time, or more while they clearly gain.
-5. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
+6. Latent density estimators behind the best map, in random orders of the dimensions, a small network and a larger one. Up to 3
    dimensions there are two larger ones, with and without the map.
 
 Up to 2,500 codes are split into folds: each contestant is fitted once for each fold, to the other folds, and is the average of
@@ -72,8 +74,9 @@ COVARIANCES: dict[str, list[dict[str, Any]]] = {
 RACED = 20  # held-out codes from which a contestant can be told to be far behind
 FAR = 4  # standard errors of paired differences by which a contestant is far behind
 CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussians are passed over
+STEEP = 0.25  # share of the gain before that one must have for that; else the best number is near, and larger ones take long
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
-HEATS = 2  # numbers of Gaussians behind each map before the best goes on
+HEATS, HEATS_OF_SHAPES = 2, 6  # numbers of Gaussians behind each map before the best goes on
 HEAT_SHARE = 0.1  # of the time that these may take behind a map, for other maps to have theirs
 SHRUNK = 10  # codes for each dimension up to which a shrunk Gaussian takes part
 KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
@@ -88,6 +91,7 @@ LEAST_STEPS = 400  # that the smallest network must have time for, next to mixtu
 OPERATIONS = 1e10  # of floating point in a second of training, about
 NETWORK_EPOCHS = 10_000  # which the clock or the patience always end
 PLANE_DIM = 3  # dimensions up to which codes are shapes: one larger network without a map, since maps bend edges, and one with
+BOX_TRIAL, BOX_SHARE = 200, 0.25  # steps that say whether boxes are far behind; share of the time for all of their steps
 SEPARATE_DIM, SEPARATE_NUMBERS = 64, 1_000_000  # dimensions, and codes times dimensions, up to which each has its network
 PARTS = 5  # of held-out codes, each scored by weights that were chosen on the others
 LEAST_WEIGHT = 0.003
@@ -135,6 +139,7 @@ class _Lane:
     strength: int = 0  # index of the best so far in COVARIANCES[covariance]
     fruitless: int = 0
     climbing: bool = False  # whether the last number of Gaussians clearly gained
+    gained: float = 0.0  # by it, in nats
     seconds: float = 0.0  # of the last fit
     tried: set[tuple[int, int]] = field(default_factory=set)  # indices in COMPONENTS and of the strength
 
@@ -142,6 +147,14 @@ class _Lane:
     def score(self) -> float:
         """Score of the best so far."""
         return self.best.score.mean
+
+    @property
+    def passed_over(self) -> list[int]:
+        """Numbers of components next to the best so far that larger steps left out."""
+        tried = {components for components, _ in self.tried}
+        return [
+            number for number in (self.reached - 1, self.reached + 1) if 0 < number < self.components and number not in tried
+        ]
 
     @property
     def promise(self) -> tuple[bool, bool, bool, int, float]:
@@ -210,8 +223,8 @@ class _Judge:
         # Networks read all training codes.
         self.network_folds = self.folds if len(self.folds) > 1 else [_AllTraining(codes, self.folds[0].load("valid", 0))]
         self.held_out = [fold.load("valid", 0)["codes"] for fold in self.folds]
-        shapes = self.dim <= PLANE_DIM and len(self.folds) == 1
-        self.covariances = {kind: _with_fine_ridge(values) if shapes else values for kind, values in COVARIANCES.items()}
+        self.shapes = self.dim <= PLANE_DIM and len(self.folds) == 1
+        self.covariances = {kind: _with_fine_ridge(values) if self.shapes else values for kind, values in COVARIANCES.items()}
         self.mixtures = "gmm" in settings.families
         self.networks = "lde" in settings.families and self._in_time_for_networks()
         self.mixture_share = (MIXTURE_SHARE if self.networks else MIXTURE_SHARE_ALONE) if self.mixtures else 0.0
@@ -351,6 +364,16 @@ class _Judge:
         ahead = mean_and_error(self._scores(density, self.held_out[0][: len(valid)]) - gaussian.held_out[: len(valid)])
         return ahead.mean < -FAR * ahead.standard_error
 
+    def _boxes(self) -> None:
+        """Fits boxes to shapes without a map, which would bend their edges."""
+        if not self.shapes or "boxes" not in self.settings.families:
+            return
+        minutes = BOX_SHARE * self.limit / 60
+        trial = self._enter("none, boxes, tried", "boxes", transform="none", steps=BOX_TRIAL, max_minutes=minutes)
+        gain = _gain(trial, self._leader())
+        if gain.mean >= -FAR * gain.standard_error:
+            self._enter("none, boxes", "boxes", transform="none", max_minutes=minutes)
+
     def _mixtures(self, lanes: list[_Lane]) -> None:
         """Goes on in the lane with the best score, while any gains; then, in folds, tries all that is left, smallest first."""
         running = self._heats(lanes) if self.mixtures else []
@@ -379,7 +402,7 @@ class _Judge:
         firsts, heated = [lane for lane in lanes if lane.covariance == lanes[0].covariance], list[_Lane]()
         for lane in sorted(firsts, key=lambda lane: -lane.score):
             before = self._spent()
-            for components in range(1, 1 + HEATS):
+            for components in range(1, 1 + (HEATS_OF_SHAPES if self.dim <= PLANE_DIM else HEATS)):
                 if self._spent() < self.mixture_share and self._supported(components):
                     lane.components = components
                     self._advance(lane)
@@ -388,7 +411,7 @@ class _Judge:
                 break  # too little time to compare maps: the one that suits one Gaussian goes on
         for lane in heated:
             if lane.transform == "none" and self.dim <= PLANE_DIM:
-                continue  # a few Gaussians can't tell: maps bend shapes that many of them follow
+                continue  # these can't tell either: many Gaussians follow shapes that a map bends
             gain = _gain(lane.best, max(heated, key=lambda first: first.score).best)
             if gain.mean < -FAR * gain.standard_error:
                 for other in lanes:
@@ -405,17 +428,18 @@ class _Judge:
         before, fits = lane.best, {lane.components: self._of_best_strength(lane)}
         gains = {lane.components: _gain(fits[lane.components], before)}
         lane.climbing = gains[lane.components].mean > CLEAR * gains[lane.components].standard_error
-        for number in () if lane.climbing else (lane.reached - 1, lane.reached + 1):
-            if 0 < number < lane.components and number not in {components for components, _ in lane.tried}:
-                fits[number] = self._enter_mixture(lane, number, lane.strength, before)
-                gains[number] = _gain(fits[number], before)
+        steep = gains[lane.components].mean > STEEP * lane.gained
+        lane.gained = gains[lane.components].mean
+        for number in () if lane.climbing else lane.passed_over:
+            fits[number] = self._enter_mixture(lane, number, lane.strength, before)
+            gains[number] = _gain(fits[number], before)
         number = max(gains, key=lambda number: gains[number].mean)
         best, gain = fits[number], gains[number]
         if best is not None and gain.mean > 0:
-            lane.best, lane.reached, lane.fruitless = best, number, 0
+            lane.best, lane.reached, lane.fruitless = best, number, int(number < lane.components)
         else:
             lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
-        lane.components += 2 if lane.climbing else 1
+        lane.components += 2 if lane.climbing and steep else 1
 
     def _leader(self) -> Contestant:
         """The contestant with the best score."""
@@ -425,8 +449,8 @@ class _Judge:
         """The next number of Gaussians, as regularised as the last one; where that doesn't clearly gain, more or less."""
         best, start = self._enter_mixture(lane, lane.components, lane.strength, lane.best), lane.strength
         gain = _gain(best, lane.best)
-        if gain.mean > CLEAR * gain.standard_error:
-            return best
+        if gain.mean > CLEAR * gain.standard_error or (lane.passed_over and gain.mean < -CLEAR * gain.standard_error):
+            return best  # or it is too many, and smaller numbers are left to try
         for step in (-1, 1):
             number = start + step
             while 0 <= number < len(self.covariances[lane.covariance]) and self._spent() < self.mixture_share:
@@ -454,11 +478,13 @@ class _Judge:
 
     def _supported(self, components: int) -> bool:
         """Whether there are two codes for each Gaussian."""
-        return COMPONENTS[components] * 2 <= min(fold.index.count("train") for fold in self.folds)
+        return components < len(COMPONENTS) and COMPONENTS[components] * 2 <= min(
+            fold.index.count("train") for fold in self.folds
+        )
 
     def _affordable(self, lane: _Lane, share: float) -> bool:
         """Whether there are codes, and within a share of the time, for the next number of Gaussians of a lane."""
-        if lane.components >= len(COMPONENTS) or not self._supported(lane.components):
+        if not self._supported(lane.components):
             return False
         growth = COMPONENTS[lane.components] / COMPONENTS[lane.components - 1]
         return lane.seconds * growth < (share - self._spent()) * self.limit
@@ -495,6 +521,7 @@ class _Judge:
         """Runs the rounds and chooses the result."""
         lanes = self._gaussians()
         self._kernels(lanes)
+        self._boxes()
         self._mixtures(lanes)
         self._networks()
         contestants = self.contest.contestants

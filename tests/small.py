@@ -40,6 +40,7 @@ DENSITIES = {
     "gmmn": {"hidden": [16, 16]},
     "gaussian": {},
     "gmm": {"components": [1, 3]},
+    "boxes": {"components": 8, "steps": 50},
     "kde": {"bandwidths": [0.3], "sensitivity": [0.5]},
     "rnade": {"components": 3, "hidden": 16},
     "made_mog": {"components": 3, "hidden": [16, 16]},

@@ -131,6 +131,7 @@ def test_a_ridge_that_was_raised_is_lowered_again(monkeypatch: pytest.MonkeyPatc
 def test_few_gaussians_behind_each_map_tell_which_goes_on(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Narrow and wide codes along a line: one Gaussian needs a map for their tails, which bends the line that two describe.
     monkeypatch.setattr(contest, "COMPONENTS", (1, 2, 3, 5))
+    monkeypatch.setattr(contest, "HEATS_OF_SHAPES", 2)
     tried: list[str] = []
     enter = contest._Judge._enter
 
@@ -218,11 +219,61 @@ def test_mixtures_that_gain_when_their_half_of_the_time_is_over_go_on(monkeypatc
     assert "none, 5 Gaussians" in str(training.contest[0]["family"])
 
 
+def test_heats_of_shapes_have_more_gaussians(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of clusters on a circle three Gaussians behind quantiles tell more, and eight without a map, which is what they are.
+    led: list[str] = []
+    heats = contest._Judge._heats
+
+    def noted(judge: contest._Judge, lanes: list[contest._Lane]) -> list[contest._Lane]:
+        heats(judge, lanes)
+        led.append(max(lanes, key=lambda lane: lane.score).transform)
+        return []
+
+    monkeypatch.setattr(contest._Judge, "_heats", noted)
+    monkeypatch.setattr(contest, "COVARIANCES", {"full": [{"ridge": [1e-6]}]})
+    monkeypatch.setattr(contest, "TRANSFORMS", ("none", "quantile"))
+    generator = np.random.default_rng(0)
+    angle = generator.integers(0, 8, 3_000) * np.pi / 4
+    codes = 4 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.5 * generator.normal(size=(3_000, 2))
+    for count in (2, 6):
+        monkeypatch.setattr(contest, "HEATS_OF_SHAPES", count)
+        held(codes, families=["gmm"], max_minutes=5)
+    assert led == ["quantile", "none"]
+
+
+def test_steps_are_large_while_gains_hardly_fall_and_smaller_numbers_come_before_other_ridges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = {1: 0.0, 2: 4.0, 4: 6.0, 6: 6.2, 7: 5.0, 5: 6.3, 8: 4.0}  # nats held out, for so many Gaussians
+    tried: list[tuple[int, int]] = []
+
+    def entered(
+        judge: contest._Judge, lane: contest._Lane, components: int, strength: int, rival: contest.Contestant | None
+    ) -> contest.Contestant:
+        count = contest.COMPONENTS[components]
+        tried.append((count, strength))
+        lane.tried.add((components, strength))
+        best = lane.best
+        return contest.Contestant(str(count), best.densities, np.full_like(best.held_out, values[count] - strength), 0.0)
+
+    monkeypatch.setattr(contest._Judge, "_enter_mixture", entered)
+    monkeypatch.setattr(contest, "COMPONENTS", (1, 2, 3, 4, 5, 6, 7, 8))
+    monkeypatch.setattr(contest, "COVARIANCES", {"full": [{"ridge": [1e-6]}, {"ridge": [1e-3]}]})
+    monkeypatch.setattr(contest, "TRANSFORMS", ("none",))
+    monkeypatch.setattr(contest, "HEATS_OF_SHAPES", 0)
+    monkeypatch.setattr(contest, "FOLDED_CODES", 50)
+    held(np.random.default_rng(0).normal(size=(100, 1)), families=["gmm"], max_minutes=5)
+    # 3 and 5 are passed over; 6 gains less than a quarter of what 4 gained; 7 loses, and 5 comes before another ridge.
+    assert tried[:5] == [(2, 0), (4, 0), (6, 0), (7, 0), (5, 0)]
+    assert tried[5:] == [(8, 0), (8, 1)]
+
+
 def test_maps_are_only_compared_where_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, values in {
         "COMPONENTS": (1, 2, 3, 4, 5),
         "COVARIANCES": {"full": [{"ridge": [1e-6]}]},
         "TRANSFORMS": ("none", "asinh"),
+        "HEATS_OF_SHAPES": 2,
     }.items():
         monkeypatch.setattr(contest, key, values)
     tried: list[str] = []
@@ -357,3 +408,19 @@ def test_few_codes_of_many_dimensions_have_a_shrunk_gaussian(few: None) -> None:
     assert density.log_prob(fresh).mean().item() > truth - 0.06 * 60  # the sample covariance has 2 nats per dimension less
     scores = {str(row["family"]): float(row["valid_log_likelihood"]) for row in training.contest}
     assert scores["none, Gaussian, shrunk"] > scores["none, Gaussian"] + 60
+
+
+def test_boxes_take_part_where_codes_are_shapes_and_are_not_far_behind() -> None:
+    from test_boxes import checkerboard
+
+    density, training = held(checkerboard(6000, seed=0).numpy(), families=["boxes"], max_minutes=1)
+    assert training.contest[0]["family"] == "none, boxes"
+    assert density.log_prob(checkerboard(2000, seed=1)).mean().item() > -np.log(32) - 0.1
+    line = np.random.default_rng(0).normal(size=(3000, 1)) @ [[1.0, 1.0]] + 1e-3 * np.random.default_rng(1).normal(
+        size=(3000, 2)
+    )
+    for codes, tried in ((line, True), (np.concatenate([line, line], axis=1)[:, :4] + 0.1 * line[:, :1], False)):
+        _, training = held(codes, families=["boxes"], max_minutes=1)
+        names = [row["family"] for row in training.contest]
+        assert ("none, boxes, tried" in names) == tried
+        assert "none, boxes" not in names  # far behind the Gaussian of a thin line

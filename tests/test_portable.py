@@ -62,6 +62,7 @@ WRITTEN: dict[str, Callable[[], Density]] = {
     "gaussian of each label": lambda: density("gaussian", context=labelled()),
     "gmm of each label": lambda: density("gmm", components=[3], covariance="diagonal", context=labelled()),
     "kde": kernels,
+    "boxes": lambda: density("boxes", components=3),
     "gmm behind a map": lambda: behind("quantile"),
     "lde": lambda: density("lde", components=3, context=labelled()),
     "separate": lambda: density("lde", blocks="separate", width=8, components=3),

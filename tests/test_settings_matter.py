@@ -531,6 +531,11 @@ FAMILIES: dict[str, tuple[Row, Row, set[str]]] = {
         },
         STEPS,
     ),
+    "boxes": (
+        {"components": 3, "steps": 20},
+        {"components": 4, "least_codes": Change(9.0, steps=60), "steps": 30, "max_examples": 20},
+        STEPS,
+    ),
     "gmmn": (
         {"hidden": [8]},
         {"noise_dim": 3, "hidden": [9], "bandwidths": [0.3], "output": Change("sigmoid", standardise="none")},

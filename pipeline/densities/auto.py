@@ -14,7 +14,7 @@ from pipeline.settings import Checked, DensitySettings, check_that
 
 __all__ = ["Mixture", "Options", "Settings"]
 
-FAMILIES = ("kde", "gmm", "lde")
+FAMILIES = ("kde", "gmm", "boxes", "lde")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Options(Checked):
     Attributes:
         folds: Parts of up to 2,500 training and validation codes; each is held out once, and what is fitted to the others is
             averaged. More codes are fitted as every family is: on training codes, chosen on validation codes.
-        families: What takes part next to the Gaussians, among `kde`, `gmm` and `lde`.
+        families: What takes part next to the Gaussians, among `kde`, `gmm`, `boxes` and `lde`.
     """
 
     folds: int = 5

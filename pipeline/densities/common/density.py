@@ -358,7 +358,7 @@ class Density(nn.Module):
         if not self.has_given:
             raise PipelineError(
                 f"this density of the family '{self.family}' can't predict some dimensions from others: fit a gaussian, a gmm, "
-                "a kde, or an lde with `blocks: attention` and `orders: any`"
+                "a kde, boxes, or an lde with `blocks: attention` and `orders: any`"
             )
 
     def _scaled(self, z: Tensor) -> Tensor:
