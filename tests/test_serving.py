@@ -186,7 +186,7 @@ REFUSED = [
     ({"count": 1, "format": "gif"}, FORMAT),
     ({"count": 1, "label": "4"}, "labels: no training code has '4'; known: 3, 7"),
     ({"count": 1, "label": [7]}, "label must be a word or a number"),
-    ({"count": 1, "context": {"ward": "a"}}, "ward: give one value for each column of the context, labels"),
+    ({"count": 1, "context": {"ward": "a"}}, "ward: no column of this density's context, which has labels"),
     ({"count": 1, "context": 7}, "context must map columns to words or numbers"),
     ({"count": 1, "context": {"labels": [7]}}, "context must map columns to words or numbers"),
     ({"count": 1, "example": [1]}, "'example' is no key of draw; known: count, seed, label, context, format"),

@@ -821,7 +821,7 @@ def test_draw_gives_the_label_asked_for(world: World) -> None:
     assert len(np.unique(load_file("drawn/samples.safetensors")["context"])) > 1
     for arguments, message in (
         ((*draw, "--label", "up"), "labels: no training code has 'up'; known: left, middle, right"),
-        ((*draw, "--given", "age=3"), "age: give one value for each column of the context, labels"),
+        ((*draw, "--given", "age=3"), "age: no column of this density's context, which has labels"),
         ((*draw, "--given", "age"), "--given age: write COLUMN=VALUE"),
         (("draw", "marks", "--label", "left", "--output", "drawn"), "densities.marks isn't conditioned: leave out --label"),
         (("draw", "marks-labels", "--output", "data"), "data exists and holds no draw; name another folder"),

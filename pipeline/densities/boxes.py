@@ -256,9 +256,7 @@ def _first_boxes(codes: Tensor, count: int, seed: int) -> list[Tensor]:
     return [part.requires_grad_() for part in parts]
 
 
-def _kept(
-    kept: Tensor, parameters: list[Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[list[Tensor], torch.optim.Optimizer]:
+def _kept(kept: Tensor, parameters: list[Tensor], optimizer: torch.optim.Adam) -> tuple[list[Tensor], torch.optim.Adam]:
     """The same without the boxes that aren't kept, (K,) booleans, and with the optimizer's memory of the others."""
     fewer = [parameter.detach()[kept].clone().requires_grad_() for parameter in parameters]
     successor = torch.optim.Adam(fewer, lr=LEARNING_RATE, betas=BETAS)

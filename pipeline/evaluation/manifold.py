@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -69,10 +70,19 @@ def log_volume(decode: Decode, codes: Tensor, exact: int = EXACT_DIMENSIONS, see
     return values, torch.zeros_like(values)
 
 
+def _pushed(decode: Decode, codes: Tensor, vectors: Tensor) -> Tensor:
+    """J v (B, P) of vectors (B, D)."""
+    with warnings.catch_warnings():
+        # Torch's first jvp loads rules of its own that are written as it advises against.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+        product: Tensor = jvp(decode, (codes,), (vectors,))[1]
+        return product
+
+
 @torch.no_grad()
 def _exact(decode: Decode, codes: Tensor) -> Tensor:
     directions = torch.eye(codes.shape[1], dtype=codes.dtype, device=codes.device)
-    columns = [jvp(decode, (codes,), (direction.expand_as(codes).contiguous(),))[1] for direction in directions]
+    columns = [_pushed(decode, codes, direction.expand_as(codes).contiguous()) for direction in directions]
     jacobian = torch.stack(columns, dim=2).double()  # (B, P, D)
     sign, value = torch.linalg.slogdet(jacobian.transpose(1, 2) @ jacobian)
     return torch.where(sign > 0, value / 2, -math.inf)
@@ -84,8 +94,7 @@ def _estimated(decode: Decode, codes: Tensor, seed: int) -> tuple[Tensor, Tensor
     pulled: Callable[[Tensor], tuple[Tensor]] = vjp(decode, codes)[1]
 
     def product(vectors: Tensor) -> Tensor:
-        pushed = jvp(decode, (codes,), (vectors.to(codes),))[1]
-        return pulled(pushed)[0].detach().double()
+        return pulled(_pushed(decode, codes, vectors.to(codes)))[0].detach().double()
 
     estimates, shorter = [], []
     for _ in range(PROBES):

@@ -245,6 +245,8 @@ def add(name: str, seeds: int | None, quick: bool, replace: bool, params_file: s
                 click.echo(f"{params_file}: {len(rows)} row{'s' * (len(rows) > 1)} {word}")
             for table in dict.fromkeys(row.table for row in rows):
                 click.echo(f"  {table}: {', '.join(row.name for row in rows if row.table == table)}")
-        for root in dict.fromkeys(str(r.values.get("root")) for r in chosen.rows if r.table == "datasets"):
+        needed = [r.values.get("root") for r in chosen.rows if r.table == "datasets"]
+        needed += [r.values.get(key) for r in chosen.rows if r.table == "autoencoders" for key in ("encoder", "decoder")]
+        for root in dict.fromkeys(str(path) for path in needed if path is not None):
             if not Path(root).exists():
                 click.echo(f"warning: {root} is missing; data/raw/README.md says what to put there", err=True)

@@ -212,7 +212,10 @@ class Context(nn.Module):
         Raises:
             SettingsError: When a column is missing or unknown, or no training code has the level.
         """
-        wrong = [name for name in words if name not in self.names] or [name for name in self.names if name not in words]
-        if wrong:
-            raise SettingsError(f"{wrong[0]}: give one value for each column of the context, {', '.join(self.names)}")
+        for name in words:
+            if name not in self.names:
+                raise SettingsError(f"{name}: no column of this density's context, which has {', '.join(self.names)}")
+        for name in self.names:
+            if name not in words:
+                raise SettingsError(f"{name}: give a value for each column of the context, {', '.join(self.names)}")
         return self.mean.new_tensor([column.value(words[column.name]) for column in self.columns])

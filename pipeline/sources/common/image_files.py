@@ -297,7 +297,7 @@ def find_images(root: Path, wanted: str, preferred: Sequence[str] = ()) -> Path:
     if root.is_file():
         # A link such as data/raw/mine often lacks the ending of what it leads to.
         if root.suffix.lower() != ".zip" and not zipfile.is_zipfile(root):
-            raise DataError(f"{root}: expected a folder or a .zip; {wanted}")
+            raise DataError(f"{root} is no zip; {wanted}")
         return root
     for below in preferred:
         if (root / below).exists():
