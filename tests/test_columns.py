@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -231,3 +233,10 @@ def test_an_index_whose_columns_are_impossible(tmp_path: Path) -> None:
         write_json(path, index)
         with pytest.raises(DataError, match="columns"):
             (CodeReader if name == "codes" else ShardReader)(path.parent)
+
+
+def test_torch_s_own_warnings_stay_out_of_sight() -> None:
+    # They come with the first derivative of a process.
+    code = "import torch; from pipeline.evaluation.manifold import log_volume; log_volume(torch.sin, torch.zeros(1, 2))"
+    found = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")

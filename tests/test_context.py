@@ -266,7 +266,7 @@ def test_what_is_never_seen_is_refused_by_name():
     with pytest.raises(SettingsError, match="labels: no training code has 'c9'; known: c2, c5"):
         model.context.parse({"labels": "c9"})
     assert model.context.parse({"labels": "c5"}).tolist() == [5.0]
-    with pytest.raises(SettingsError, match="age: no column of this density.s context, which has labels"):
+    with pytest.raises(SettingsError, match="age: no column of this density's context, which has labels"):
         model.context.parse({"labels": "c5", "age": "3"})
     with pytest.raises(DataError, match=r"2 codes have 3 contexts"):
         model.log_prob(z, torch.tensor([2.0, 2.0, 2.0]))
