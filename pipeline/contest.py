@@ -74,7 +74,7 @@ COVARIANCES: dict[str, list[dict[str, Any]]] = {
 RACED = 20  # held-out codes from which a contestant can be told to be far behind
 FAR = 4  # standard errors of paired differences by which a contestant is far behind
 CLEAR = 2  # .. and by which one clearly gains, so that some numbers of Gaussians are passed over
-STEEP = 0.25  # share of the gain before that one must have for that; else the best number is near, and larger ones take long
+STEEP = 0.5  # share of the gain before that one must have for that; else the best number is near, and larger ones take long
 FRUITLESS = 4  # numbers of components without a gain after which a lane ends; one that clearly loses counts as two
 HEATS, HEATS_OF_SHAPES = 2, 6  # numbers of Gaussians behind each map before the best goes on
 HEAT_SHARE = 0.1  # of the time that these may take behind a map, for other maps to have theirs
@@ -82,6 +82,8 @@ SHRUNK = 10  # codes for each dimension up to which a shrunk Gaussian takes part
 KERNEL_SHARE = 0.02  # of the time, for the kernels behind one map
 TRIAL = {"train": 2_000, "valid": 500}  # codes of a set without folds on which kernels are tried before all
 MIXTURE_SHARE = 0.5  # of the time, for mixtures of Gaussians
+MIXTURE_SHARE_OF_SHAPES = 0.65  # which they follow better than a network does in as much time
+REFINING_SHARE = 0.1  # of the time that must be left to try other ridges for the best number of Gaussians
 MIXTURE_SHARE_ALONE = 0.9  # where no networks follow
 NETWORK_CODES = 100  # training codes from which networks are tried
 NETWORK_SHARE = 0.85  # of a network's time, for its training
@@ -227,7 +229,8 @@ class _Judge:
         self.covariances = {kind: _with_fine_ridge(values) if self.shapes else values for kind, values in COVARIANCES.items()}
         self.mixtures = "gmm" in settings.families
         self.networks = "lde" in settings.families and self._in_time_for_networks()
-        self.mixture_share = (MIXTURE_SHARE if self.networks else MIXTURE_SHARE_ALONE) if self.mixtures else 0.0
+        beside_networks = MIXTURE_SHARE_OF_SHAPES if self.shapes else MIXTURE_SHARE
+        self.mixture_share = (beside_networks if self.networks else MIXTURE_SHARE_ALONE) if self.mixtures else 0.0
         self.mapped = dict[str, list[_Mapped]]()
         self.contest = Contest()
         self.best = -math.inf
@@ -385,6 +388,8 @@ class _Judge:
             if lane.fruitless >= FRUITLESS or not self._affordable(lane, share):
                 running.remove(lane)
         lanes.sort(key=lambda lane: -lane.score)
+        if self.shapes and self.mixtures and lanes:
+            self._refine(lanes[0])
         for components in range(len(COMPONENTS)) if len(self.folds) > 1 else ():
             for lane in lanes:
                 for strength in range(len(self.covariances[lane.covariance])):
@@ -392,6 +397,21 @@ class _Judge:
                         if self._spent() >= self.mixture_share:
                             return
                         self._enter_mixture(lane, components, strength, self._leader())
+
+    def _refine(self, lane: _Lane) -> None:
+        """Tries other ridges for the best number of Gaussians, which may be one that was passed over at first."""
+        for step in (-1, 1):
+            number = lane.strength + step
+            while (
+                0 <= number < len(self.covariances[lane.covariance])
+                and (lane.reached, number) not in lane.tried
+                and self._spent() + REFINING_SHARE < 1
+            ):
+                contestant = self._enter_mixture(lane, lane.reached, number, lane.best)
+                if contestant is None or contestant.score.mean <= lane.score:
+                    break
+                lane.best, lane.strength = contestant, number
+                number += step
 
     def _heats(self, lanes: list[_Lane]) -> list[_Lane]:
         """Fits few Gaussians of the first kind behind each map, and marks the maps that are far behind.
@@ -446,12 +466,18 @@ class _Judge:
         return max(self.contest.contestants, key=lambda contestant: contestant.score.mean)
 
     def _of_best_strength(self, lane: _Lane) -> Contestant | None:
-        """The next number of Gaussians, as regularised as the last one; where that doesn't clearly gain, more or less."""
+        """The next number of Gaussians, as regularised as the last one; where that doesn't clearly gain, more or less.
+
+        Of many codes also less where it does: the more Gaussians, the narrower they are, and one that suited few blurs them.
+        """
         best, start = self._enter_mixture(lane, lane.components, lane.strength, lane.best), lane.strength
         gain = _gain(best, lane.best)
-        if gain.mean > CLEAR * gain.standard_error or (lane.passed_over and gain.mean < -CLEAR * gain.standard_error):
-            return best  # or it is too many, and smaller numbers are left to try
-        for step in (-1, 1):
+        if gain.mean > CLEAR * gain.standard_error:
+            steps = [-1] if len(self.folds) == 1 and "pooled" not in lane.covariance else []
+        else:
+            too_many = lane.passed_over and gain.mean < -CLEAR * gain.standard_error
+            steps = [] if too_many else [-1, 1]
+        for step in steps:
             number = start + step
             while 0 <= number < len(self.covariances[lane.covariance]) and self._spent() < self.mixture_share:
                 contestant = self._enter_mixture(lane, lane.components, number, best)

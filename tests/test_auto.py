@@ -244,7 +244,7 @@ def test_heats_of_shapes_have_more_gaussians(monkeypatch: pytest.MonkeyPatch) ->
 def test_steps_are_large_while_gains_hardly_fall_and_smaller_numbers_come_before_other_ridges(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    values = {1: 0.0, 2: 4.0, 4: 6.0, 6: 6.2, 7: 5.0, 5: 6.3, 8: 4.0}  # nats held out, for so many Gaussians
+    values = {1: 0.0, 2: 4.0, 4: 7.0, 6: 7.2, 7: 5.0, 5: 7.3, 8: 4.0}  # nats held out, for so many Gaussians
     tried: list[tuple[int, int]] = []
 
     def entered(
@@ -263,9 +263,31 @@ def test_steps_are_large_while_gains_hardly_fall_and_smaller_numbers_come_before
     monkeypatch.setattr(contest, "HEATS_OF_SHAPES", 0)
     monkeypatch.setattr(contest, "FOLDED_CODES", 50)
     held(np.random.default_rng(0).normal(size=(100, 1)), families=["gmm"], max_minutes=5)
-    # 3 and 5 are passed over; 6 gains less than a quarter of what 4 gained; 7 loses, and 5 comes before another ridge.
+    # 3 and 5 are passed over; 6 gains less than half of what 4 gained; 7 loses, and 5 comes before another ridge.
     assert tried[:5] == [(2, 0), (4, 0), (6, 0), (7, 0), (5, 0)]
-    assert tried[5:] == [(8, 0), (8, 1)]
+    assert tried[5:] == [(8, 0), (8, 1), (5, 1)]  # in the end another ridge for the best number
+
+
+def test_a_ridge_that_did_no_harm_to_a_few_is_lowered_for_more_where_codes_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    codes = generator.integers(20, size=(3000, 1)) + 0.01 * generator.normal(size=(3000, 1))
+    monkeypatch.setattr(contest, "COMPONENTS", (1, 2, 20, 40))
+    monkeypatch.setattr(contest, "COVARIANCES", {"full": [{"ridge": [1e-6]}, {"ridge": [1e-2]}]})
+    monkeypatch.setattr(contest, "TRANSFORMS", ("none",))
+    monkeypatch.setattr(contest, "_with_fine_ridge", lambda values: values)
+    enter = contest._Judge._enter
+
+    def entered(judge: contest._Judge, name: str, family: str, **values: object) -> contest.Contestant | None:
+        found = enter(judge, name, family, **values)
+        if found is not None and name == "none, 2 Gaussians, full, ridge 1e-06":
+            found.held_out -= 1.0  # so that the other suits them
+        return found
+
+    monkeypatch.setattr(contest._Judge, "_enter", entered)
+    _, training = held(codes, families=["gmm"], max_minutes=5)
+    scores = {str(row["family"]): float(row["valid_log_likelihood"]) for row in training.contest}
+    assert scores["none, 20 Gaussians, full, ridge 0.01"] > scores["none, 2 Gaussians, full, ridge 0.01"]  # a clear gain
+    assert str(training.contest[0]["family"]).endswith("ridge 1e-06")
 
 
 def test_maps_are_only_compared_where_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
