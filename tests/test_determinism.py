@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import small
 
@@ -36,3 +39,22 @@ def test_every_stage_gives_the_same_bits_with_no_reader_and_with_four(tmp_path: 
         "arrays",
     }
     assert four == alone
+
+
+@pytest.mark.slow  # the compiler takes half a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_autoencoder_learns_the_same_and_twice_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.write_raw(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    params, losses, weights = Path("params.yaml"), [], []
+    assert small.run("prepare", "blobs").exit_code == 0
+    for keys in ("epochs: 4", "epochs: 4, compile: true", "epochs: 4, compile: true"):
+        params.write_text(small.PARAMS.replace("epochs: 4", keys, 1))
+        result = small.run("train", "blobs-ae")
+        assert result.exit_code == 0, result.output
+        losses.append(pd.read_csv("reports/curves/train/blobs-ae.tsv", sep="\t")["loss"].to_numpy())
+        weights.append(small.files(Path("data/autoencoders/blobs-ae"))["decoder.safetensors"])
+    assert weights[1] == weights[2] != weights[0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)

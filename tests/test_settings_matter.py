@@ -373,8 +373,8 @@ OBJECTIVES: dict[str, tuple[Row, Row]] = {
     "rae": ({"decoder_weight": 0.1}, {"code_weight": 0.5, "decoder_penalty": "gradient", "decoder_weight": 1.0}),
     "vae": ({}, {"kl_weight": 0.1}),
 }
-# The order of pixels in memory is a matter of speed, but for rounding.
-MEMORY = {"channels_last"}
+# The order of pixels in memory and a compiler are matters of speed, but for rounding.
+MEMORY = {"channels_last", "compile"}
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +418,7 @@ def numbers(path: Path) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in load_file(path).items()}
 
 
+RAE = {"objective": "rae", "decoder_penalty": "gradient"}
 BLOBS = {"source": "images", "root": "raw", "image_px": 8, "channels": 1}
 
 
@@ -461,6 +462,31 @@ def test_channels_last_is_an_order_in_memory(images: None, monkeypatch: pytest.M
     write_params(datasets={"blobs": colours}, autoencoders={"row": row})
     assert "seen" in small.run("train", "row").output
     assert seen == [last, last]
+
+
+def test_a_compiled_network_has_the_same_weights_and_needs_a_compiler(images: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    row = {
+        "dataset": "blobs",
+        "objective": "ae",
+        "latent_dim": 3,
+        "blocks": 1,
+        "base_channels": 4,
+        "epochs": 1,
+        "batch_size": 8,
+    }
+    names = []
+    for keys in ({}, {"compile": True}):
+        write_params(datasets={"blobs": BLOBS}, autoencoders={"row": row | keys})
+        assert small.run("train", "row").exit_code == 0
+        names.append(numbers(Path("data/autoencoders/row/decoder.safetensors")).keys())
+    assert compiled == ["Encoder", "Decoder"]
+    assert names[0] == names[1]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "compile: needs a C++ compiler, and there is no 'no-such-compiler' here" in small.run("train", "row").output
+    write_params(datasets={"blobs": BLOBS}, autoencoders={"row": row | RAE | {"compile": True}})
+    assert "compiled networks have no second derivatives" in small.run("train", "row").output
 
 
 def test_vectors_need_no_settings() -> None:

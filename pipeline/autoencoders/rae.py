@@ -35,6 +35,11 @@ class Settings(ImageAutoencoderSettings):
         super().__post_init__()
         check_that(self.code_weight >= 0, "code_weight", "must be 0 or more")
         check_that(self.decoder_weight >= 0, "decoder_weight", "must be 0 or more")
+        check_that(
+            not self.compile or self.decoder_penalty != "gradient",
+            "compile",
+            "compiled networks have no second derivatives, which `decoder_penalty: gradient` takes: leave out one of them",
+        )
 
 
 class RegularisedObjective(ImageObjective):

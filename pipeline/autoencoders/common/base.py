@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,7 @@ from pipeline.autoencoders.common.network import (
 )
 from pipeline.autoencoders.common.options import ConvolutionOptions
 from pipeline.autoencoders.common.perceptual import PerceptualLoss, vgg19_weights
+from pipeline.errors import SettingsError
 from pipeline.settings import AutoencoderSettings, TrainingSettings, check_that, checked_path, file_setting
 from pipeline.system.draws import uniform
 from pipeline.system.streams import stream_seed
@@ -40,6 +43,8 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
             `PATH@sha256:HEX`, or `imagenet` for torchvision's official ones, downloaded once.
         pixel_loss: `squared`: the mean squared error of the paper; `absolute`: the mean absolute error, which blurs edges less.
         mirror: Whether each image is mirrored left to right in half of the steps: for photographs, not for letters or digits.
+        compile: Whether torch compiles encoder and decoder for training, by a C++ compiler or on a GPU by Triton. It takes a
+            minute first and rounds otherwise, so weights differ a little from those of a row without it.
     """
 
     incremental: IncrementalSettings | None = None
@@ -47,6 +52,7 @@ class ImageAutoencoderSettings(TrainingSettings, AutoencoderSettings, Convolutio
     perceptual_weights: str | None = file_setting()
     pixel_loss: Literal["squared", "absolute"] = "squared"
     mirror: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,11 +169,23 @@ class ImageObjective(Objective):
         self.initial = torch.Generator().manual_seed(stream_seed("autoencoder weights", settings.seed))
         network = Autoencoder(settings, shape, value_range, variational=variational, generator=self.initial)
         self.encoder, self.decoder = network.encoder, network.decoder
+        if settings.compile:
+            self._compile()
         # In a tuple, PyTorch doesn't see it: VGG19 is not among the weights that are trained, averaged or saved.
         self._perceptual: tuple[PerceptualLoss, ...] = ()
         if settings.perceptual_weight > 0:
             weights = vgg19_weights(checked_path(settings.perceptual_weights or "", key := "perceptual_weights"), key)
             self._perceptual = (PerceptualLoss(weights, value_range, channels_last=settings.channels_last),)
+
+    def _compile(self) -> None:
+        """Replaces how encoder and decoder are called, and leaves their weights and names."""
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise SettingsError(
+                f"compile: needs a C++ compiler, and there is no '{compiler}' here; install g++, or leave it out"
+            )
+        for network in (self.encoder, self.decoder):
+            network.compile()
 
     def augment(self, batch: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """The batch with half of the images mirrored, if the settings say so."""
