@@ -275,9 +275,11 @@ def test_a_ridge_that_did_no_harm_to_a_few_is_lowered_for_more_where_codes_are_m
     monkeypatch.setattr(contest, "COVARIANCES", {"full": [{"ridge": [1e-6]}, {"ridge": [1e-2]}]})
     monkeypatch.setattr(contest, "TRANSFORMS", ("none",))
     monkeypatch.setattr(contest, "_with_fine_ridge", lambda values: values)
+    tried: list[str] = []
     enter = contest._Judge._enter
 
     def entered(judge: contest._Judge, name: str, family: str, **values: object) -> contest.Contestant | None:
+        tried.append(name)
         found = enter(judge, name, family, **values)
         if found is not None and name == "none, 2 Gaussians, full, ridge 1e-06":
             found.held_out -= 1.0  # so that the other suits them
@@ -287,6 +289,7 @@ def test_a_ridge_that_did_no_harm_to_a_few_is_lowered_for_more_where_codes_are_m
     _, training = held(codes, families=["gmm"], max_minutes=5)
     scores = {str(row["family"]): float(row["valid_log_likelihood"]) for row in training.contest}
     assert scores["none, 20 Gaussians, full, ridge 0.01"] > scores["none, 2 Gaussians, full, ridge 0.01"]  # a clear gain
+    assert tried.index("none, 20 Gaussians, full, ridge 1e-06") == tried.index("none, 20 Gaussians, full, ridge 0.01") + 1
     assert str(training.contest[0]["family"]).endswith("ridge 1e-06")
 
 
