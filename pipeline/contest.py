@@ -448,7 +448,8 @@ class _Judge:
         before, fits = lane.best, {lane.components: self._of_best_strength(lane)}
         gains = {lane.components: _gain(fits[lane.components], before)}
         lane.climbing = gains[lane.components].mean > CLEAR * gains[lane.components].standard_error
-        steep = gains[lane.components].mean > STEEP * lane.gained
+        # In folds each fit costs several, and what is passed over has its turn in the end.
+        steep = len(self.folds) > 1 or gains[lane.components].mean > STEEP * lane.gained
         lane.gained = gains[lane.components].mean
         for number in () if lane.climbing else lane.passed_over:
             fits[number] = self._enter_mixture(lane, number, lane.strength, before)
