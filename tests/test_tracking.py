@@ -218,6 +218,8 @@ def test_the_view_of_rows_has_one_line_per_row_under_short_headings(fork: Fork, 
     assert json.loads(view) == {
         "searchFilter": "tags.view = 'rows'",
         "selectedColumns": ["metrics.`parzen`", "metrics.`kid`", "tags.`latent_dim`", "tags.`family`"],
+        "orderByKey": "tags.`row`",  # any order but that of time shows them side by side
+        "orderByAsc": True,
     }
 
 

@@ -140,8 +140,8 @@ class _Writer:
         """
         self._share(VIEW, "tags.stage = 'report'", [f"metrics.`{name}`" for name in metrics[:VIEW_COLUMNS]])
 
-    def _share(self, name: str, search: str, columns: list[str]) -> None:
-        state = {"searchFilter": search, "selectedColumns": columns}
+    def _share(self, name: str, search: str, columns: list[str], **others: Any) -> None:
+        state = {"searchFilter": search, "selectedColumns": columns, **others}
         self.client.set_experiment_tag(self.experiment(), f"mlflow.sharedViewState.{name}", json.dumps(state))
 
     def rows(self, rows: list[dict[str, Any]]) -> None:
@@ -169,7 +169,9 @@ class _Writer:
                 self.client.log_batch(row["run_id"], metrics=metrics, tags=tags)
         kinds = {"metrics": "scores", "tags": "settings"}
         columns = {f"{kind}.`{name}`": None for kind, key in kinds.items() for row in rows for name in row[key]}
-        self._share(ROW_VIEW, f"tags.view = '{ROW_VIEW}'", list(columns))
+        # Sorted by time, as by default, the UI hides them behind the runs of the pipeline that they belong to.
+        order = {"orderByKey": "tags.`row`", "orderByAsc": True}
+        self._share(ROW_VIEW, f"tags.view = '{ROW_VIEW}'", list(columns), **order)
 
     def pipeline(self, children: list[dict[str, Any]]) -> None:
         """Makes the runs of the stages children of this run.
