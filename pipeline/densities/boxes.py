@@ -219,7 +219,13 @@ def _log_sides(z: Tensor, centres: Tensor, log_sides: Tensor, log_edges: Tensor)
     place, half = (z[:, None] - centres) / edges, log_sides.exp() / edges
     # sigma(t + a) - sigma(t - a) = sigma(t + a) sigma(a - t) (1 - exp(-2 a)), which loses nothing far from the box.
     inside = torch.log(-torch.expm1(-2 * half)) - log_sides - math.log(2)
-    return logsigmoid(half + place) + logsigmoid(half - place) + inside
+    return _log_sigmoid(half + place) + _log_sigmoid(half - place) + inside
+
+
+def _log_sigmoid(x: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():  # other formats take the logarithm of a sigmoid, which loses digits far from a box
+        return x.clamp(max=0) - torch.log1p(torch.exp(-x.abs()))
+    return logsigmoid(x)
 
 
 def _log_boxes(z: Tensor, centres: Tensor, log_sides: Tensor, log_edges: Tensor) -> Tensor:
