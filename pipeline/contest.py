@@ -225,7 +225,9 @@ class _Judge:
         # Networks read all training codes.
         self.network_folds = self.folds if len(self.folds) > 1 else [_AllTraining(codes, self.folds[0].load("valid", 0))]
         self.held_out = [fold.load("valid", 0)["codes"] for fold in self.folds]
-        self.shapes = self.dim <= PLANE_DIM and len(self.folds) == 1
+        # A fit alone decides at once what to leave out; in folds it has its turn in the end, and the mixture gains by it.
+        self.alone = len(self.folds) == 1
+        self.shapes = self.dim <= PLANE_DIM and self.alone
         self.covariances = {kind: _with_fine_ridge(values) if self.shapes else values for kind, values in COVARIANCES.items()}
         self.mixtures = "gmm" in settings.families
         self.networks = "lde" in settings.families and self._in_time_for_networks()
@@ -448,8 +450,7 @@ class _Judge:
         before, fits = lane.best, {lane.components: self._of_best_strength(lane)}
         gains = {lane.components: _gain(fits[lane.components], before)}
         lane.climbing = gains[lane.components].mean > CLEAR * gains[lane.components].standard_error
-        # In folds each fit costs several, and what is passed over has its turn in the end.
-        steep = len(self.folds) > 1 or gains[lane.components].mean > STEEP * lane.gained
+        steep = not self.alone or gains[lane.components].mean > STEEP * lane.gained
         lane.gained = gains[lane.components].mean
         for number in () if lane.climbing else lane.passed_over:
             fits[number] = self._enter_mixture(lane, number, lane.strength, before)
@@ -457,7 +458,7 @@ class _Judge:
         number = max(gains, key=lambda number: gains[number].mean)
         best, gain = fits[number], gains[number]
         if best is not None and gain.mean > 0:
-            lane.best, lane.reached, lane.fruitless = best, number, int(number < lane.components)
+            lane.best, lane.reached, lane.fruitless = best, number, int(self.alone and number < lane.components)
         else:
             lane.fruitless += 2 if gain.mean < -gain.standard_error else 1
         lane.components += 2 if lane.climbing and steep else 1
@@ -474,9 +475,9 @@ class _Judge:
         best, start = self._enter_mixture(lane, lane.components, lane.strength, lane.best), lane.strength
         gain = _gain(best, lane.best)
         if gain.mean > CLEAR * gain.standard_error:
-            steps = [-1] if len(self.folds) == 1 and "pooled" not in lane.covariance else []
+            steps = [-1] if self.alone and "pooled" not in lane.covariance else []
         else:
-            too_many = lane.passed_over and gain.mean < -CLEAR * gain.standard_error
+            too_many = self.alone and lane.passed_over and gain.mean < -CLEAR * gain.standard_error
             steps = [] if too_many else [-1, 1]
         for step in steps:
             number = start + step
