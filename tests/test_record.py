@@ -13,8 +13,10 @@ import pytest
 import yaml
 from small import run
 
+from pipeline.errors import PipelineError
 from pipeline.settings import read_params
 from stages.reporting.metrics import DETECTION
+from stages.tools.findings import renewed
 from stages.tools.record import COLUMNS, END, EXPERIMENTS, RECORDED, START, markdown_tables, read_lines
 
 ROOT = Path(__file__).parents[1]
@@ -310,3 +312,87 @@ def test_the_readme_holds_the_tables_of_its_lines():
     assert markdown_tables(kept) in (ROOT / "reports/paper/README.md").read_text()
     for table in re.findall(r"(?:^\|.*\n)+", markdown_tables(kept), flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
+
+
+# The page of findings --------------------------------------------------------------------------------------------------
+
+PAGE = """A claim.
+
+<!-- table: open dimensions 1 2; AE = ae; PCA = control -->
+| old |
+
+<!-- table: scores; AE = ae; first = ae-s0 -->
+
+<!-- table: differences;
+  IAE - AE = iae - ae
+-->
+| a | b |
+| old | table |
+
+Between | these | bars.
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Two rows with trials of which one is common, and a control."""
+
+    def row(name, trials):
+        write(str(tmp_path / name / "metrics.json"), {f"{stage} {name}{trial}": m for (stage, trial), m in trials.items()})
+
+    def trained(mse, first):
+        return {"test_mse": mse, "test_squared_error": 100 * mse, "test_mse_first_1": first, "test_mse_first_2": mse}
+
+    def evaluated(parzen, kid):
+        return {"parzen_test_log_likelihood": parzen, "parzen_test_se": 2, "parzen_bandwidth": 0.5, "classifier_kid": kid,
+                "classifier_kid_se": 0.01, "test_log_likelihood": -3.0}  # fmt: skip
+
+    row("ae", {("train", "-s0"): trained(0.010, 0.3), ("evaluate", "-s0"): evaluated(300.0, 0.2),
+               ("train", "-s1"): trained(0.012, 0.5), ("evaluate", "-s1"): evaluated(304.0, 0.4)})  # fmt: skip
+    row("iae", {("train", "-s1"): trained(0.015, 0.1), ("evaluate", "-s1"): evaluated(310.0, 0.3),
+                ("train", "-s2"): trained(0.090, 0.9), ("evaluate", "-s2"): evaluated(990.0, 0.9)})  # fmt: skip
+    row("control", {("control", ""): {"pca_test_mse_first_1": 0.25, "pca_test_mse_first_2": 0.125}})
+    return tmp_path
+
+
+def test_tables_of_findings_are_means_and_differences_of_the_same_trials(recorded):
+    text = renewed(PAGE, recorded)
+    assert "| AE | 0.4000 | 0.0110 |\n| PCA | 0.2500 | 0.1250 |\n\n" in text
+    assert "| AE | `ae` | 2 | 0.0110 ± 0.0010 | 302 ± 2 | 0.30 ± 0.10 | -3 |" in text
+    assert "| first | `ae-s0` | 1 | 0.01 | 300 ± 2 | 0.200 ± 0.010 | -3 |" in text
+    # Trial 1 alone is of both: 0.3 more squared error, which is 0.3 / (2 * 0.25) nats less in a window of 0.5.
+    assert "| IAE - AE | 1 | +0.3 | +25 | -0.1 | -25 | +0 | +6 | -0.6 |" in text
+    assert text.startswith("A claim.\n\n<!--")
+    assert text.endswith("|\n\nBetween | these | bars.\n")
+    assert "old" not in text
+    assert renewed(text, recorded) == text
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ("scores; AE = gone", "gone/metrics.json: missing"),
+        ("averages; AE = ae", "averages; AE = ae -->: expected KIND; LABEL = ROW"),
+        ("scores; ae", "expected KIND; LABEL = ROW"),
+        ("open dimensions 3; AE = ae", "ae: its recorded metrics have no test_mse_first_3"),
+        ("differences; AE = ae", "differences are of two rows"),
+        ("differences; AE = ae-s0 - iae", "ae-s0 - iae: no trial is recorded of both"),
+        ("scores; AE = ae-s7", "ae-s7: its trials are s0, s1"),
+    ],
+)
+def test_a_table_that_cannot_be_made(block, said, recorded):
+    with pytest.raises(PipelineError, match=re.escape(said)):
+        renewed(f"<!-- table: {block} -->\n", recorded)
+
+
+def test_every_decimal_of_the_findings_stands_in_a_table_made_by_record():
+    folder = ROOT / "reports/paper"
+    text = (folder / "findings.md").read_text()
+    assert renewed(text, folder) == text
+    cells = re.findall(r"\d+\.\d+", "\n".join(line for line in text.splitlines() if line.startswith("|")))
+    prose = re.sub(r"<!--.*?-->|`[^`]*`", "", "\n".join(line for line in text.splitlines() if line[:1] != "|"), flags=re.DOTALL)
+    numbers = re.findall(r"\d+\.\d+(?! *\.)", re.sub(r"section \d+\.\d+", "", prose))
+    assert len(numbers) > 20
+    for number in numbers:
+        decimals = len(number.partition(".")[2])
+        assert any(f"{float(cell):.{decimals}f}" == number for cell in cells if len(cell.partition(".")[2]) >= decimals), number

@@ -22,6 +22,7 @@ from pipeline.system.files import atomic_folder, write_json, write_text
 from stages import workspace
 from stages.reporting.metrics import DETECTION, METRICS
 from stages.run import one_line_errors
+from stages.tools.findings import renewed
 
 __all__ = [
     "COLUMNS",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 FOLDER = Path("reports/paper")
-RESULTS, README = "results.csv", "README.md"
+RESULTS, README, FINDINGS = "results.csv", "README.md", "findings.md"
 COLUMNS = (
     "experiment",
     "row",
@@ -124,7 +125,7 @@ class Line:
 @click.command("record", epilog=f"EXPERIMENT is one of {', '.join(EXPERIMENTS)}.")
 @click.argument("experiment", required=False, metavar="EXPERIMENT", type=click.Choice(list(EXPERIMENTS)))
 @click.argument("names", nargs=-1, metavar="NAME...")
-@click.option("--tables", "only_tables", is_flag=True, help="Only rewrite the tables of README.md from results.csv.")
+@click.option("--tables", "only_tables", is_flag=True, help="Only rewrite the tables of README.md and findings.md.")
 @click.option(
     "--into", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True, help="Folder of the results."
 )
@@ -455,3 +456,5 @@ def _write_tables(folder: Path) -> None:
     if not start or not end:
         raise PipelineError(f"{path}: the lines '{START}' and '{END}' are missing; the tables go between them")
     write_text(path, f"{before}{START}\n\n{markdown_tables(read_lines(folder))}\n\n{END}{after}")
+    if (path := folder / FINDINGS).exists():
+        write_text(path, renewed(path.read_text(encoding="utf-8"), folder))
