@@ -34,7 +34,7 @@ class LazyGroup(click.Group):
     invoke_without_command=True,
     epilog="Environment variables set where things run, and never change a result: DEVICE (auto, cpu, cuda), LAUNCHER (local, "
     "torchrun, ray, slurm), PROCESSES, RESTARTS, LOADER_WORKERS, CACHE_MIB, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, "
-    "TRACKING (on, off).",
+    "TRACKING (on, off), TRACKING_PICTURES (epochs).",
 )
 @click.pass_context
 def cli(context: click.Context) -> None:

@@ -67,6 +67,7 @@ class Run:
         self._details: dict[str, Any] = {}
         self._outputs: list[Path] = []  # small files that `report` reads, with their digests
         self._when_finished: list[Callable[[], None]] = []
+        self._pictures: tempfile.TemporaryDirectory[str] | None = None  # until they are tracked
         self._started = time.monotonic()
         tags = {
             "stage": stage,
@@ -118,6 +119,15 @@ class Run:
         if self.first:
             self._outputs.append(save_arrays(self.stage, self.row, name, values, names))
 
+    def picture(self, key: str, step: int, rows: Mapping[str, NDArray[Any]]) -> None:
+        """Tracks a picture of rows of images in 0..1, each with shape (n, C, H, W), one of a series over steps."""
+        from pipeline.figures import image_rows, save_figure
+
+        self._pictures = self._pictures or tempfile.TemporaryDirectory()
+        path = Path(self._pictures.name) / f"{key}-{step}.png"
+        save_figure(image_rows(rows), path)
+        self.tracker.image(path, key, step)
+
     def read(self, name: str, digest: str, path: Path, context: str) -> None:
         """Records that the run reads a data set, for the lineage."""
         self._details.setdefault("inputs", {})[str(path)] = digest
@@ -148,6 +158,7 @@ class Run:
         numbers = {key: value for key, value in self._details.items() if isinstance(value, (int, float))}
         self.tracker.set_tags({f"run.{key}": f"{value:.6g}" for key, value in numbers.items()})
         run_id = self._finish_tracking() if self.tracker.on else None
+        self._discard_pictures()
         digests = {path.as_posix(): sha256_file(path) for path in self._outputs}
         write_json(workspace.run_file(self.stage, self.row), {"run_id": run_id, "outputs": digests, **self._details})
         for action in self._when_finished:
@@ -177,6 +188,11 @@ class Run:
     def fail(self) -> None:
         """Closes the tracked run as failed."""
         self.tracker.finish("FAILED")
+        self._discard_pictures()
+
+    def _discard_pictures(self) -> None:
+        if self._pictures is not None:
+            self._pictures.cleanup()
 
 
 def _place(params: Params, stage: str, row: str) -> str:

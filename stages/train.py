@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import PipelineError
 from pipeline.settings import AutoencoderSettings, Params
 from stages import workspace
 from stages.run import Run, stage
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.autoencoders.common.base import Objective
     from pipeline.storage.shards import ShardReader
     from pipeline.system.ranks import Ranks
+    from pipeline.training.trainable import Step
 
 SHOWN = 10  # test images with their reconstructions
 SCATTERED = 5000  # test codes of two numbers, or training points, saved for a picture
@@ -22,6 +25,8 @@ MAPPED = 400  # test images on the page's map of codes
 PATCHES = 100  # training patches saved for a picture
 VALIDATED = 10_000  # validation images that the epoch is chosen by, at most, rounded up to whole shards
 SCORED = 200_000  # training and validation images scored at the end, at most, rounded up to whole shards; test images all are
+PICTURE_EPOCHS = 10  # between pictures for MLflow, where TRACKING_PICTURES doesn't say otherwise
+GAUSSIAN = 500  # validation images whose codes make the Gaussian of those pictures
 VALIDATION = "minus_valid_mse"  # by which the epoch is chosen, where a row has patience
 
 
@@ -90,6 +95,13 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     def validate() -> dict[str, float]:
         return {VALIDATION: -_validation_error(objective, reader, ranks)}
 
+    pictures = _Pictures(run, objective, reader, ranks) if run.tracker.on else None  # the first rank's
+
+    def at_point(step: Step) -> dict[str, float]:
+        if pictures is not None:
+            pictures.draw_if_due(step)
+        return {"open_dimensions": objective.open_dimensions(step)}
+
     checkpoint = Checkpoint(workspace.checkpoint_folder("train", run.row), identity(settings, reader.index.digest))
     training = train_model(
         objective,
@@ -103,7 +115,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         best=VALIDATION if settings.patience else None,
         max_minutes=settings.max_minutes,
         patience=settings.patience,
-        extra=lambda step: {"open_dimensions": objective.open_dimensions(step)},
+        extra=at_point,
     )
     if ranks.first:
         with atomic_folder(folder) as temporary:
@@ -124,6 +136,56 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
         ended_by=training.ended_by,
     )
     ranks.barrier()
+
+
+def _epochs_between_pictures() -> int:
+    text = os.environ.get("TRACKING_PICTURES") or str(PICTURE_EPOCHS)
+    if not text.isdecimal():
+        raise PipelineError(f"TRACKING_PICTURES={text}: write a number of epochs, or 0 for no pictures")
+    return int(text)
+
+
+class _Pictures:
+    """Validation images, their reconstructions and samples, drawn for MLflow while an autoencoder trains.
+
+    Samples are decoded from one Gaussian of the codes. Closed dimensions are 0 in all. Training isn't touched: nothing is drawn
+    from its random numbers, and no statistic moves.
+    """
+
+    def __init__(self, run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
+        self.run, self.objective, self.reader, self.ranks = run, objective, reader, ranks
+        self.every, self.drawn = _epochs_between_pictures(), 0
+
+    def draw_if_due(self, step: Step) -> None:
+        """Draws once in `every` epochs."""
+        if not self.every or int(step.epoch / self.every) <= self.drawn:
+            return
+        self.drawn = int(step.epoch / self.every)
+        self.objective.eval()
+        try:
+            self.run.picture("training", step.index, self._rows(self.objective.open_dimensions(step)))
+        finally:
+            self.objective.train()
+
+    def _rows(self, open_dimensions: int) -> dict[str, np.ndarray]:
+        import torch
+
+        from pipeline.storage.shards import from_unit, scale_pixels, to_unit
+
+        value_range = self.reader.index.value_range or (0.0, 1.0)
+        examples = next(self.reader.blocks("valid", [0]))["examples"][:GAUSSIAN]
+        images = torch.from_numpy(scale_pixels(examples, (0.0, 1.0))).to(self.ranks.device)
+        with torch.no_grad():
+            codes = self.objective.encode(from_unit(images, value_range))
+            codes[:, open_dimensions:] = 0
+            mean, centred = codes.mean(dim=0), codes - codes.mean(dim=0)
+            # A sum of centred codes with weights from N(0, 1 / n) has their covariance.
+            weights = torch.randn(SHOWN, len(codes), generator=torch.Generator().manual_seed(0)) / len(codes) ** 0.5
+            samples = mean + weights.to(codes) @ centred
+            decoded = to_unit(self.objective.decode(torch.cat([codes[:SHOWN], samples])), value_range).float().cpu().numpy()
+        shown = min(SHOWN, len(codes))
+        rows = {"validation images": images[:shown].cpu().numpy(), "reconstructions": decoded[:shown]}
+        return rows | {"samples of a Gaussian of the codes": decoded[-shown:]}
 
 
 def _validation_error(objective: Objective, reader: ShardReader, ranks: Ranks) -> float:

@@ -129,7 +129,7 @@ def test_a_word_that_is_no_command():
     ([], "ev", ["evaluate"]),
     (["prepare"], "", ["digits", "grid", "sevens"]),
     (["fit"], "grid", ["grid-lde"]),
-    (["preset", "add"], "bsds", ["bsds300", "bsds300-cpu"]),
+    (["preset", "add"], "bsds", ["bsds300", "bsds300-cpu", "bsds300-one-order"]),
     (["preset"], "", ["list", "show", "add"]),
     (["fit"], "nothing", []),
 ])  # fmt: skip

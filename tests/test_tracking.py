@@ -102,6 +102,18 @@ assert version.tags == {"kid": "0.5"}
 runs = f"#/experiments/{writer.experiment()}/runs"
 assert version.description == f"[samples]({runs}/{writer.run_id}/artifacts/samples.png) of [a run]({runs}/1)"
 """
+SERIES = """
+from PIL import Image
+Image.new("L", (30, 20), 128).save("picture.png")
+writer = _Writer()
+writer.start("series", {}, {}, os.getpid())
+for step in (40, 80):
+    writer.image(os.path.abspath("picture.png"), "training", step)
+names = sorted(item.path for item in writer.client.list_artifacts(writer.run_id, "images"))
+assert [name.split("+timestamp+")[0] for name in names if name.endswith(".png")] == [
+    f"images/training+step+{step}" for step in (40, 80)
+]
+"""
 # What a stage sends before it is killed, or ends as it says.
 SENT = """
 import io
@@ -225,6 +237,11 @@ def test_the_view_of_rows_has_one_line_per_row_under_short_headings(fork: Fork, 
 
 def test_a_registered_model_carries_scores_pictures_and_its_run(fork: Fork, database: Path) -> None:
     assert fork(database.parent, MODEL) == 0
+
+
+def test_a_series_of_pictures_has_its_steps(fork: Fork, database: Path, tmp_path: Path) -> None:
+    shutil.copy(database, tmp_path)
+    assert fork(tmp_path, SERIES) == 0
 
 
 @pytest.mark.parametrize(

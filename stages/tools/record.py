@@ -22,7 +22,6 @@ from pipeline.system.files import atomic_folder, write_json, write_text
 from stages import workspace
 from stages.reporting.metrics import DETECTION, METRICS
 from stages.run import one_line_errors
-from stages.tools.findings import renewed
 
 __all__ = [
     "COLUMNS",
@@ -449,6 +448,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _write_tables(folder: Path) -> None:
+    from stages.tools.findings import renewed
+
     path = folder / README
     text = path.read_text(encoding="utf-8") if path.exists() else f"# Results\n\n{START}\n{END}\n"
     before, start, rest = text.partition(START)

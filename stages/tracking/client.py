@@ -121,6 +121,10 @@ class Tracker:
         """Logs a file, or all files of a folder."""
         self._send(artifact={"path": os.path.abspath(path), "folder": folder})
 
+    def image(self, path: str | Path, key: str, step: int) -> None:
+        """Logs a picture of a series, which the UI shows with a slider over steps."""
+        self._send(image={"path": os.path.abspath(path), "key": key, "step": step})
+
     def set_tags(self, values: Mapping[str, str]) -> None:
         """Sets tags."""
         self._send(set_tags={"values": dict(values)})

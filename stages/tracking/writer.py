@@ -119,6 +119,13 @@ class _Writer:
         elif os.path.isfile(path):
             self.client.log_artifact(self.run_id, path, folder)
 
+    def image(self, path: str, key: str, step: int) -> None:
+        """Logs a picture of a series."""
+        from PIL import Image
+
+        with Image.open(path) as picture:
+            self.client.log_image(self.run_id, picture.convert("RGB"), key=key, step=step)
+
     def set_tags(self, values: dict[str, str]) -> None:
         """Sets tags."""
         from mlflow.entities import RunTag
@@ -277,7 +284,7 @@ def main() -> None:
                     points = []
                 if message.get("end"):
                     break
-                for name in ("start", "dataset", "artifact", "set_tags", "describe", "view", "rows", "model"):
+                for name in ("start", "dataset", "artifact", "image", "set_tags", "describe", "view", "rows", "model"):
                     if name in message:
                         if name == "start":
                             writer = _Writer()
