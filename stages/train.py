@@ -25,7 +25,7 @@ MAPPED = 400  # test images on the page's map of codes
 PATCHES = 100  # training patches saved for a picture
 VALIDATED = 10_000  # validation images that the epoch is chosen by, at most, rounded up to whole shards
 SCORED = 200_000  # training and validation images scored at the end, at most, rounded up to whole shards; test images all are
-PICTURE_EPOCHS = 10  # between pictures for MLflow, where TRACKING_PICTURES doesn't say otherwise
+PICTURE_EPOCHS = 10  # between pictures for MLflow, at most, where TRACKING_PICTURES doesn't say otherwise
 GAUSSIAN = 500  # validation images whose codes make the Gaussian of those pictures
 VALIDATION = "minus_valid_mse"  # by which the epoch is chosen, where a row has patience
 
@@ -95,7 +95,7 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     def validate() -> dict[str, float]:
         return {VALIDATION: -_validation_error(objective, reader, ranks)}
 
-    pictures = _Pictures(run, objective, reader, ranks) if run.tracker.on else None  # the first rank's
+    pictures = _Pictures(run, objective, reader, ranks, settings.epochs) if run.tracker.on else None  # the first rank's
 
     def at_point(step: Step) -> dict[str, float]:
         if pictures is not None:
@@ -138,8 +138,8 @@ def train(run: Run, settings: AutoencoderSettings) -> None:
     ranks.barrier()
 
 
-def _epochs_between_pictures() -> int:
-    text = os.environ.get("TRACKING_PICTURES") or str(PICTURE_EPOCHS)
+def _epochs_between_pictures(epochs: int) -> int:
+    text = os.environ.get("TRACKING_PICTURES") or str(min(PICTURE_EPOCHS, -(-epochs // 10)))
     if not text.isdecimal():
         raise PipelineError(f"TRACKING_PICTURES={text}: write a number of epochs, or 0 for no pictures")
     return int(text)
@@ -152,9 +152,9 @@ class _Pictures:
     from its random numbers, and no statistic moves.
     """
 
-    def __init__(self, run: Run, objective: Objective, reader: ShardReader, ranks: Ranks) -> None:
+    def __init__(self, run: Run, objective: Objective, reader: ShardReader, ranks: Ranks, epochs: int) -> None:
         self.run, self.objective, self.reader, self.ranks = run, objective, reader, ranks
-        self.every, self.drawn = _epochs_between_pictures(), 0
+        self.every, self.drawn = _epochs_between_pictures(epochs), 0
 
     def draw_if_due(self, step: Step) -> None:
         """Draws once in `every` epochs."""
