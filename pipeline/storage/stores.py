@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 @functools.cache
-def _store(url: str, cache: str, gib: float) -> Store:
+def _store(url: str, cache: str, gib: float, _process: int) -> Store:
     return Store(url, Path(cache), round(gib * 2**30))
 
 
@@ -52,7 +52,8 @@ def current_store() -> Store | None:
         gib = -1.0
     if not 0 <= gib <= 1e6:
         raise SettingsError(f"STORE_CACHE_GIB is {text[:40]!r}: expected a number of GiB, 0 for no cache")
-    return _store(url, os.environ.get("STORE_CACHE") or ".cache/parts", gib)
+    # One for each process: a loader process can't use the connections, and the thread, of the one that it was forked from.
+    return _store(url, os.environ.get("STORE_CACHE") or ".cache/parts", gib, os.getpid())
 
 
 class Store:
