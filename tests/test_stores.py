@@ -138,6 +138,18 @@ def test_a_write_is_whole_or_not_at_all(store: Store, tmp_path: Path, monkeypatc
     assert not list((tmp_path / "store/ab").rglob("*"))
 
 
+def test_a_damaged_part_is_written_again(store: Store, tmp_path: Path) -> None:
+    place = tmp_path / "store" / SHA[:2] / SHA
+    place.write_bytes(DATA[:-1] + b"x")
+    with pytest.raises(DataError, match="1024 bytes of another content"):
+        get(store)
+    store.put(tmp_path / "part", SHA)
+    assert get(store) == DATA
+    written = place.stat().st_mtime_ns
+    store.put(tmp_path / "part", SHA)
+    assert place.stat().st_mtime_ns == written
+
+
 def test_a_long_part_is_read_in_pieces_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "PIECE_BYTES", 100)
     monkeypatch.setattr(stores, "FIRST_WAIT", 0.0)
