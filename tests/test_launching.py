@@ -6,9 +6,11 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +23,11 @@ from project import Project
 from pipeline.errors import PipelineError
 from pipeline.settings import read_params
 from stages.launching import ray as ray_launcher
+from stages.launching import torchrun
+from stages.launching.common import choice
 from stages.launching.common.choice import launched
 from stages.launching.common.processes import Outcome, conclude, run_rank
+from stages.run import _terminable
 from stages.tools.repro import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +98,37 @@ def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
         conclude([Outcome(3), Outcome(-6), Outcome(1, "it broke")])
     with pytest.raises(PipelineError, match=r"\Aprocess 1 was killed by SIGKILL\Z"):
         conclude([Outcome(3), Outcome(-9)])
+
+
+def test_a_signal_is_passed_on_to_torchrun_which_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\ntrap 'sleep 0.5; : > ended; exit 1' TERM\n: > ready\nwhile :; do sleep 0.05; done\n")
+    stub.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(stub))
+
+    def stop() -> None:
+        while not Path("ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(PipelineError, match=r"stopped by SIGTERM: run the same command again"), _terminable():
+        torchrun.launch(2)
+    stopping.join()
+    assert Path("ended").exists()
+
+
+def test_a_process_of_torchrun_dies_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents: list[int] = []
+    monkeypatch.setattr(choice, "die_with_parent", parents.append)
+    monkeypatch.setenv("RANK", "1")
+    assert not launched()
+    assert parents == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not launched()
+    assert parents == [os.getppid()]
 
 
 # Rows side by side ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pipeline.system import watchdog
 from pipeline.system.processes import die_with_parent
 from pipeline.system.ranks import join
 from stages.launching import local
+from stages.launching.common.processes import forwarded
 
 
 class Group:
@@ -152,7 +153,7 @@ def test_a_signal_ends_processes_that_dont_heed_it_and_wakes_stopped_ones(monkey
     peers = [peer(deaf), peer("import time; time.sleep(60)")]
     peers[0].stdout.read(1)  # type: ignore[union-attr]
     os.kill(peers[1].pid, signal.SIGSTOP)
-    with local._forwarded(peers) as received:
+    with forwarded(peers) as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert local._wait_for(peers, received) == (1, [0])
     assert [p.returncode for p in peers] == [-signal.SIGKILL, -signal.SIGTERM]
@@ -162,7 +163,7 @@ def test_a_signal_ends_the_run_though_no_process_heeds_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(local, "PATIENCE_SECONDS", 0.2)
     peers = [peer("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(5)")]
     peers[0].stdout.read(1)  # type: ignore[union-attr]
-    with local._forwarded(peers) as received:
+    with forwarded(peers) as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert local._wait_for(peers, received) == (None, [0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -9,14 +10,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.system.processes import die_with_parent
 
-__all__ = ["PEER_LOST", "Outcome", "conclude", "free_port", "process_count", "restart_count", "run_rank", "stage_command"]
+__all__ = [
+    "PEER_LOST",
+    "Outcome",
+    "conclude",
+    "forwarded",
+    "free_port",
+    "process_count",
+    "restart_count",
+    "run_rank",
+    "stage_command",
+]
 
 PEER_LOST = 3  # exit status of a process that stopped because another was lost
 RESTARTS = 3
@@ -54,6 +65,26 @@ def free_port() -> int:
         free.bind(("", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+@contextlib.contextmanager
+def forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Forwards SIGINT and SIGTERM, also to stopped processes, and yields the signals received."""
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        for peer in peers:
+            with contextlib.suppress(ProcessLookupError):
+                peer.send_signal(number)
+                peer.send_signal(signal.SIGCONT)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stage_command() -> list[str]:
