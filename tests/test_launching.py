@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from project import Project
 from pipeline.errors import PipelineError
 from pipeline.settings import read_params
 from stages.launching import ray as ray_launcher
-from stages.launching import torchrun
+from stages.launching import slurm, torchrun
 from stages.launching.common import choice
 from stages.launching.common.choice import launched
 from stages.launching.common.processes import Outcome, conclude, run_rank
@@ -129,6 +130,76 @@ def test_a_process_of_torchrun_dies_with_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert not launched()
     assert parents == [os.getppid()]
+
+
+class Submitit(types.ModuleType):
+    """What the launcher uses of submitit: an executor whose job ends with an error, and the environment of a task."""
+
+    class FailedSubmissionError(RuntimeError): ...
+
+    class UncompletedJobError(RuntimeError): ...
+
+    class FailedJobError(UncompletedJobError): ...
+
+    def __init__(self, folder: Path, submitting: Exception | None = None, ending: Exception | None = None) -> None:
+        super().__init__("submitit")
+        self.core = types.SimpleNamespace(utils=self)
+        self.helpers = types.SimpleNamespace(DelayedSubmission=lambda task: task)
+        self.AutoExecutor = lambda *_, **__: self
+        self.update_parameters = lambda **_: None
+        self.errors = {"submit": submitting, "results": ending}
+        self.job_id, self.state, self.paths = "12", "OUT_OF_MEMORY", types.SimpleNamespace(folder=folder)
+        self.paths.result_pickle = folder / "12_1_result.pkl"
+        self.JobEnvironment = lambda: types.SimpleNamespace(
+            paths=self.paths, global_rank=1, num_tasks=2, local_rank=1, num_nodes=1, hostnames=["a"]
+        )
+
+    def submit(self, _task: object) -> Submitit:
+        if self.errors["submit"] is not None:
+            raise self.errors["submit"]
+        return self
+
+    def results(self) -> None:
+        assert self.errors["results"] is not None
+        raise self.errors["results"]
+
+
+@pytest.mark.parametrize(
+    ("submitting", "ending", "message"),
+    [
+        (Submitit.FailedJobError("sbatch: error: invalid partition\n"), None, r"doesn't take the job \(sbatch: .* partition\)"),
+        (Submitit.FailedSubmissionError("no job id"), None, r"Slurm doesn't take the job \(no job id\)"),
+        (None, Submitit.FailedJobError("it broke\nat a line"), r"job 12 failed \(it broke\); its messages are in folder"),
+        (None, Submitit.UncompletedJobError("Job 12 with\nno output"), r"job 12 failed \(OUT_OF_MEMORY: Job 12 with\); its"),
+    ],
+)
+def test_a_job_that_slurm_refuses_or_ends_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, submitting: Exception | None, ending: Exception | None, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", Submitit(Path("folder"), submitting, ending))
+    with pytest.raises(PipelineError, match=message):
+        slurm.launch(2)
+
+
+def test_a_task_that_doesnt_end_in_time_is_killed_and_queued_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", Submitit(tmp_path))
+    monkeypatch.setattr(slurm, "END_SECONDS", 0.1)
+    task = slurm.Task(["a"], str(tmp_path), 1)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-S", "-c", deaf], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        task._started.append(process)
+        again = task.checkpoint()
+    assert process.returncode == -signal.SIGKILL
+    assert (again.command, again.folder, again.port) == (["a"], str(tmp_path), 1)
+
+
+def test_a_task_that_is_queued_again_leaves_no_earlier_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", Submitit(tmp_path))
+    (tmp_path / "12_1_result.pkl").write_bytes(b"stopped by SIGTERM")
+    assert slurm.Task(["-S", "-c", ""], str(tmp_path), 1)() == (0, "")
+    assert not (tmp_path / "12_1_result.pkl").exists()
 
 
 # Rows side by side ----------------------------------------------------------------------------------------------------
