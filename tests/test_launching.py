@@ -93,6 +93,13 @@ def test_a_rank_passes_on_what_it_prints_and_tells_its_error(capfd: pytest.Captu
     assert started[0].returncode == -9
 
 
+def test_the_last_line_of_a_rank_that_broke_off_is_told(tmp_path: Path) -> None:
+    code = "import sys; print('warning', file=sys.stderr); raise ValueError('at line 7')"
+    assert run_rank(["-S", "-c", code], {"RANK": "1"}, tmp_path) == Outcome(1, "ValueError: at line 7")
+    lost = "import sys; print('progress', file=sys.stderr); sys.exit(3)"
+    assert run_rank(["-S", "-c", lost], {"RANK": "1"}, tmp_path) == Outcome(3)
+
+
 def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
     conclude([Outcome(0), Outcome(0)])
     with pytest.raises(PipelineError, match=r"\Ait broke\Z"):

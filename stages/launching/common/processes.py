@@ -98,7 +98,7 @@ class Outcome:
 
     Attributes:
         code: Its exit status; -N after signal N.
-        reason: The error that it printed, if any.
+        reason: The error that it printed, if any; else, if it failed by itself, its last line.
     """
 
     code: int
@@ -132,15 +132,18 @@ def run_rank(
     )
     if started is not None:
         started.append(process)
-    reason = ""
+    reason = last = ""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("error: "):
             reason = re.sub(r"^error: \S+ \S+: ", "", line.strip())
-        elif environment["RANK"] == "0":
+            continue
+        last = line.strip() or last
+        if environment["RANK"] == "0":
             sys.stderr.write(line)
             sys.stderr.flush()
-    return Outcome(process.wait(), reason)
+    code = process.wait()
+    return Outcome(code, reason or (last if code in (1, 2) else ""))  # the last line of a traceback; nobody else sees it
 
 
 def conclude(outcomes: Sequence[Outcome]) -> None:
