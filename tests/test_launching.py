@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import small
+from click.testing import CliRunner
 from project import Project
 
 from pipeline.errors import PipelineError
@@ -29,6 +30,7 @@ from stages.launching.common import choice
 from stages.launching.common.choice import launched
 from stages.launching.common.processes import Outcome, conclude, run_rank
 from stages.run import _terminable
+from stages.tools import repro as repro_tool
 from stages.tools.repro import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +226,15 @@ def test_tasks_hold_every_stage_once_after_what_it_needs(tmp_path: Path, monkeyp
         done.add(name)
     assert found["densities blobs-lde"].needs == {"autoencoders blobs-ae", "evaluations blobs"}
     assert found["controls blobs"].needs == {"evaluations blobs"}
+
+
+def test_rows_side_by_side_start_with_no_mistake_in_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(small.PARAMS.replace("densities:\n", "densities:\n  broken: {family: lde}\n"))
+    monkeypatch.setattr(repro_tool.subprocess, "call", lambda *_, **__: pytest.fail("DVC was started"))
+    result = CliRunner().invoke(repro_tool.repro, ["--jobs", "2"])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: repro: densities.broken.codes: missing")
 
 
 PARAMS = """\
