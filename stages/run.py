@@ -30,7 +30,7 @@ from stages.tracking.client import Tracker
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Run", "one_line_errors", "shown_scores", "stage"]
+__all__ = ["Run", "check_all", "one_line_errors", "shown_scores", "stage"]
 
 Settings = TypeVar("Settings")
 
@@ -336,7 +336,7 @@ def stage(
             with one_line_errors(f"{name} {row}"), _terminable():
                 params = read_params(params_file)
                 if os.environ.get("DVC_STAGE"):
-                    _check_all(params)
+                    check_all(params)
                 chosen = settings(params, row)
                 inputs, outputs = list(reads(chosen, row)), list(writes(chosen, row))
                 if dry_run:
@@ -363,7 +363,7 @@ def stage(
     return decorate
 
 
-def _check_all(params: Params) -> None:
+def check_all(params: Params) -> None:
     """Rejects a mistake in any row: `dvc repro` stops at its first stage, not after the trainings before that row's stages."""
     problems = list(params.problems())
     if problems:

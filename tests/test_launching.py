@@ -6,23 +6,31 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import small
+from click.testing import CliRunner
 from project import Project
 
 from pipeline.errors import PipelineError
 from pipeline.settings import read_params
 from stages.launching import ray as ray_launcher
+from stages.launching import slurm, torchrun
+from stages.launching.common import choice
 from stages.launching.common.choice import launched
 from stages.launching.common.processes import Outcome, conclude, run_rank
+from stages.run import _terminable
+from stages.tools import repro as repro_tool
 from stages.tools.repro import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,12 +95,120 @@ def test_a_rank_passes_on_what_it_prints_and_tells_its_error(capfd: pytest.Captu
     assert started[0].returncode == -9
 
 
+def test_the_last_line_of_a_rank_that_broke_off_is_told(tmp_path: Path) -> None:
+    code = "import sys; print('warning', file=sys.stderr); raise ValueError('at line 7')"
+    assert run_rank(["-S", "-c", code], {"RANK": "1"}, tmp_path) == Outcome(1, "ValueError: at line 7")
+    lost = "import sys; print('progress', file=sys.stderr); sys.exit(3)"
+    assert run_rank(["-S", "-c", lost], {"RANK": "1"}, tmp_path) == Outcome(3)
+
+
 def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
     conclude([Outcome(0), Outcome(0)])
     with pytest.raises(PipelineError, match=r"\Ait broke\Z"):
         conclude([Outcome(3), Outcome(-6), Outcome(1, "it broke")])
     with pytest.raises(PipelineError, match=r"\Aprocess 1 was killed by SIGKILL\Z"):
         conclude([Outcome(3), Outcome(-9)])
+
+
+def test_a_signal_is_passed_on_to_torchrun_which_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\ntrap 'sleep 0.5; : > ended; exit 1' TERM\n: > ready\nwhile :; do sleep 0.05; done\n")
+    stub.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(stub))
+
+    def stop() -> None:
+        while not Path("ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(PipelineError, match=r"stopped by SIGTERM: run the same command again"), _terminable():
+        torchrun.launch(2)
+    stopping.join()
+    assert Path("ended").exists()
+
+
+def test_a_process_of_torchrun_dies_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents: list[int] = []
+    monkeypatch.setattr(choice, "die_with_parent", parents.append)
+    monkeypatch.setenv("RANK", "1")
+    assert not launched()
+    assert parents == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not launched()
+    assert parents == [os.getppid()]
+
+
+class Submitit(types.ModuleType):
+    """What the launcher uses of submitit: an executor whose job ends with an error, and the environment of a task."""
+
+    class FailedSubmissionError(RuntimeError): ...
+
+    class UncompletedJobError(RuntimeError): ...
+
+    class FailedJobError(UncompletedJobError): ...
+
+    def __init__(self, folder: Path, submitting: Exception | None = None, ending: Exception | None = None) -> None:
+        super().__init__("submitit")
+        self.core = types.SimpleNamespace(utils=self)
+        self.helpers = types.SimpleNamespace(DelayedSubmission=lambda task: task)
+        self.AutoExecutor = lambda *_, **__: self
+        self.update_parameters = lambda **_: None
+        self.errors = {"submit": submitting, "results": ending}
+        self.job_id, self.state, self.paths = "12", "OUT_OF_MEMORY", types.SimpleNamespace(folder=folder)
+        self.paths.result_pickle = folder / "12_1_result.pkl"
+        self.JobEnvironment = lambda: types.SimpleNamespace(
+            paths=self.paths, global_rank=1, num_tasks=2, local_rank=1, num_nodes=1, hostnames=["a"]
+        )
+
+    def submit(self, _task: object) -> Submitit:
+        if self.errors["submit"] is not None:
+            raise self.errors["submit"]
+        return self
+
+    def results(self) -> None:
+        assert self.errors["results"] is not None
+        raise self.errors["results"]
+
+
+@pytest.mark.parametrize(
+    ("submitting", "ending", "message"),
+    [
+        (Submitit.FailedJobError("sbatch: error: invalid partition\n"), None, r"doesn't take the job \(sbatch: .* partition\)"),
+        (Submitit.FailedSubmissionError("no job id"), None, r"Slurm doesn't take the job \(no job id\)"),
+        (None, Submitit.FailedJobError("it broke\nat a line"), r"job 12 failed \(it broke\); its messages are in folder"),
+        (None, Submitit.UncompletedJobError("Job 12 with\nno output"), r"job 12 failed \(OUT_OF_MEMORY: Job 12 with\); its"),
+    ],
+)
+def test_a_job_that_slurm_refuses_or_ends_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, submitting: Exception | None, ending: Exception | None, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", Submitit(Path("folder"), submitting, ending))
+    with pytest.raises(PipelineError, match=message):
+        slurm.launch(2)
+
+
+def test_a_task_that_doesnt_end_in_time_is_killed_and_queued_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", Submitit(tmp_path))
+    monkeypatch.setattr(slurm, "END_SECONDS", 0.1)
+    task = slurm.Task(["a"], str(tmp_path), 1)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-S", "-c", deaf], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        task._started.append(process)
+        again = task.checkpoint()
+    assert process.returncode == -signal.SIGKILL
+    assert (again.command, again.folder, again.port) == (["a"], str(tmp_path), 1)
+
+
+def test_a_task_that_is_queued_again_leaves_no_earlier_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", Submitit(tmp_path))
+    (tmp_path / "12_1_result.pkl").write_bytes(b"stopped by SIGTERM")
+    assert slurm.Task(["-S", "-c", ""], str(tmp_path), 1)() == (0, "")
+    assert not (tmp_path / "12_1_result.pkl").exists()
 
 
 # Rows side by side ----------------------------------------------------------------------------------------------------
@@ -110,6 +226,15 @@ def test_tasks_hold_every_stage_once_after_what_it_needs(tmp_path: Path, monkeyp
         done.add(name)
     assert found["densities blobs-lde"].needs == {"autoencoders blobs-ae", "evaluations blobs"}
     assert found["controls blobs"].needs == {"evaluations blobs"}
+
+
+def test_rows_side_by_side_start_with_no_mistake_in_any_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(small.PARAMS.replace("densities:\n", "densities:\n  broken: {family: lde}\n"))
+    monkeypatch.setattr(repro_tool.subprocess, "call", lambda *_, **__: pytest.fail("DVC was started"))
+    result = CliRunner().invoke(repro_tool.repro, ["--jobs", "2"])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: repro: densities.broken.codes: missing")
 
 
 PARAMS = """\

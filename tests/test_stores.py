@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 from fsspec.implementations.local import LocalFileSystem
@@ -26,6 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from benchmarks.stores import server
 from pipeline.errors import DataError, PipelineError, SettingsError
 from pipeline.storage import stores
+from pipeline.storage.batches import Batches
 from pipeline.storage.codes import CodeReader
 from pipeline.storage.shards import ShardReader
 from pipeline.storage.stores import Store, current_store
@@ -136,6 +138,18 @@ def test_a_write_is_whole_or_not_at_all(store: Store, tmp_path: Path, monkeypatc
     assert not list((tmp_path / "store/ab").rglob("*"))
 
 
+def test_a_damaged_part_is_written_again(store: Store, tmp_path: Path) -> None:
+    place = tmp_path / "store" / SHA[:2] / SHA
+    place.write_bytes(DATA[:-1] + b"x")
+    with pytest.raises(DataError, match="1024 bytes of another content"):
+        get(store)
+    store.put(tmp_path / "part", SHA)
+    assert get(store) == DATA
+    written = place.stat().st_mtime_ns
+    store.put(tmp_path / "part", SHA)
+    assert place.stat().st_mtime_ns == written
+
+
 def test_a_long_part_is_read_in_pieces_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "PIECE_BYTES", 100)
     monkeypatch.setattr(stores, "FIRST_WAIT", 0.0)
@@ -162,6 +176,24 @@ def test_a_long_part_is_read_in_pieces_side_by_side(tmp_path: Path, monkeypatch:
         part.unlink()
         with pytest.raises(DataError, match="it isn't there"):
             get(over_http)
+
+
+def test_loader_processes_read_a_store_that_their_parent_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.0)
+    with server(tmp_path / "served", latency=0.0, rate=1e9) as url:
+        (tmp_path / "served" / SHA[:2]).mkdir(parents=True)
+        (tmp_path / "served" / SHA[:2] / SHA).write_bytes(DATA)
+        monkeypatch.setenv("STORE", url)
+        monkeypatch.setenv("STORE_CACHE_GIB", "0")
+
+        def load(_number: int) -> dict[str, np.ndarray]:
+            found = current_store()
+            assert found is not None
+            return {"bytes": np.frombuffer(get(found), np.uint8)}
+
+        load(0)
+        batches = Batches(load, [len(DATA)] * 2, batch_size=2 * len(DATA), seed=0, workers=1)
+        assert [sorted(batch["bytes"].tolist()) for batch in batches.epoch(0)] == [sorted(DATA + DATA)]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pipeline.system import watchdog
 from pipeline.system.processes import die_with_parent
 from pipeline.system.ranks import join
 from stages.launching import local
+from stages.launching.common.processes import forwarded
 
 
 class Group:
@@ -122,6 +123,35 @@ def test_processes_that_work_or_wait_for_one_that_does_are_left_alone(tmp_path: 
         group.close()
 
 
+@pytest.mark.parametrize(("share", "active"), [(0.002, False), (0.2, True)])
+def test_a_process_is_busy_if_it_computes_and_not_if_its_threads_wait(
+    monkeypatch: pytest.MonkeyPatch, share: float, active: bool
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog.time, "process_time", lambda: 0.9 + share * now[0])
+
+    class Hour:
+        def is_set(self) -> bool:
+            return now[0] >= 3600
+
+        def wait(self, seconds: float) -> None:
+            now[0] += seconds
+
+    class Reports(list[str]):
+        def set(self, _key: str, value: str) -> None:
+            self.append(value)
+
+        def multi_get(self, _keys: list[str]) -> list[bytes]:
+            return []
+
+    dog = watchdog.Watchdog(Reports(), 0, 1, 600.0)
+    monkeypatch.setattr(dog, "_ended", Hour())
+    dog._exchange()
+    assert len(dog.store) == 721
+    assert (len({report.partition(" ")[2] for report in dog.store[:-1]}) > 1) == active
+
+
 @pytest.mark.parametrize("value", ["soon", "-1", "nan", "1e9"])
 def test_the_limit_is_checked(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("STALL_MINUTES", value)
@@ -152,7 +182,7 @@ def test_a_signal_ends_processes_that_dont_heed_it_and_wakes_stopped_ones(monkey
     peers = [peer(deaf), peer("import time; time.sleep(60)")]
     peers[0].stdout.read(1)  # type: ignore[union-attr]
     os.kill(peers[1].pid, signal.SIGSTOP)
-    with local._forwarded(peers) as received:
+    with forwarded(peers) as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert local._wait_for(peers, received) == (1, [0])
     assert [p.returncode for p in peers] == [-signal.SIGKILL, -signal.SIGTERM]
@@ -162,7 +192,7 @@ def test_a_signal_ends_the_run_though_no_process_heeds_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(local, "PATIENCE_SECONDS", 0.2)
     peers = [peer("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(5)")]
     peers[0].stdout.read(1)  # type: ignore[union-attr]
-    with local._forwarded(peers) as received:
+    with forwarded(peers) as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert local._wait_for(peers, received) == (None, [0])
 

@@ -2,7 +2,7 @@
 
 The environment's STORE is a URL of fsspec, such as `s3://bucket/prefix`, `gs://bucket/prefix` or `file:///shared/parts`. Then
 a folder of shards, codes or samples holds its index alone, and the parts are in the store. A name is the digest of the content:
-the same part is stored once, nothing is ever overwritten, and an older index finds its parts again.
+the same part is stored once, nothing but a damaged part is ever overwritten, and an older index finds its parts again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 @functools.cache
-def _store(url: str, cache: str, gib: float) -> Store:
+def _store(url: str, cache: str, gib: float, _process: int) -> Store:
     return Store(url, Path(cache), round(gib * 2**30))
 
 
@@ -52,7 +52,8 @@ def current_store() -> Store | None:
         gib = -1.0
     if not 0 <= gib <= 1e6:
         raise SettingsError(f"STORE_CACHE_GIB is {text[:40]!r}: expected a number of GiB, 0 for no cache")
-    return _store(url, os.environ.get("STORE_CACHE") or ".cache/parts", gib)
+    # One for each process: a loader process can't use the connections, and the thread, of the one that it was forked from.
+    return _store(url, os.environ.get("STORE_CACHE") or ".cache/parts", gib, os.getpid())
 
 
 class Store:
@@ -85,7 +86,7 @@ class Store:
             raise SettingsError(f"STORE is {url[:80]!r}: it can't be opened ({_short(error)})") from None
 
     def put(self, path: Path, sha256: str) -> None:
-        """Copies a finished file into the store, whole or not at all, unless it is there.
+        """Copies a finished file into the store, whole or not at all, unless it is there and undamaged.
 
         Raises:
             PipelineError: When the store doesn't take it.
@@ -94,7 +95,8 @@ class Store:
 
         def copy() -> None:
             with contextlib.suppress(FileNotFoundError):
-                if self.files.info(place)["size"] == length:
+                # Its digest, too: the stage that writes it runs again where a damaged part was found.
+                if self.files.info(place)["size"] == length and sha256_bytes(self._read(place, length)) == sha256:
                     return
             if not {"s3", "gs"} & set(_names(self.files.protocol)):  # they have no folders, and a bucket isn't made by mistake
                 self.files.makedirs(place.rpartition("/")[0], exist_ok=True)

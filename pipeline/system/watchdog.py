@@ -1,9 +1,9 @@
 """Ends a run whose processes wait for one that no longer does anything.
 
-Through their common store (MASTER_ADDR), each process reports how often it has done something and how much processor time it
-has used. If a process is silent for STALL_MINUTES minutes (an environment variable; default 10, 0 waits for ever), because it
-was stopped or its machine is gone, the run ends with a one-line message that names it. If all processes do nothing, the message
-names the one furthest behind. The processes that read raw files in `prepare` are watched in the same way.
+Through their common store (MASTER_ADDR), each process reports how often it has done something and how often it has kept the
+processor busy. If a process is silent for STALL_MINUTES minutes (an environment variable; default 10, 0 waits for ever),
+because it was stopped or its machine is gone, the run ends with a one-line message that names it. If all processes do nothing,
+the message names the one furthest behind. The processes that read raw files in `prepare` are watched in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = ["Watchdog", "stall_seconds", "stalled", "worked"]
 
 STALL_MINUTES = 10.0
 LONGEST_INTERVAL = 5.0  # seconds between two checks
+BUSY_SHARE = 0.03  # of an interval, in processor time; threads of a process that waits use less than 0.01
 JOIN_SECONDS = 2.0  # for the thread to end with its process
 
 _beats = 0
@@ -84,11 +85,15 @@ class Watchdog:
         atexit.register(end)
 
     def _exchange(self) -> None:
-        pulse = 0
+        pulse = busy = 0
+        now, used = time.monotonic(), time.process_time()
         try:
             while not self._ended.is_set():
                 pulse += 1
-                self.store.set(self._keys[self.rank], f"{pulse} {_beats} {int(time.process_time())}")
+                last, used_before = now, used
+                now, used = time.monotonic(), time.process_time()
+                busy += used - used_before > BUSY_SHARE * (now - last)  # the time itself grows while all wait
+                self.store.set(self._keys[self.rank], f"{pulse} {_beats} {busy}")
                 self._told = [value.decode() for value in self.store.multi_get(self._keys)]
                 self._exchanged += 1
                 self._ended.wait(self.interval)

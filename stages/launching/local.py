@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from pipeline.errors import PipelineError
 from pipeline.system.processes import die_with_parent
-from stages.launching.common.processes import PEER_LOST, free_port, stage_command
+from stages.launching.common.processes import PEER_LOST, forwarded, free_port, stage_command
 
 __all__ = ["launch"]
 
@@ -40,7 +40,7 @@ def launch(processes: int) -> None:
         outputs = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes - 1))]
         peers: list[subprocess.Popen[bytes]] = []
         die = functools.partial(die_with_parent, os.getpid())
-        with _forwarded(peers) as received:
+        with forwarded(peers) as received:
             for rank, output in enumerate(outputs):
                 ranked = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 # Each in a new session: a signal reaches it once, from here.
@@ -66,26 +66,6 @@ def launch(processes: int) -> None:
         if code < 0 and not reason.startswith("error: "):
             reason = f"process {failed} was killed by {signal.Signals(-code).name}"
         raise PipelineError(re.sub(r"^error: \S+ \S+: ", "", reason) or f"process {failed} failed")
-
-
-@contextlib.contextmanager
-def _forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Forwards SIGINT and SIGTERM, also to stopped processes, and yields the signals received."""
-    received: list[int] = []
-
-    def forward(number: int, _frame: object) -> None:
-        received.append(number)
-        for peer in peers:
-            with contextlib.suppress(ProcessLookupError):
-                peer.send_signal(number)
-                peer.send_signal(signal.SIGCONT)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait_for(peers: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> tuple[int | None, list[int]]:

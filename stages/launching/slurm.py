@@ -52,12 +52,16 @@ def launch(processes: int) -> None:
         timeout_min=minutes,
         **places,
     )
-    job = executor.submit(Task(stage_command(), os.getcwd(), free_port()))
+    try:
+        job = executor.submit(Task(stage_command(), os.getcwd(), free_port()))
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise PipelineError(f"Slurm doesn't take the job ({str(error).strip()})") from None
     try:
         results = job.results()
-    except submitit.core.utils.FailedJobError as error:
+    except submitit.core.utils.UncompletedJobError as error:  # it failed, or left no result: cancelled, out of memory
+        state = "" if isinstance(error, submitit.core.utils.FailedJobError) else f"{job.state}: "
         reason = str(error).strip().splitlines()[0]
-        raise PipelineError(f"job {job.job_id} failed ({reason}); its messages are in {job.paths.folder}") from None
+        raise PipelineError(f"job {job.job_id} failed ({state}{reason}); its messages are in {job.paths.folder}") from None
     except KeyboardInterrupt:
         job.cancel()
         raise
@@ -89,6 +93,8 @@ class Task:
         import submitit
 
         job = submitit.JobEnvironment()
+        # That of a task that ended before the job was queued again; the launcher would take it for the end of this one.
+        job.paths.result_pickle.unlink(missing_ok=True)
         environment = {"RANK": str(job.global_rank), "WORLD_SIZE": str(job.num_tasks), "LOCAL_RANK": str(job.local_rank)}
         host = job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1"
         environment["LOCAL_WORLD_SIZE"] = str(job.num_tasks // job.num_nodes)
@@ -101,5 +107,8 @@ class Task:
 
         for process in self._started:
             process.send_signal(signal.SIGTERM)
-            process.wait(END_SECONDS)
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:  # in a long validation, say: the last checkpoint is kept
+                process.kill()
         return submitit.helpers.DelayedSubmission(Task(self.command, self.folder, self.port))

@@ -13,7 +13,7 @@ import click
 
 from pipeline.errors import PipelineError
 from pipeline.settings import Params, read_params
-from stages.run import one_line_errors
+from stages.run import check_all, one_line_errors
 
 __all__ = ["Task", "repro", "tasks"]
 
@@ -68,7 +68,9 @@ def repro(jobs: int) -> None:
         if not 1 <= jobs <= 1024:
             raise PipelineError(f"--jobs is {jobs}: expected a number from 1 to 1024")
         if jobs > 1:
-            _run(tasks(read_params()), jobs)
+            params = read_params()
+            check_all(params)
+            _run(tasks(params), jobs)
         code = subprocess.call([*DVC, "repro"])
         if code:
             raise PipelineError(f"`dvc repro` ended with status {code}: its messages are above")

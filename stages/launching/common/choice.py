@@ -6,6 +6,7 @@ import importlib
 import os
 
 from pipeline.errors import PipelineError
+from pipeline.system.processes import die_with_parent
 from stages.launching.common.processes import process_count
 
 __all__ = ["LAUNCHERS", "launched"]
@@ -22,6 +23,8 @@ def launched() -> bool:
         PipelineError: When there is no such launcher, or the stage failed.
     """
     if "RANK" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's processes would outlive it; other launchers see to that themselves
+            die_with_parent(os.getppid())
         return False
     name = os.environ.get("LAUNCHER") or "local"
     if name not in LAUNCHERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -9,14 +10,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.system.processes import die_with_parent
 
-__all__ = ["PEER_LOST", "Outcome", "conclude", "free_port", "process_count", "restart_count", "run_rank", "stage_command"]
+__all__ = [
+    "PEER_LOST",
+    "Outcome",
+    "conclude",
+    "forwarded",
+    "free_port",
+    "process_count",
+    "restart_count",
+    "run_rank",
+    "stage_command",
+]
 
 PEER_LOST = 3  # exit status of a process that stopped because another was lost
 RESTARTS = 3
@@ -56,6 +67,26 @@ def free_port() -> int:
         return port
 
 
+@contextlib.contextmanager
+def forwarded(peers: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Forwards SIGINT and SIGTERM, also to stopped processes, and yields the signals received."""
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        for peer in peers:
+            with contextlib.suppress(ProcessLookupError):
+                peer.send_signal(number)
+                peer.send_signal(signal.SIGCONT)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def stage_command() -> list[str]:
     """Arguments of Python that run this stage."""
     return ["-m", "stages", *sys.argv[1:]]
@@ -67,7 +98,7 @@ class Outcome:
 
     Attributes:
         code: Its exit status; -N after signal N.
-        reason: The error that it printed, if any.
+        reason: The error that it printed, if any; else, if it failed by itself, its last line.
     """
 
     code: int
@@ -101,15 +132,18 @@ def run_rank(
     )
     if started is not None:
         started.append(process)
-    reason = ""
+    reason = last = ""
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("error: "):
             reason = re.sub(r"^error: \S+ \S+: ", "", line.strip())
-        elif environment["RANK"] == "0":
+            continue
+        last = line.strip() or last
+        if environment["RANK"] == "0":
             sys.stderr.write(line)
             sys.stderr.flush()
-    return Outcome(process.wait(), reason)
+    code = process.wait()
+    return Outcome(code, reason or (last if code in (1, 2) else ""))  # the last line of a traceback; nobody else sees it
 
 
 def conclude(outcomes: Sequence[Outcome]) -> None:
