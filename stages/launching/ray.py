@@ -27,7 +27,8 @@ PASSED_ON = (
     "STORE_CACHE",
     "STORE_CACHE_GIB",
 )
-ALL_OF = ("MLFLOW_", "FSSPEC_", "AWS_", "GOOGLE_")  # starts of names: where the tracking server and the store are
+# Starts of names: what DVC says of the stage, and where the tracking server and the store are.
+ALL_OF = ("DVC_", "MLFLOW_", "FSSPEC_", "AWS_", "AZURE_", "GOOGLE_")
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 24 * 3600
 
