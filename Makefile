@@ -32,7 +32,7 @@ repro: install  ## Build everything that is out of date, JOBS rows at a time, an
 
 smoke: install  ## In a minute: check params.yaml, and train, fit, draw and score on packaged digits in Python
 	python -m stages check
-	PYTHONPATH=. python examples/quickstart.py
+	python -m examples.quickstart
 
 compare: install  ## Compare settings, scores and samples with the last commit's, or with REV
 	@python -m stages compare $(REV)
