@@ -32,7 +32,7 @@ repro: install  ## Build everything that is out of date, JOBS rows at a time, an
 
 smoke: install  ## In a minute: check params.yaml, and train, fit, draw and score on packaged digits in Python
 	python -m stages check
-	PYTHONPATH=. python examples/quickstart.py
+	python -m examples.quickstart
 
 compare: install  ## Compare settings, scores and samples with the last commit's, or with REV
 	@python -m stages compare $(REV)
@@ -57,9 +57,10 @@ lint: install  ## Check style, annotations, docstrings and types
 ui: install  ## Browse the runs at http://127.0.0.1:5000, or another PORT
 	@python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || \
 		{ echo 'Port $(PORT) is taken: choose another one, as in `make ui PORT=5001`.' >&2; exit 1; }
+	@echo 'Runs:   http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning'
+	@echo 'After the first report (make repro):'
 	@echo 'Scores: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=scores'
 	@echo 'Rows:   http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=rows'
-	@echo 'Runs:   http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning'
 	@python -m stages.tracking.database
 	mlflow ui --workers 1 --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1 --port $(PORT)
 

@@ -1,6 +1,6 @@
 """The density of a table: likely and unlikely rows, new rows, and held-out scores, in half a minute.
 
-Run with `python examples/own_tables.py [FILE.csv]` from the project's folder. Without a file, it takes the chemical analysis of
+Run with `python -m examples.own_tables [FILE.csv]` from the project's folder. Without a file, it takes the chemical analysis of
 178 wines that comes with scikit-learn. A file has a line of names, then one row of numbers per line.
 """
 

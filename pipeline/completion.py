@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,11 +51,12 @@ class Incomplete:
         carried = (*getattr(settings, "categories", ()), *getattr(settings, "numbers", ()))
         extras = tuple(dict.fromkeys(filter(None, (*named, *carried))))
         self._wanted = getattr(settings, "columns", ()) or shared_names(path, self._tensor, columns, extras)
-        try:
-            self._extras = extras
-            self.copied = {name: self._table().text(name) for name in extras}
-        except DataError:  # new rows needn't have labels
-            self._extras, self.copied = (), {}
+        self.copied: dict[str, np.ndarray] = {}
+        for names in (extras, *((name,) for name in extras)):
+            with contextlib.suppress(DataError):  # new rows needn't have all of them
+                table = open_table(path, self._tensor, self._wanted, names)
+                self.copied |= {name: table.text(name) for name in names if name not in self.copied}
+        self._extras = tuple(self.copied)
         table = self._table()
         self.count = table.count
         self.names = self._wanted or tuple(name for name in table.names if name not in extras)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pipeline.densities.auto import Mixture
 from pipeline.densities.common.density import load_density
-from pipeline.errors import DataError
+from pipeline.errors import DataError, SettingsError
 from pipeline.fitting import fit_density
 from pipeline.settings import build, implementation
 from pipeline.storage.codes import ArrayCodes
@@ -75,17 +76,21 @@ class CodeDensity(DensityMixin, BaseEstimator):
         """Fits the density.
 
         Arguments:
-            X: The rows, with shape (N, D); N must be at least 2.
+            X: The rows, with shape (N, D); N must be at least 3, one of them to hold out.
             y: Ignored.
 
         Raises:
             ValueError: When X isn't a table of finite numbers, or a column doesn't vary.
             SettingsError: For unknown or impossible settings.
         """
-        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=3)
         row = {"codes": "rows", "dataset": "rows", "family": self.family, "seed": self.seed, "max_minutes": self.minutes}
-        module = implementation("pipeline.densities", self.family, "family")
-        settings = build(module.Settings, row | dict(self.settings or {}), f"CodeDensity({self.family!r})")
+        row |= dict(self.settings or {})
+        row = {key: value.item() if isinstance(value, np.generic) else value for key, value in row.items()}  # of a grid search
+        module = implementation("pipeline.densities", str(self.family), "family")
+        settings = build(module.Settings, row, f"CodeDensity({self.family!r})")
+        if settings.context:
+            raise SettingsError(f"CodeDensity({self.family!r}).context: only rows of params.yaml have a context; leave it out")
         mean, std = rows.mean(axis=0), rows.std(axis=0)
         constant = np.flatnonzero(~(std > 1e-12 * np.abs(mean)))
         if len(constant):
@@ -123,7 +128,7 @@ class CodeDensity(DensityMixin, BaseEstimator):
         check_is_fitted(self, "density_")
         rows = torch.from_numpy(np.ascontiguousarray(validate_data(self, X, dtype=np.float64, reset=False)))
         with torch.no_grad():
-            mask = None if given is None else torch.from_numpy(np.array(given))
+            mask = None if given is None else torch.from_numpy(_booleans(given))
             values: np.ndarray = self.density_.log_prob(rows, given=mask).numpy()
         return values
 
@@ -140,12 +145,14 @@ class CodeDensity(DensityMixin, BaseEstimator):
             given: Rows to complete, with shape (N, D), NaN where a value is missing.
         """
         check_is_fitted(self, "density_")
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 0:
+            raise ValueError(f"n must be a whole number, at least 0, not {n!r}")
         values = None
         if given is not None:
             rows = validate_data(self, given, dtype=np.float64, reset=False, ensure_all_finite="allow-nan")
             values = torch.from_numpy(np.ascontiguousarray(rows))
         generator = torch.Generator().manual_seed(stream_seed("samples", self.seed if seed is None else seed))
-        return self.density_.sample(n, generator, given=values).numpy()
+        return self.density_.sample(int(n), generator, given=values).numpy()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the density to a safetensors file, which `load` and `pipeline.densities.load_density` read."""
@@ -167,3 +174,10 @@ class CodeDensity(DensityMixin, BaseEstimator):
         estimator.density_, estimator.contest_, estimator.held_out_score_ = mixture.double(), [], np.nan
         estimator.n_features_in_ = density.dim
         return estimator
+
+
+def _booleans(given: ArrayLike) -> np.ndarray:
+    mask = np.array(given)
+    if mask.dtype != bool:
+        raise ValueError(f"given must be booleans with shape (D,) or (N, D), not {mask.dtype}: True where a value is observed")
+    return mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -24,7 +25,7 @@ from pipeline.evaluation.detection import Calibration
 from pipeline.sampling import Samples, draw
 from pipeline.settings import read_params
 from pipeline.storage.codes import CodeReader
-from pipeline.storage.columns import Column, from_codes, load_columns, log_volume, to_codes, varying
+from pipeline.storage.columns import Column, are_named, from_codes, load_columns, log_volume, to_codes, varying
 from pipeline.storage.shards import from_unit, to_unit
 from pipeline.system.streams import stream
 
@@ -34,6 +35,7 @@ COLUMNS = "columns.json"  # of an exported table
 CALIBRATION = "calibration.safetensors"  # of an export: what validation examples score
 RELATIVE = "relative_error"  # of its metadata: whether reconstruction errors are relative to the image
 NO_ENCODER = "this folder holds no encoder: export the row again"
+ROUNDING = 1e-3  # by which a pixel may be outside 0..1, as after a change of size
 AT_ONCE = 250  # images in memory on the way through the networks
 FILES = {"density": "density.safetensors", "decoder": "decoder.safetensors", "encoder": "encoder.safetensors"}
 
@@ -67,7 +69,8 @@ class Generator:
     """A density of codes, with the networks between codes and images.
 
     Images are arrays with shape (n, C, H, W) in 0..1; bytes 0..255 are scaled, and (n, H, W) is taken as grey. If the codes are
-    the data, such as the rows of a table, examples are codes: arrays with shape (n, D).
+    the data, such as the rows of a table, examples are codes: arrays with shape (n, D). A pandas DataFrame may hold the columns
+    of a table in any order, and others, if the table's columns have names.
 
     Arguments:
         density: The density of the codes.
@@ -123,6 +126,10 @@ class Generator:
         elif Path("params.yaml").is_file():
             row = str(source)
             params = read_params()
+            if folder.exists() and row not in params.rows("densities"):
+                raise PipelineError(
+                    f"{source} is no exported folder: it holds no {FILES['density']}; `python -m stages export ROW` makes one"
+                )
             codes, relative_error = params.density(row).codes, params.relative_error(row)
             paths = {
                 "density": Path("data/densities") / row / FILES["density"],
@@ -159,7 +166,7 @@ class Generator:
             context: Values of other columns of the density's context, by name.
 
         Raises:
-            DataError: When the density isn't conditioned.
+            DataError: When n isn't a whole number, or there is a label or context and the density isn't conditioned.
             SettingsError: When no training code has the label, or a column of the context is missing or unknown.
         """
         return self.draw(n, seed, label, context).examples
@@ -168,6 +175,7 @@ class Generator:
         self, n: int, seed: int | None = None, label: str | int | None = None, context: Mapping[str, str | float] | None = None
     ) -> Samples:
         """Draws examples with their codes and contexts; arguments and errors are those of `sample`."""
+        n = at_least(n, 0, "n")
         seed = secrets.randbits(62) if seed is None else seed
         words = {name: str(value) for name, value in (context or {}).items()} | ({} if label is None else {LABELS: str(label)})
         if words and self.density.context is None:
@@ -180,7 +188,7 @@ class Generator:
         """Codes (n, D) of images.
 
         Raises:
-            DataError: When the shape isn't that of the images it was trained on, or there is no encoder.
+            DataError: When the shape isn't that of the images it was trained on, pixels aren't in 0..1, or there is no encoder.
         """
         if self.decoder is None:
             return self._rows(images)
@@ -262,7 +270,7 @@ class Generator:
             DataError: When examples are images, or rows have another shape or infinite values.
             PipelineError: When the family can't predict some dimensions from others.
         """
-        return complete_table(self.density, self._incomplete(rows), self.columns, draws, seed)
+        return complete_table(self.density, self._incomplete(rows), self.columns, at_least(draws, 1, "draws"), seed)
 
     def complete_by_means(self, rows: ArrayLike, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Rows with the means of 100 draws in place of missing values, and the draws' standard deviations, NaN elsewhere.
@@ -276,41 +284,75 @@ class Generator:
         """Rows of a table with missing values."""
         if self.decoder is not None:
             raise DataError("only rows of a table can be completed, not images")
-        values = np.asarray(rows, dtype=np.float64)
-        expected = len(self.columns) or self.density.dim
-        if values.ndim != 2 or values.shape[1] != expected:
-            raise DataError(f"rows have shape {values.shape}, expected (n, {expected})")
+        values = self._table(rows)
         with np.errstate(over="ignore"):
             if np.isinf(values.astype(np.float32)).any():
                 raise DataError("a value is infinite in float32")
         return values
 
     def _codes(self, codes: ArrayLike) -> NDArray[np.float32]:
-        values = np.asarray(codes, dtype=np.float32)
+        values = np.array(codes, dtype=np.float32)
         if values.ndim != 2 or values.shape[1] != self.density.dim:
             raise DataError(f"codes have shape {values.shape}, expected (n, {self.density.dim})")
+        _check_finite(values, "code")
+        return values
+
+    def _table(self, rows: ArrayLike) -> NDArray[np.float64]:
+        """Rows of the table, with shape (n, columns); a DataFrame's columns by their names, if the table has names."""
+        names = [column.name for column in self.columns]
+        if are_named(names) and (given := getattr(rows, "columns", None)) is not None and are_named(list(map(str, given))):
+            if missing := [name for name in names if name not in given]:
+                raise DataError(f"rows have no column '{missing[0]}'; expected {', '.join(names)}")
+            rows = rows[names]  # type: ignore[index, call-overload]
+        values, expected = np.asarray(rows, dtype=np.float64), len(names) or self.density.dim
+        if values.ndim != 2 or values.shape[1] != expected:
+            raise DataError(f"rows have shape {values.shape}, expected (n, {expected})")
         return values
 
     def _rows(self, rows: ArrayLike, noisy: bool = False) -> NDArray[np.float32]:
         """Codes of the rows of a table; with noise on dequantised columns, as validation rows have it."""
         if not self.columns:
             return self._codes(rows)
-        values, chosen = np.asarray(rows, dtype=np.float64), varying(self.columns)
-        if values.ndim != 2 or values.shape[1] != len(self.columns):
-            raise DataError(f"rows have shape {values.shape}, expected (n, {len(self.columns)})")
+        values, chosen = self._table(rows), varying(self.columns)
+        _check_finite(values, "row")
         noise = stream("noise of new rows", 0).random((len(values), len(chosen))) if noisy else None
         return to_codes([self.columns[number] for number in chosen], values[:, chosen], noise)
 
     def _images(self, images: ArrayLike) -> tuple[torch.Tensor, ...]:
         """Images in 0..1, some at a time, where the networks are."""
         assert self.decoder is not None
-        values = np.asarray(images)
+        values, expected = np.asarray(images), tuple(self.decoder.image_shape)
+        shape = values.shape
+        values = values[:, None] if values.ndim == 3 and expected[0] == 1 else values  # (n, H, W) -> (n, 1, H, W)
+        if values.ndim != 4 or values.shape[1:] != expected or not len(values):
+            remedy = "; channels come first" if shape[1:] == (*expected[1:], expected[0]) else ""
+            remedy = "; one image is a stack of one, images[None]" if shape == expected else remedy
+            raise DataError(f"images have shape {shape}, expected (n, {', '.join(map(str, expected))}){remedy}")
         values = values.astype(np.float32) / np.float32(255) if values.dtype == np.uint8 else values.astype(np.float32)
-        values = values[:, None] if values.ndim == 3 else values  # (n, H, W) -> (n, 1, H, W)
-        if values.ndim != 4 or values.shape[1:] != tuple(self.decoder.image_shape) or not len(values):
-            raise DataError(f"images have shape {values.shape}, expected (n, {', '.join(map(str, self.decoder.image_shape))})")
+        low, high = values.min(), values.max()
+        if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN, too
+            raise DataError(f"pixels are {low:.4g} to {high:.4g}, expected numbers in 0..1, or bytes (uint8) in 0..255")
         parts: tuple[torch.Tensor, ...] = torch.from_numpy(values).to(self.density.shift.device).split(AT_ONCE)
         return parts
+
+
+def at_least(count: int, least: int, name: str) -> int:
+    """A count of draws as a whole number.
+
+    Example:
+        >>> at_least(np.int64(3), 1, "draws")
+        3
+    """
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+        raise DataError(f"{name} must be a whole number, at least {least}, not {count!r}")
+    return int(count)
+
+
+def _check_finite(values: NDArray[np.floating], name: str) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, column = bad[0]
+        raise DataError(f"{name} {row} (counted from 0) holds {values[row, column]} in column {column}; leave such {name}s out")
 
 
 def save_calibration(scores: Mapping[str, NDArray[np.float64]], path: Path, relative_error: bool) -> None:

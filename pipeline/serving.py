@@ -81,7 +81,7 @@ def answer(generator: Generator, requests: Sequence[Request], limits: Limits | N
     """
     given = [{key: value for key, value in request.items() if not _is_null(value)} for request in requests]
     if not given:
-        raise DataError("there is no request")
+        raise DataError(f"there is no request; its keys are query, {', '.join(dict.fromkeys(sum(KEYS.values(), ())))}")
     queries = {str(request.pop("query", "draw")) for request in given}
     query = queries.pop()
     if queries or query not in KEYS:

@@ -709,6 +709,13 @@ def test_make_ui_names_a_taken_port():
     assert "http" not in done.stdout
 
 
+def test_make_ui_says_which_addresses_need_a_report():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    (report,) = [number for number, line in enumerate(lines) if "After the first report" in line]
+    views = [number for number, line in enumerate(lines) if "viewStateShareKey" in line]
+    assert views == [report + 1, report + 2]
+
+
 def test_every_pinned_version_has_hashes():
     pins = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text())
     assert len(pins) > 150

@@ -289,6 +289,20 @@ def test_the_loop_in_a_fresh_clone(tmp_path: Path) -> None:
     assert subprocess.run(["git", "diff", "--quiet"], cwd=clone.folder, check=False).returncode == 0
 
 
+def test_rows_side_by_side_have_their_whole_names(project: Path) -> None:
+    project.write_text(edit_row(TEXT, "densities.grid-gaussian", {"seed": 1}, "grid-gaussian-too"))
+    Path("reports/metrics/evaluate").mkdir(parents=True)
+    rows = ("grid-gaussian", "grid-gaussian-too")
+    for number, row in enumerate(rows):
+        Path(f"reports/metrics/evaluate/{row}.json").write_text(json.dumps({"test_log_likelihood": number}))
+    code, output = run("compare", "--rows", *rows)
+    lines = output.splitlines()
+    start = lines.index("A: grid-gaussian")
+    assert code == 0
+    assert lines[start + 1] == "B: grid-gaussian-too"
+    assert lines[start + 2].split() == ["A", "B", "difference", "±", "SE"]
+
+
 def test_what_the_cache_of_a_fresh_clone_lacks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dvc = f"{sys.executable} -m dvc"

@@ -184,6 +184,14 @@ def test_context_columns_are_no_dimensions(tmp_path: Path) -> None:
     }
 
 
+def test_labels_are_copied_where_the_groups_are_not_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("note,a,kind,b\nn,1,x,\nm,,y,2\n")
+    values = {"source": "vectors", "root": "rows.csv", "columns": ["a", "b"], "labels": "kind", "groups": "day"}
+    table = Incomplete(tmp_path / "rows.csv", build(vectors.Settings, values, "row"), 2, ("a", "b"))
+    assert table.missing.tolist() == [1, 1]
+    assert {name: list(column) for name, column in table.copied.items()} == {"kind": ["x", "y"]}
+
+
 def test_whole_rows_cost_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     density = Gaussian(2)
     rows = np.array([[0.1, 0.2], [math.nan, 1.0], [math.nan, math.nan]])

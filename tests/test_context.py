@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -452,7 +453,11 @@ evaluations:
     means = []
     for age_given in ("30", "70"):
         assert small.run(*drawing, f"age={age_given}").exit_code == 0
-        means.append(load_file("drawn/samples.safetensors")["samples"].mean())
+        samples = load_file("drawn/samples.safetensors")["samples"]
+        listed = pd.read_csv("drawn/samples.csv")
+        assert list(listed) == [column.name for column in codes.index.columns]
+        assert np.array_equal(listed.to_numpy(samples.dtype), samples)
+        means.append(samples.mean())
     assert means[1] > means[0] + 2  # the true difference is 8
     assert "age: expected a number, got 'old'" in small.run(*drawing, "age=old").output
     assert "densities.patients-wrong.context: 'height' isn't carried by datasets.patients" in small.run("check").output

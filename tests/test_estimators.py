@@ -67,3 +67,21 @@ def test_what_cant_be_fitted_is_refused_in_words(tmp_path: Path) -> None:
         CodeDensity(family="maff").fit(ROWS)
     with pytest.raises(DataError, match="is missing"):
         CodeDensity.load(tmp_path / "none")
+    with pytest.raises(ValueError, match="minimum of 3 is required"):
+        CodeDensity(family="gaussian").fit(ROWS[:2])
+    with pytest.raises(SettingsError, match="context: only rows of params"):
+        CodeDensity(family="gaussian", settings={"context": "labels"}).fit(ROWS)
+    density = CodeDensity(family="gaussian").fit(ROWS)
+    for count in (-1, 2.0):
+        with pytest.raises(ValueError, match="n must be a whole number, at least 0"):
+            density.sample(count)  # type: ignore[arg-type]
+    for given in ([1, 0], ["a", "b"]):
+        with pytest.raises(ValueError, match="given must be booleans"):
+            density.score_samples(ROWS, given=given)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    choices = {"minutes": np.linspace(0.5, 1.0, 2), "seed": np.arange(2), "settings": [{"ridge": np.float64(1e-3)}]}
+    search = GridSearchCV(CodeDensity(family="gaussian"), choices, cv=2, error_score="raise").fit(ROWS)
+    assert np.isfinite(search.best_score_)
+    assert search.best_estimator_.sample(np.int64(2)).shape == (2, 2)

@@ -263,11 +263,22 @@ def example(name: str, folder: Path) -> str:
     """What a script of `examples/` prints in a copy of the project."""
     for part in ("pipeline", "stages", "examples"):
         shutil.copytree(PROJECT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "output"))
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    command = [sys.executable, f"examples/{name}.py"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    (command,) = re.findall(
+        r"^Run with `python ([^`[]+?)(?: \[.*)?`", (folder / f"examples/{name}.py").read_text(), flags=re.MULTILINE
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("examples/*.py")), ids=lambda path: path.stem)
+def test_an_example_that_imports_the_project_runs_as_a_module(path: Path) -> None:
+    # `make install` installs the requirements and not the project, which only `python -m` finds in the working folder.
+    text = path.read_text()
+    assert bool(re.search(r"^from pipeline", text, flags=re.MULTILINE)) == (f"`python -m examples.{path.stem}" in text)
 
 
 @pytest.mark.slow

@@ -437,3 +437,9 @@ def test_a_registered_model_answers_over_http(
         assert status == 200, text
         status, text = asked('{"dataframe_records": [{"count": 2}]}', port)
         assert (status, json.loads(text)["message"]) == (400, "count must be at most 1 in all, of 4 values each")
+
+
+def test_a_request_of_unknown_keys_alone_is_told_the_known_ones() -> None:
+    # MLflow leaves out keys that no query has, and with them the only row.
+    with pytest.raises(DataError, match="no request; its keys are query, count, seed, label, context, format, example"):
+        answer(Generator(LatentDensityEstimator(3)), [])

@@ -196,8 +196,9 @@ def _table(before: State, first: str, after: State, second: str) -> list[str]:
 
     old, new = before.scores(first), after.scores(second)
     old_points, new_points = before.points(first), after.points(second)
-    heads = (first, before.label, after.label) if first == second else ("", first, second)
-    lines = [f"{heads[0][:34]:34} {heads[1][-9:]:>9} {heads[2][-9:]:>9}  difference ± SE"]
+    heads = (first, before.label, after.label) if first == second else ("", "A", "B")
+    lines = [] if first == second else [_cut(f"A: {first}"), _cut(f"B: {second}")]
+    lines.append(f"{heads[0][:34]:34} {heads[1][-9:]:>9} {heads[2][-9:]:>9}  difference ± SE")
     images = "parzen_test_log_likelihood" in new or any(key.endswith("_kid") for key in new)
     for key, metric in _shown(old, new):
         found = difference(key, old, new, old_points, new_points)

@@ -29,9 +29,9 @@ COLUMNS = 10  # of the contact sheet
 def draw(row: str, label: str | None, columns: tuple[str, ...], count: int, seed: int, output: str) -> None:
     """Draw samples from a fitted density, for example of one label.
 
-    NAME is a row of `densities`. Writes `samples.safetensors` with the codes, their contexts and the samples; for images also
-    a PNG of each and a contact sheet, `samples.png`. Without --label and --given, contexts are drawn at the frequencies of the
-    training codes. Example: draw digits-iae-lde-labels --label 7 --count 64 --seed 1 --output sevens
+    NAME is a row of `densities`. Writes `samples.safetensors` with the codes, their contexts and the samples; for images also a
+    PNG of each and a contact sheet, `samples.png`; for tables `samples.csv`. Without --label and --given, contexts are drawn at
+    the frequencies of the training codes. Example: draw digits-iae-lde-labels --label 7 --count 64 --seed 1 --output sevens
     """
     with one_line_errors(f"draw {row}"):
         from pathlib import Path
@@ -76,6 +76,8 @@ def draw(row: str, label: str | None, columns: tuple[str, ...], count: int, seed
             save_file(kept, temporary / "samples.safetensors")
             if decoder is not None:
                 _write_images(temporary, drawn.examples)
+            else:
+                _write_table(temporary, drawn.examples, [column.name for column in codes.index.columns])
             names = () if density.context is None else density.context.names
             write_json(
                 temporary / "draw.json", {"row": row, "seed": seed, "count": count, "context": words, "columns": list(names)}
@@ -95,3 +97,13 @@ def _write_images(folder: Path, images: np.ndarray) -> None:
         image = Image.fromarray(channels_last[..., 0] if len(pixels) == 1 else channels_last)
         image.save(folder / f"{number:05d}.png")
     save_figure(image_grid(images, columns=COLUMNS), folder / "samples.png")
+
+
+def _write_table(folder: Path, rows: np.ndarray, names: list[str]) -> None:
+    """The rows of a table with the names of its columns; without names, with their numbers."""
+    import csv
+
+    with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names or range(rows.shape[1]))
+        writer.writerows([str(value) for value in row] for row in rows)

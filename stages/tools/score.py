@@ -103,7 +103,7 @@ def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bo
                 progress.advance(len(names))
     click.echo(
         f"score {row}: {outliers} of {counted} examples ({100 * outliers / counted:.3g} %) are outliers, stranger than "
-        f"{threshold:.3g} nats; of examples that belong {100 * false_alarms:.3g} % would be"
+        f"{threshold:.3g} nats; of examples that belong, at most {100 * false_alarms:.3g} % are taken for outliers"
     )
     strangest = (f"{name} ({value:.3g})" for value, _, name in extremes.strangest[:NAMED])
     click.echo(printable(f"the strangest: {', '.join(strangest)}"))
