@@ -31,8 +31,9 @@ TEMPLATE_OF = {PAGE: "report.html", MARKDOWN: "report.md"}
 @click.command("report")
 @click.option("--params", "params_file", default="params.yaml", show_default=True, help="Settings file.")
 @click.option("--dry-run", is_flag=True, help="Print what would be read and written, and stop.")
+@click.option("--finished", is_flag=True, help="Show the rows that are done and leave the others out; nothing is tracked.")
 @click.option("--show", is_flag=True, help="Print the scoreboard of the last report and build nothing.")
-def report(params_file: str, dry_run: bool, show: bool) -> None:
+def report(params_file: str, dry_run: bool, finished: bool, show: bool) -> None:
     """Compare the scores of all rows in a table, a page, and the MLflow run of the pipeline's current state.
 
     Only rows of params.yaml are shown. Open reports/index.html in a browser.
@@ -42,13 +43,49 @@ def report(params_file: str, dry_run: bool, show: bool) -> None:
             _show()
             return
         params = read_params(params_file)
+        if finished:
+            params = _finished(params)
         if dry_run:
             _print_plan(params)
             return
-        _report(params)
+        _report(params, whole=not finished)
 
 
-def _report(params: Params) -> None:
+def _finished(params: Params) -> Params:
+    """The rows whose stages have all run, with those of all rows that they need; prints the names of the others.
+
+    Raises:
+        PipelineError: When no data set is done.
+    """
+    from stages import workspace
+
+    tables: dict[str, Any] = {**params.tables}
+    # Keys that name rows of the tables before, in the order in which the pipeline runs them.
+    needs: dict[str, tuple[str, ...]] = {"datasets": (), "controls": ("dataset",), "autoencoders": ("dataset",)}
+    needs |= {"densities": ("dataset", "codes"), "detections": ("density", "outliers")}
+    table_of = {"dataset": "datasets", "outliers": "datasets", "codes": "autoencoders", "density": "densities"}
+    left_out = []
+    for table, keys in needs.items():
+        rows = {}
+        for row, values in params.tables[table].items():
+            stages = [stage for stage, of in workspace.TABLE_OF_STAGE.items() if of == table]
+            stages += ["features"] if table == "datasets" and row in params.rows("evaluations") else []
+            done = all(workspace.metrics_file(stage, row).exists() for stage in stages)
+            if done and all(values.get(key) in tables[table_of[key]] for key in keys):
+                rows[row] = values
+            else:
+                left_out.append(row)
+        tables[table] = rows
+    tables["evaluations"] = {row: values for row, values in params.tables["evaluations"].items() if row in tables["datasets"]}
+    if not tables["datasets"]:
+        raise PipelineError("no row is done yet; `python -m stages` lists them")
+    if left_out:
+        print(f"report: without rows that aren't done: {', '.join(dict.fromkeys(left_out))}", flush=True)
+    return Params(tables)
+
+
+def _report(params: Params, whole: bool) -> None:
+    from stages import workspace
     from stages.arrays import check_output, read_run
     from stages.reporting.graph import repro_started, stage_states
     from stages.reporting.page import page_head, render
@@ -56,7 +93,13 @@ def _report(params: Params) -> None:
     from stages.reporting.scoreboard import build_scoreboard, detection_headlines, headline, stages_and_rows
     from stages.tracking.client import Tracker
 
-    board = build_scoreboard(params)  # fails on missing metrics before anything is written
+    missing = [path for stage, row in stages_and_rows(params) if not (path := workspace.metrics_file(stage, row)).exists()]
+    if missing:
+        left = f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise PipelineError(
+            f"{left}; run `dvc repro` for all rows, or `python -m stages report --finished` for those that are done"
+        )
+    board = build_scoreboard(params)  # fails on damaged metrics before anything is written
     for stage, row in stages_and_rows(params):
         for path in read_run(stage, row).get("outputs", {}):
             check_output(stage, row, Path(path))
@@ -65,7 +108,7 @@ def _report(params: Params) -> None:
     # Settings as written, so that two states compared in the UI show what was changed.
     flat = flatten({table: rows for table, rows in params.tables.items() if table != "sampling"})
     flat |= flatten(asdict(params.sampling()), "sampling.")
-    tracker = Tracker(" ".join(filter(None, ("pipeline", names["dvc.experiment"]))), tags, flat)
+    tracker = Tracker(" ".join(filter(None, ("pipeline", names["dvc.experiment"]))), tags, flat, off=not whole)
     try:
         states, head = stage_states(params, repro_started()), page_head()
         with atomic_folder(FIGURES) as folder:
@@ -79,10 +122,12 @@ def _report(params: Params) -> None:
         with atomic_file(SCOREBOARD) as temporary:
             board.to_csv(temporary, index=False, lineterminator="\n")
         # One file per row gives one line per row in `dvc metrics show`. One file for all would give one very wide line.
-        with atomic_folder(HEADLINE) as folder:
-            for row, scores in (headline(board) | detection_headlines(params)).items():
-                write_json(folder / f"{row}.json", scores)
-        _track(tracker, params, board, states)
+        if whole:  # git keeps those of all rows
+            with atomic_folder(HEADLINE) as folder:
+                for row, scores in (headline(board) | detection_headlines(params)).items():
+                    write_json(folder / f"{row}.json", scores)
+        if tracker.on:
+            _track(tracker, params, board, states)
     except BaseException:
         tracker.finish("FAILED")
         raise

@@ -679,6 +679,31 @@ def test_description_fits_a_tag(workspace):
     assert "more lines" in text
 
 
+# Rows that are done ----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_of_finished_rows_leaves_the_others_out(workspace, monkeypatch):
+    assert command().exit_code == 0
+    whole, headlines = Path("reports/index.html").read_text(), sorted(Path("reports/headline").iterdir())
+    Path("reports/metrics/sample/digits-ae-lde.json").unlink()
+    Path("reports/metrics/features/grid.json").unlink()
+    assert "features/grid.json is missing, and 1 more; run `dvc repro` for all rows, or `python -m" in command().output
+    monkeypatch.setattr("stages.tracking.client.Tracker", Recorder)
+    result = command("--finished")
+    assert result.exit_code == 0, result.output
+    assert "report: without rows that aren't done: grid, digits-ae-lde, grid-lde\n" in result.output
+    board = pd.read_csv("reports/scoreboard.csv")
+    assert board["row"].tolist() == ["digits-iae-lde", "digits-kmeans", "digits-training-images"]
+    page = Path("reports/index.html").read_text()
+    assert "digits-iae-lde" in page
+    assert "grid-lde" not in page
+    assert len(page) < len(whole)
+    assert sorted(Path("reports/headline").iterdir()) == headlines
+    assert Recorder.last.off
+    shutil.rmtree("reports/metrics")
+    assert command("--finished").output == "error: report: no row is done yet; `python -m stages` lists them\n"
+
+
 # Tracking ------------------------------------------------------------------------------------------------------------
 
 
@@ -687,7 +712,7 @@ class Recorder:
 
     def __init__(self, name, tags, params, off=False):
         Recorder.last = self
-        self.name, self.tags, self.params, self.calls = name, tags, params, []
+        self.name, self.tags, self.params, self.off, self.calls = name, tags, params, off, []
 
     def __getattr__(self, method):
         return lambda *arguments: self.calls.append((method, *arguments))

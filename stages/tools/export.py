@@ -61,7 +61,7 @@ def _about(row: str, scores: Iterable[str], pictures: Sequence[str], run_id: str
     """The description of a registered model, in Markdown."""
     links = ", ".join(f"[{name}](ARTIFACTS/figures/{name}.png)" for name in pictures)
     parts = [
-        f"Generator of the row `{row}`: draws samples, scores examples, and completes rows; docs/running.md has requests.",
+        f"Generator of the row `{row}`: draws samples, scores examples, completes tables; docs/running.md has requests.",
         "".join(f"\n- {score}" for score in scores),
         f"Pictures: {links}." if links else "",
         f"Made by [this run](RUNS/{run_id})." if run_id else "",

@@ -97,7 +97,7 @@ def log_model(run_id: str, name: str, folder: str) -> str:
             metadata={"row": name},
         )
     _forget_paths(info)
-    about = f"Generator of the row `{name}`: draws samples, scores examples, and completes rows; docs/running.md has requests."
+    about = f"Generator of the row `{name}`: draws samples, scores examples, completes tables; docs/running.md has requests."
     mlflow.MlflowClient().update_model_version(name, str(info.registered_model_version), description=about)
     return f"models:/{name}/{info.registered_model_version}"
 
