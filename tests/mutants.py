@@ -9,6 +9,7 @@ A fault is `{name, file, old, new, tests}`: in `file` the text `old`, which must
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import os
@@ -117,4 +118,6 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(sys.argv[1:]), 1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="of the names of faults")
+    sys.exit(min(main(parser.parse_args().words), 1))
