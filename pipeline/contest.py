@@ -142,7 +142,7 @@ class _Lane:
     fruitless: int = 0
     climbing: bool = False  # whether the last number of Gaussians clearly gained
     gained: float = 0.0  # by it, in nats
-    seconds: float = 0.0  # of the last fit
+    pace: float = 0.0  # seconds of the last fit for each of its Gaussians
     tried: set[tuple[int, int]] = field(default_factory=set)  # indices in COMPONENTS and of the strength
 
     @property
@@ -408,6 +408,7 @@ class _Judge:
                 0 <= number < len(self.covariances[lane.covariance])
                 and (lane.reached, number) not in lane.tried
                 and self._spent() + REFINING_SHARE < 1
+                and self._in_time(lane, lane.reached, 1)
             ):
                 contestant = self._enter_mixture(lane, lane.reached, number, lane.best)
                 if contestant is None or contestant.score.mean <= lane.score:
@@ -453,6 +454,8 @@ class _Judge:
         steep = not self.alone or gains[lane.components].mean > STEEP * lane.gained
         lane.gained = gains[lane.components].mean
         for number in () if lane.climbing else lane.passed_over:
+            if not self._in_time(lane, number, MIXTURE_SHARE_ALONE):
+                continue
             fits[number] = self._enter_mixture(lane, number, lane.strength, before)
             gains[number] = _gain(fits[number], before)
         number = max(gains, key=lambda number: gains[number].mean)
@@ -481,7 +484,11 @@ class _Judge:
             steps = [] if too_many else [-1, 1]
         for step in steps:
             number = start + step
-            while 0 <= number < len(self.covariances[lane.covariance]) and self._spent() < self.mixture_share:
+            while (
+                0 <= number < len(self.covariances[lane.covariance])
+                and self._spent() < self.mixture_share
+                and self._in_time(lane, lane.components, MIXTURE_SHARE_ALONE)
+            ):
                 contestant = self._enter_mixture(lane, lane.components, number, best)
                 if contestant is None or (best is not None and contestant.score.mean <= best.score.mean):
                     break
@@ -501,7 +508,7 @@ class _Judge:
         contestant = self._enter(
             f"{name}, ridge {values['ridge'][0]:g}", "gmm", transform=lane.transform, rival=rival, components=[count], **values
         )
-        lane.seconds = time.monotonic() - started
+        lane.pace = (time.monotonic() - started) / count
         return contestant
 
     def _supported(self, components: int) -> bool:
@@ -514,8 +521,11 @@ class _Judge:
         """Whether there are codes, and within a share of the time, for the next number of Gaussians of a lane."""
         if not self._supported(lane.components):
             return False
-        growth = COMPONENTS[lane.components] / COMPONENTS[lane.components - 1]
-        return lane.seconds * growth < (share - self._spent()) * self.limit
+        return self._in_time(lane, lane.components, share)
+
+    def _in_time(self, lane: _Lane, components: int, share: float) -> bool:
+        """Whether a fit of this number of Gaussians ends within a share of the time, at the pace of the lane's last one."""
+        return lane.pace * COMPONENTS[components] < (share - self._spent()) * self.limit
 
     def _networks(self) -> None:
         count = self.network_folds[0].index.count("train")

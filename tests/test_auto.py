@@ -272,6 +272,33 @@ def test_steps_are_large_while_gains_hardly_fall_and_smaller_numbers_come_before
     assert tried[5:] == [(8, 0), (8, 1), (5, 1)]  # in the end another ridge for the best number
 
 
+def test_no_mixture_starts_that_would_outlast_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A fit takes 0.75 % of the time for each of its Gaussians, and each number gains less than the one before.
+    tried: list[int] = []
+    scores = {1: 0.0, 2: 4.0, 3: 6.0, 4: 9.0, 6: 9.1, 8: 14.0, 12: 14.1, 16: 20.0, 24: 21.0, 32: 26.0, 48: 27.0, 64: 32.0}
+
+    def entered(
+        judge: contest._Judge, lane: contest._Lane, components: int, strength: int, rival: contest.Contestant | None
+    ) -> contest.Contestant:
+        count = contest.COMPONENTS[components]
+        tried.append(count)
+        lane.tried.add((components, strength))
+        lane.pace = 0.0075 * judge.limit
+        best = lane.best
+        return contest.Contestant(str(count), best.densities, np.full_like(best.held_out, scores[count] - strength), 0.0)
+
+    monkeypatch.setattr(contest._Judge, "_enter_mixture", entered)
+    monkeypatch.setattr(contest._Judge, "_spent", lambda judge: 0.0075 * sum(tried))
+    monkeypatch.setattr(contest, "COMPONENTS", tuple(scores))
+    monkeypatch.setattr(contest, "COVARIANCES", {"full": [{"ridge": [1e-6]}, {"ridge": [1e-3]}]})
+    monkeypatch.setattr(contest, "TRANSFORMS", ("none",))
+    monkeypatch.setattr(contest, "HEATS_OF_SHAPES", 0)
+    monkeypatch.setattr(contest, "FOLDED_CODES", 50)
+    held(np.random.default_rng(0).normal(size=(200, 1)), families=["gmm"], max_minutes=5)
+    # After 2, 4, 8, 16 and 32 less than half of the time is left: enough for 48, not for 64, which comes next.
+    assert tried == [2, 4, 8, 16, 32, 32]
+
+
 def test_a_ridge_that_did_no_harm_to_a_few_is_lowered_for_more_where_codes_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     codes = generator.integers(20, size=(3000, 1)) + 0.01 * generator.normal(size=(3000, 1))
