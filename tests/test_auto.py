@@ -187,6 +187,7 @@ def test_a_number_of_gaussians_next_to_the_best_is_tried_where_more_do_not_gain(
         "COMPONENTS": (1, 2, 3, 4, 5, 6, 7, 8),
         "COVARIANCES": {"full": [{"ridge": [1e-6]}]},
         "TRANSFORMS": ("none",),
+        "HEATS_OF_SHAPES": 0,  # they pass none over
     }.items():
         monkeypatch.setattr(contest, name, values)
     _, training = held(np.random.default_rng(0).normal(size=(3_000, 1)) + 20 * np.arange(3_000)[:, None] % 80)
