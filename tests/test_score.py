@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,17 @@ def test_vectors_come_with_the_dimensions_that_count(ending: str) -> None:
     assert lines[1]["dimensions"].startswith(f"{second} +")
     assert lines[2]["dimensions"].startswith(f"{first} +")
     assert "reconstruction_error" not in lines[0]
+
+
+def test_without_a_share_few_examples_have_the_least_that_they_allow() -> None:
+    output, lines = score("blobs-lde", "raw/blobs")
+    calibrating = ShardReader("data/shards/blobs").index.count("valid") // 2
+    share = math.ceil(1000 / (calibrating + 1)) / 1000
+    assert share > 0.01
+    assert f"at most {100 * share:.3g} %" in output
+    assert all((line["outlier"] == "1") == (float(line["p_value"]) <= share) for line in lines)
+    output, _ = score("points-lde", "raw/points.npy")  # with enough of them
+    assert "at most 1 %" in output
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,11 @@ class Calibration:
         as_strange = count - np.searchsorted(self.joined, joined, side="left")
         return np.asarray((1 + as_strange) / (count + 1), dtype=np.float64)
 
+    @property
+    def least_false_alarms(self) -> float:
+        """The least share of false alarms, in thousandths, that there are enough examples for."""
+        return math.ceil(1000 / (len(self.joined) + 1)) / 1000
+
     def threshold(self, false_alarms: float) -> float:
         """The joined score above which an example is an outlier: there its p-value is at most `false_alarms`.
 
@@ -120,7 +125,7 @@ class Calibration:
             raise DataError(
                 f"a share of false alarms of {false_alarms:g} takes at least {math.ceil(1 / false_alarms - 1e-9) - 1} "
                 f"validation examples to calibrate on, and there are {count}; ask for a share of at least "
-                f"{math.ceil(1000 / (count + 1)) / 1000:g}"
+                f"{self.least_false_alarms:g}"
             )
         return float(self.joined[count - rank])
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.settings import DatasetSettings
     from pipeline.storage.shards import ShardReader
 
+FALSE_ALARMS = 0.01  # of the examples that belong, where there are enough to tell
 SHOWN = 36  # examples of either kind on the contact sheet
 NAMED = 5  # strangest examples that are printed
 DIMENSIONS = 3  # of a vector that are named
@@ -35,9 +36,8 @@ DIMENSIONS = 3  # of a vector that are named
 @click.option(
     "--false-alarms",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.01,
-    show_default=True,
-    help="Share of examples that belong which may be taken for outliers.",
+    default=None,
+    help="Share of examples that belong which may be taken for outliers.  [default: 0.01, or more with few examples]",
 )
 @click.option(
     "--relative-error/--absolute-error",
@@ -45,7 +45,9 @@ DIMENSIONS = 3  # of a vector that are named
     help="Whether reconstruction errors are relative to the image.  [default: as in the row's detections, else absolute]",
 )
 @click.option("--manifold", is_flag=True, help="Also score decoded images on the decoder's manifold, which takes long.")
-def score(row: str, path: Path, output: Path | None, false_alarms: float, relative_error: bool | None, manifold: bool) -> None:
+def score(
+    row: str, path: Path, output: Path | None, false_alarms: float | None, relative_error: bool | None, manifold: bool
+) -> None:
     """Score new examples, and tell which of them don't belong to what a row was fitted on.
 
     NAME is a row of `densities`. PATH is what it was fitted on, any number of them: a folder, zip or file of images, or a
@@ -57,7 +59,7 @@ def score(row: str, path: Path, output: Path | None, false_alarms: float, relati
         _score(row, path, output or Path("data/scores") / f"{row}.csv", false_alarms, manifold, relative_error)
 
 
-def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bool, relative_error: bool | None) -> None:
+def _score(row: str, path: Path, output: Path, asked: float | None, manifold: bool, relative_error: bool | None) -> None:
     import csv
 
     from pipeline.detection import Extremes, calibrated, load_scorer, strange
@@ -78,6 +80,7 @@ def _score(row: str, path: Path, output: Path, false_alarms: float, manifold: bo
     relative = params.relative_error(row) if relative_error is None else relative_error
     scorer = load_scorer(*files, reader, join().device, manifold, relative)
     calibration, _ = calibrated(scorer, reader)
+    false_alarms = asked or max(FALSE_ALARMS, calibration.least_false_alarms)
     threshold = calibration.threshold(false_alarms)
     usual = _usual_terms(scorer, reader) if examples.dimensions and scorer.density.has_terms else None
 
