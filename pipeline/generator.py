@@ -181,7 +181,9 @@ class Generator:
         if words and self.density.context is None:
             raise DataError("this density isn't conditioned on labels or other columns: leave out label and context")
         chosen = self.density.context.parse(words) if words and self.density.context is not None else None
-        return draw(self.density, self.decoder, n, seed, context=chosen, columns=self.columns)
+        drawn = draw(self.density, self.decoder, n, seed, context=chosen, columns=self.columns)
+        # A given network's pixels may leave the range.
+        return drawn if self.decoder is None else drawn._replace(examples=drawn.examples.clip(0, 1))
 
     @torch.no_grad()
     def encode(self, images: ArrayLike) -> NDArray[np.float32]:
@@ -205,7 +207,7 @@ class Generator:
         if self.decoder is None:
             return from_codes(self.columns, values)
         parts = torch.from_numpy(values).to(self.density.shift.device).split(AT_ONCE)
-        return torch.cat([to_unit(self.decoder(part), self.decoder.value_range).cpu() for part in parts]).numpy()
+        return torch.cat([to_unit(self.decoder(part), self.decoder.value_range).clamp(0, 1).cpu() for part in parts]).numpy()
 
     @torch.no_grad()
     def log_prob(self, examples: ArrayLike) -> NDArray[np.float64]:

@@ -80,6 +80,19 @@ def test_images_that_would_get_wrong_scores_are_refused(generator: Generator, im
             method(images)
 
 
+def test_what_a_given_network_draws_outside_the_range_can_be_scored(generator: Generator) -> None:
+    class Bright(torch.nn.Module):
+        image_shape, value_range, latent_dim = (1, 8, 8), (0.0, 1.0), 3
+
+        def forward(self, codes: torch.Tensor) -> torch.Tensor:
+            return 3 * codes.mean(dim=1)[:, None, None, None].expand(-1, 1, 8, 8)
+
+    bright = Generator(generator.density, Bright(), generator.encoder)  # type: ignore[arg-type]
+    images = bright.sample(20, seed=0)
+    assert (images.min(), images.max()) == (0, 1)
+    assert len(bright.score(images)["log_prob"]) == 20
+
+
 def test_a_single_image_is_told_from_grey_ones() -> None:
     colour = Decoder(OPTIONS, (3, 8, 8), output="tanh"), Encoder(OPTIONS, (3, 8, 8))
     with pytest.raises(DataError, match=r"have shape \(3, 8, 8\), expected \(n, 3, 8, 8\); one image is a stack of one"):
