@@ -37,6 +37,7 @@ def result(made: Density) -> torch.Tensor:
     return made.log_prob(Z) if made.has_log_prob else made.sample(4, torch.Generator().manual_seed(0))
 
 
+# Users pickle models, as scikit-learn's joblib does. The bytes are made here; the product itself reads no pickle.
 @pytest.mark.parametrize("family", DENSITIES)
 def test_a_density_is_pickled_copied_and_saved(family: str) -> None:
     made = density(family, factor=True)

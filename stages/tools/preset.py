@@ -90,7 +90,7 @@ def preset_datasets(name: str) -> Params:
         SettingsError: As `load_preset`.
     """
     yaml: Any = importlib.import_module("yaml")  # comes with MLflow
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # either makes plain values only, and runs nothing
     try:
         document = yaml.load(read_text(FOLDER / f"{name}.yaml"), loader)
         return Params({"datasets": dict(document["tables"].get("datasets", {}))})
